@@ -1,0 +1,33 @@
+"""Named random generators: the same seed and name give the same numbers, whatever ran before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive(seed: int, *names: object) -> int:
+    """Return a 63-bit seed derived from `seed` and any names, independent for different names.
+
+    Hashing keeps neighbouring seeds and tensors of one shape from sharing noise.
+
+    Example:
+        >>> derive(0, "a") != derive(1, "a") != derive(0, "b")
+        True
+    """
+    text = "\x1f".join([str(int(seed)), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *names: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a fresh `torch.Generator` for this seed and name; the global state is not touched.
+
+    Example:
+        >>> a, b = generator(0, "mask"), generator(0, "mask")
+        >>> bool((torch.rand(3, generator=a) == torch.rand(3, generator=b)).all())
+        True
+    """
+    made = torch.Generator(device=device)
+    made.manual_seed(derive(seed, *names))
+    return made
