@@ -1,0 +1,178 @@
+"""Live weights: frozen parameters whose chosen entries follow small trainable tensors.
+
+A live weight is the same object, in the same place, with the same storage: only its class is swapped
+(`W.__class__ = LiveWeight`), so ties, keys and version counters stay what they were. Its uses are seen through
+`__torch_function__`: the operation runs on the plain frozen weight with its own kernel, and a tap on the
+output adds the compact gradient. What was tried and what was measured: docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.errors import RunError
+from neurograft.core.gradients import Route, Side, route
+from neurograft.core.region import Region
+
+Plain = torch._C.DisableTorchFunctionSubclass
+
+
+class Live:
+    """The trainable side of one live weight.
+
+    Args:
+        name: the parameter's module name, for messages.
+        weight: the frozen parameter.
+        region: which of its entries move.
+        allow_dense: accept a dense gradient where an operation is not known.
+    """
+
+    def __init__(self, name: str, weight: nn.Parameter, region: Region, *, allow_dense: bool = False) -> None:
+        self.name, self.weight, self.allow_dense = name, weight, allow_dense
+        self.region = region.to(weight.device)
+        # Biases (also banks of them) and single tokens: their dense gradient is no larger than an activation row.
+        self.vector = name.endswith("bias") or math.prod(region.shape[:-1]) == 1
+        self.original = self.region.read(weight)
+        master = self.original if weight.dtype in (torch.float32, torch.float64) else self.original.float()
+        self.theta = nn.Parameter(master.clone())
+        self.epoch = 0
+        self.seen = weight._version
+        self.routes: dict[tuple[int, Side], tuple[Route, int, int]] = {}
+
+    def __reduce__(self) -> Any:
+        raise RunError(f"the live weight {self.name} cannot be pickled; save the graft, or detach before saving the model")
+
+    def write(self) -> None:
+        """Bring the weight up to date with theta; rewriting equal values is harmless."""
+        if self.theta.dtype not in (torch.float32, torch.float64):
+            raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
+        self.region.write_(self.weight, self.theta)
+
+    def reload(self) -> None:
+        """Take over what somebody else wrote into the weight (`load_state_dict`, an initialiser)."""
+        self.theta.data.copy_(self.region.read(self.weight))
+        self.seen = self.weight._version
+
+    def sync(self) -> None:
+        """Before a use: take over foreign writes, then write theta. Never gated on theta's version counter,
+        which fused optimizers and `.data` writes do not raise."""
+        if self.weight.requires_grad:
+            raise RunError(
+                f"{self.name} was unfrozen while its entries are trained compactly; keep requires_grad False on it"
+            )
+        if self.weight._version != self.seen:
+            self.reload()
+        self.write()
+
+    def restore(self) -> None:
+        """Put the original numbers back, bit for bit."""
+        self.region.write_(self.weight, self.original)
+
+    def local(self, bank: int, side: Side) -> tuple[Route, int, int]:
+        """Return the route inside matrix `bank`, and the range of theta's first axis that belongs to it."""
+        key = (bank, side)
+        if key not in self.routes:
+            banks, rows, columns = self.region.matrix
+            one = (1, rows, columns)
+            per = {"rows": rows, "cols": columns, "flat": rows * columns}.get(self.region.layout)
+            if banks == 1 or per is None:
+                lo, hi, ids = 0, self.theta.shape[0], self.region.ids
+            else:
+                edge = torch.tensor([bank * per, (bank + 1) * per], device=self.region.ids.device)
+                lo, hi = torch.searchsorted(self.region.ids, edge).tolist()
+                ids = self.region.ids[lo:hi] - bank * per
+            if banks > 1 and self.region.layout == "all":
+                lo, hi = bank, bank + 1
+            shape = self.region.shape if banks == 1 else (rows, columns)
+            local = Region(shape, one, self.region.layout, ids, self.region.block)
+            self.routes[key] = (route(local, side, self.weight.device), lo, hi)
+        return self.routes[key]
+
+
+def handed(y: Tensor) -> Tensor:
+    """Return y as a new tensor on the same storage that autograd does not call a view.
+
+    Callers may change a fresh product in place (Falcon adds its bias so), which a view would forbid; nothing
+    else holds y.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
+class Tap(torch.autograd.Function):
+    """Identity on an operation's output whose backward yields the gradient of theta."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, chosen: Route, live: Live | None) -> Tensor:
+        kept = x if chosen.keep is None else x.index_select(-1, chosen.keep)
+        ctx.save_for_backward(kept)
+        ctx.chosen, ctx.live, ctx.shape, ctx.dtype = chosen, live, theta.shape, theta.dtype
+        ctx.epoch = 0 if live is None else live.epoch
+        return handed(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        check_epoch(ctx.live, ctx.epoch)
+        (kept,) = ctx.saved_tensors
+        found = ctx.chosen.gradient(kept.reshape(-1, kept.shape[-1]), g.reshape(-1, g.shape[-1]))
+        return g, None, found.reshape(ctx.shape).to(ctx.dtype), None, None
+
+
+class Alias(torch.autograd.Function):
+    """The weight itself, with a dense gradient from which theta's entries are read."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, theta: Tensor, live: Live) -> Tensor:
+        ctx.live, ctx.epoch, ctx.dtype = live, live.epoch, theta.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        check_epoch(ctx.live, ctx.epoch)
+        return None, ctx.live.region.read(g.contiguous()).to(ctx.dtype), None
+
+
+def check_epoch(live: Live | None, epoch: int) -> None:
+    """Refuse a backward pass through a weight that was rewritten after the forward pass."""
+    if live is not None and live.epoch != epoch:
+        raise RunError(
+            f"the entries of {live.name} were stepped between this forward pass and its backward pass; "
+            "run backward before the optimizer step"
+        )
+
+
+class Watched:
+    """Marks a live weight and the views of one; `neurograft` is its `Live`, `shift` (views only) what to add to the
+    storage offset to get an entry number of the weight."""
+
+    neurograft: Live
+
+
+def alias(value: Any, func: Any) -> Any:
+    """Replace a live tensor by its dense alias where that is allowed; pass anything else through.
+
+    Raises:
+        RunError: the weight is a matrix and a dense gradient was not accepted.
+    """
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Watched) for v in value):
+        return type(value)(alias(v, func) for v in value)
+    if not isinstance(value, Watched):
+        return value
+    live = value.neurograft
+    if not (live.vector or live.allow_dense):
+        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or str(func)
+        raise RunError(
+            f"{live.name} meets the operation {name}, whose compact gradient is not known here; "
+            "pass allow_dense=True to accept a dense gradient of this weight, or leave it out of the selection"
+        )
+    dense = Alias.apply(live.weight, live.theta, live)
+    shift = getattr(value, "shift", None)
+    if shift is not None:
+        view: Any = value
+        dense = dense.as_strided(view.shape, view.stride(), view.storage_offset() + shift).to(view.dtype)
+    return dense

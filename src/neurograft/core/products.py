@@ -1,0 +1,133 @@
+"""Matrix products with a live weight: `linear`, `addmm`, `matmul`, and the grouped product of expert banks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurograft.core.gradients import Side
+from neurograft.core.live import Live, Tap, Watched, alias, check_epoch, handed
+
+
+def _place(weight: Any) -> tuple[Live, int, bool, tuple[int, int]] | None:
+    """Say which matrix of the bank a 2-D weight shows, whether transposed, and which rows of it.
+
+    Returns None if the view is not a whole matrix or a range of its rows.
+    """
+    live: Live = weight.neurograft
+    banks, rows, columns = live.region.matrix
+    if not hasattr(weight, "shift"):
+        return (live, 0, False, (0, rows)) if banks == 1 else None
+    start = weight.storage_offset() + weight.shift
+    (high, wide), stride = weight.shape, weight.stride()
+    flipped = stride == (1, columns) and not (stride == (columns, 1) and wide == columns)
+    if flipped:
+        high, wide = wide, high
+    elif stride != (columns, 1):
+        return None
+    if wide != columns or start % columns or high > rows:
+        return None
+    bank, first = divmod(start // columns, rows)
+    return (live, bank, flipped, (first, first + high)) if first + high <= rows else None
+
+
+def _product(y: Tensor, x: Tensor, weight: Any, side: Side) -> Tensor | None:
+    """Attach the gradient to y = x @ W.T (side "column") or y = x @ W (side "row"); None if it cannot."""
+    place = _place(weight)
+    if place is None:
+        return None
+    live, bank, flipped, (first, last) = place
+    if last - first != live.region.matrix[1]:
+        return None
+    if flipped:
+        side = "row" if side == "column" else "column"
+    chosen, lo, hi = live.local(bank, side)
+    if hi == lo:
+        return y
+    theta = live.theta if hi - lo == live.theta.shape[0] else live.theta[lo:hi]
+    return Tap.apply(y, x, theta, chosen, None if torch.compiler.is_compiling() else live)
+
+
+def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, at: int, side: Side) -> Any:
+    """Run a matrix product, tap its weight (argument `at`), alias any other live argument (a bias)."""
+    weight = args[at]
+    rest = tuple(a if i == at else alias(a, func) for i, a in enumerate(args))
+    extra = {k: alias(v, func) for k, v in kwargs.items()}
+    if not isinstance(weight, Watched):
+        return func(*rest, **extra)
+    plain = func(*rest, **extra)
+    tapped = _product(plain, x, weight, side)
+    return NotImplemented if tapped is None else tapped
+
+
+def linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = args + tuple(kwargs[n] for n in ("input", "weight", "bias")[len(args) :] if n in kwargs)
+    return _tapped(func, given, {}, given[0], 1, "column")
+
+
+def addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) < 3 or isinstance(args[1], Watched) or kwargs:
+        return NotImplemented
+    return _tapped(func, args, kwargs, args[1], 2, "row")
+
+
+def matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 2 and isinstance(args[1], Watched) and args[1].dim() == 2:
+        return _tapped(func, args, kwargs, args[0], 1, "row")
+    if len(args) == 2 and isinstance(args[0], Watched) and args[0].dim() == 2 and args[1].dim() >= 2:
+        # y = W @ x is y.T = x.T @ W.T
+        y = func(*args)
+        tapped = _product(y.transpose(-1, -2), args[1].transpose(-1, -2), args[0], "column")
+        if tapped is not None:
+            return tapped.transpose(-1, -2)
+    return NotImplemented
+
+
+def rmatmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return matmul(torch.matmul, (args[1], args[0]), kwargs)
+
+
+class _GroupedTap(torch.autograd.Function):
+    """`Tap` for a bank: the rows of x and y belong to experts in order, `ends` says where each stops."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, live: Live, side: Side, ends: list[int]) -> Tensor:
+        kept, ctx.pieces = [], []
+        for bank, (lo, hi) in enumerate(zip([0, *ends], ends)):
+            chosen, first, last = live.local(bank, side)
+            if hi > lo and last > first:
+                piece = x[lo:hi]
+                kept.append(piece if chosen.keep is None else piece.index_select(-1, chosen.keep))
+                ctx.pieces.append((chosen, first, last, lo, hi))
+        ctx.save_for_backward(*kept)
+        ctx.live, ctx.epoch, ctx.like = live, live.epoch, theta
+        return handed(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,) = grads
+        check_epoch(ctx.live, ctx.epoch)
+        out = torch.zeros_like(ctx.like)
+        for kept, (chosen, first, last, lo, hi) in zip(ctx.saved_tensors, ctx.pieces):
+            found = chosen.gradient(kept, g[lo:hi])
+            out[first:last] = found.view(out[first:last].shape).to(out.dtype)
+        return g, None, out, None, None, None
+
+
+def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`_grouped_mm(x, W, offs=)`: y rows of expert e = x rows of e @ W[e]."""
+    x, weight, offs = args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None)
+    live: Live | None = getattr(weight, "neurograft", None)
+    if live is None or offs is None or weight.dim() != 3 or weight.shape[0] != live.region.matrix[0]:
+        return NotImplemented
+    columns = live.region.matrix[2]
+    if weight.stride()[1:] == (1, columns):
+        side: Side = "column"  # the weight arrives transposed: y = x @ W.T
+    elif weight.stride()[1:] == (columns, 1):
+        side = "row"
+    else:
+        return NotImplemented
+    y = func(*args, **kwargs)
+    return _GroupedTap.apply(y, x, live.theta, live, side, offs.tolist())

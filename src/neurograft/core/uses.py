@@ -1,0 +1,158 @@
+"""Which operations a live weight may meet, and how each gets its compact gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neurograft.core import lookups, products
+from neurograft.core.live import Live, Plain, Watched, alias
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class LiveWeight(Watched, nn.Parameter):
+    """A frozen parameter with some live entries; see `core.live.Live`."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and attach the compact gradients."""
+        return dispatch(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        # A copy of a live model is a plain model with the current values.
+        with Plain():
+            made = nn.Parameter(self.detach().clone(), requires_grad=False)
+        memo[id(self)] = made
+        return made
+
+
+class LiveView(Watched, Tensor):
+    """A view or a cast of a live weight that still knows which entries it shows."""
+
+    shift: int
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and attach the compact gradients."""
+        return dispatch(func, args, kwargs or {})
+
+
+def tag(live: Live) -> None:
+    """Make a weight live."""
+    live.weight.__class__ = LiveWeight
+    live.weight.neurograft = live  # type: ignore[attr-defined]
+
+
+def untag(live: Live) -> None:
+    """Make a weight plain again."""
+    with Plain():
+        live.weight.__class__ = nn.Parameter
+        del live.weight.neurograft  # type: ignore[attr-defined]
+
+
+def lives_in(model: nn.Module) -> Iterator[Live]:
+    """Yield the live weights of a model."""
+    for parameter in model.parameters():
+        if isinstance(parameter, LiveWeight):
+            yield parameter.neurograft
+
+
+def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `func` on plain weights and attach the gradients of the live ones among its arguments."""
+    with Plain():
+        handler = USES.get(func)
+        if handler is not None and not torch.compiler.is_compiling():
+            sync(args, kwargs)
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        out = NotImplemented
+        if handler is not None:
+            out = handler(func, args, kwargs)
+        elif func in VIEWS and isinstance(args[0], Watched):
+            out = _view(func, args, kwargs)
+        return _other(func, args, kwargs) if out is NotImplemented else out
+
+
+def watched(args: Any, kwargs: dict[str, Any]) -> Iterable[Watched]:
+    """Yield the live tensors among an operation's arguments, also those inside lists."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Watched):
+            yield value
+        elif isinstance(value, (list, tuple)):  # nn.LSTM hands its weights over in a list
+            yield from (v for v in value if isinstance(v, Watched))
+
+
+def sync(args: Any, kwargs: dict[str, Any]) -> None:
+    """Bring every live weight among the arguments up to date."""
+    for value in watched(args, kwargs):
+        value.neurograft.sync()
+
+
+def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    source: Any = args[0]
+    out = func(*args, **kwargs)
+    found = [_follow(o, source) for o in (out if isinstance(out, (tuple, list)) else (out,))]
+    if any(o is None for o in found):
+        return NotImplemented
+    return tuple(found) if isinstance(out, (tuple, list)) else found[0]
+
+
+def _follow(out: Tensor, source: Any) -> Any:
+    """Return `out` as a view that knows its entries, or None if it holds other numbers than the source's."""
+    if out is source:
+        return out
+    shift = getattr(source, "shift", 0)
+    if not out._is_view():
+        if out.shape != source.shape or out.stride() != source.stride():
+            return None
+        shift = shift + source.storage_offset() - out.storage_offset()  # a cast: same entries, new storage
+    made = out.as_subclass(LiveView)
+    made.neurograft, made.shift = source.neurograft, shift
+    return made
+
+
+def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that has no compact gradient here: harmless ones as they are, others on a dense alias."""
+    out = func(*args, **kwargs)
+    if func in HARMLESS or getattr(func, "__name__", "") in HARMLESS_NAMES:
+        return out
+    tensors = out if isinstance(out, (tuple, list)) else (out,)
+    if not any(isinstance(o, Tensor) and o.is_floating_point() for o in tensors):
+        return out  # a shape, a dtype, a comparison
+    if args and out is args[0]:
+        return out  # an in-place write, which `Live.sync` takes over
+    if not torch.compiler.is_compiling():
+        sync(args, kwargs)
+    return func(*(alias(a, func) for a in args), **{k: alias(v, func) for k, v in kwargs.items()})
+
+
+_T = Tensor
+USES: dict[Any, Handler] = {
+    F.linear: products.linear,
+    torch.addmm: products.addmm, _T.addmm: products.addmm,
+    torch.matmul: products.matmul, _T.matmul: products.matmul, _T.__matmul__: products.matmul, torch.mm: products.matmul, _T.mm: products.matmul,
+    _T.__rmatmul__: products.rmatmul,
+    torch._grouped_mm: products.grouped, F.grouped_mm: products.grouped,
+    F.embedding: lookups.embedding,
+    F.conv1d: lookups.conv, F.conv2d: lookups.conv, F.conv3d: lookups.conv,
+    torch.conv1d: lookups.conv, torch.conv2d: lookups.conv, torch.conv3d: lookups.conv,
+}  # fmt: skip
+
+VIEWS = frozenset({
+    torch.transpose, _T.transpose, torch.t, _T.t, _T.T.__get__, _T.mT.__get__, torch.permute, _T.permute,
+    _T.__getitem__, torch.select, _T.select, torch.narrow, _T.narrow, torch.chunk, _T.chunk, torch.split, _T.split,
+    torch.unbind, _T.unbind, torch.squeeze, _T.squeeze, torch.unsqueeze, _T.unsqueeze, _T.view, _T.contiguous,
+    _T.to, _T.float, _T.half, _T.bfloat16, _T.double, _T.type_as,
+})  # fmt: skip
+
+HARMLESS = frozenset({
+    _T.detach, _T.data.__get__, _T.grad.__get__, _T.requires_grad_, _T.clone, _T.__deepcopy__, _T.__repr__,
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+    _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor, _T.numpy, _T.cpu, _T.cuda,
+})  # fmt: skip
+HARMLESS_NAMES = frozenset({"__set__", "__delete__", "__reduce_ex__", "as_subclass"})
