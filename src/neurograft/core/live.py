@@ -57,6 +57,13 @@ class Live:
         self.theta.data.copy_(self.region.read(self.weight))
         self.seen = self.weight._version
 
+    def moved(self, device: torch.device) -> None:
+        """Follow the weight to another device; the values stay float32 whatever the model is cast to."""
+        self.theta.data = self.theta.data.to(device)
+        self.region, self.original = self.region.to(device), self.original.to(device)
+        self.routes.clear()
+        self.seen = self.weight._version
+
     def sync(self) -> None:
         """Before a use: take over foreign writes, then write theta. Never gated on theta's version counter,
         which fused optimizers and `.data` writes do not raise."""

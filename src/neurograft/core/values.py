@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RunError
-from neurograft.core.live import Live
+
+
+class Entry(Protocol):
+    """A trainable tensor and the weight it belongs to."""
+
+    name: str
+    theta: nn.Parameter
+
+    def moved(self, device: torch.device) -> None:
+        """Follow the model to another device, keeping the dtype."""
+
+    def write(self) -> None:
+        """Bring the weight up to date."""
+
+    def reload(self) -> None:
+        """Take over what was loaded into the weight."""
 
 
 class LiveValues(nn.Module):
@@ -19,30 +34,27 @@ class LiveValues(nn.Module):
     The names carry dots, so that weight-decay rules that read names treat a tensor like its owner.
     """
 
-    def __init__(self, lives: list[Live]) -> None:
+    def __init__(self, entries: Sequence[Entry]) -> None:
         super().__init__()
-        for live in lives:
-            self._parameters[live.name] = live.theta
-        self.lives = lives
+        for entry in entries:
+            self._parameters[entry.name] = entry.theta
+        self.entries = entries
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiveValues:
-        for live in self.lives:
-            device = fn(torch.empty(0, device=live.theta.device)).device
+        for entry in self.entries:
+            device = fn(torch.empty(0, device=entry.theta.device)).device
             if device.type == "meta":
-                raise RunError(f"{live.name} is live; detach before moving the model to the meta device")
-            live.theta.data = live.theta.data.to(device)
-            live.region, live.original = live.region.to(device), live.original.to(device)
-            live.routes.clear()
-            live.seen = live.weight._version
+                raise RunError(f"{entry.name} is live; detach before moving the model to the meta device")
+            entry.moved(device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for live in self.lives:
-            live.write()  # the base's keys share storage with the weights, so they are current now
+        for entry in self.entries:
+            entry.write()  # the base's keys share storage with the weights, so they are current now
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        for live in self.lives:
-            live.reload()
+        for entry in self.entries:
+            entry.reload()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return nn.Module()
@@ -54,9 +66,36 @@ class LiveValues(nn.Module):
 class LiveNormValues(LiveValues, nn.LayerNorm):
     """Trainable tensors whose owners are `nn.LayerNorm`: a LayerNorm too, for rules that ask for the class."""
 
-    def __init__(self, lives: list[Live]) -> None:
-        LiveValues.__init__(self, lives)
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        LiveValues.__init__(self, entries)
 
     def extra_repr(self) -> str:
         """Say how many tensors are held."""
-        return f"{len(self.lives)} tensors"
+        return f"{len(self.entries)} tensors"
+
+
+CHILD = "neurograft_values"
+
+
+def register_values(model: nn.Module, entries: Sequence[Entry]) -> None:
+    """Register trainable tensors on a model's root, so that optimizers, DDP and Trainer see them.
+
+    Tensors owned by an `nn.LayerNorm` get a container that is one too: weight-decay rules ask for the class.
+
+    Raises:
+        RunError: the model carries such tensors already.
+    """
+    if any(hasattr(model, CHILD + suffix) for suffix in ("", "_norm")):
+        raise RunError("this model is being trained by another attachment; leave that block first, or attach both at once")
+    norm = {e.name for e in entries if isinstance(model.get_submodule(e.name.rpartition(".")[0]), nn.LayerNorm)}
+    for kind, suffix, wanted in ((LiveValues, "", False), (LiveNormValues, "_norm", True)):
+        mine = [e for e in entries if (e.name in norm) is wanted]
+        if mine:
+            model.add_module(CHILD + suffix, kind(mine))
+
+
+def unregister_values(model: nn.Module) -> None:
+    """Take the containers off."""
+    for suffix in ("", "_norm"):
+        if hasattr(model, CHILD + suffix):
+            delattr(model, CHILD + suffix)

@@ -1,0 +1,49 @@
+"""Find the units of a network that matter, change only those, ship the change as a small file, say what it cost.
+
+    import neurograft as ng
+
+    scores = ng.locate(model, data, by="grad_x_act", units="neuron")
+    where = scores.top(fraction=0.01, per="layer")
+    graft = ng.tune(model, data, where)
+    report = ng.audit(model, graft, gain=test, keep={"general": general})
+
+Nothing heavy is imported until a verb is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neurograft.core.errors import RequestError, RunError
+    from neurograft.core.graft import Graft
+    from neurograft.core.selection import Scores, Selection
+    from neurograft.pipeline.attach import attach
+    from neurograft.pipeline.locate import locate, select
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Graft": "neurograft.core.graft",
+    "RequestError": "neurograft.core.errors",
+    "RunError": "neurograft.core.errors",
+    "Scores": "neurograft.core.selection",
+    "Selection": "neurograft.core.selection",
+    "attach": "neurograft.pipeline.attach",
+    "locate": "neurograft.pipeline.locate",
+    "select": "neurograft.pipeline.locate",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,138 @@
+"""The side path: y += x @ (values - base).T beside a weight that is packed or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.delta import Slice
+from neurograft.core.errors import RequestError
+from neurograft.core.gradients import sampled_product
+from neurograft.core.mount import Mount
+from neurograft.core.region import Region
+from neurograft.core.values import register_values, unregister_values
+
+
+class SideMount(Mount):
+    """Values trained beside frozen linear layers.
+
+    The trainable tensor of a weight holds values, as on the in-place route, so that weight decay means the
+    same; the module adds what they differ from the base.
+    """
+
+    def __init__(
+        self, model: nn.Module, regions: Mapping[str, Region], *, new: Iterable[str] | Mapping[str, int] = ()
+    ) -> None:
+        super().__init__(model, new=new)
+        self.sides: dict[str, Side] = {}
+        whole = {n for n in self.new if n not in self.appended}
+        for name, region in regions.items():
+            if name not in whole:
+                owner_name, _, leaf = name.rpartition(".")
+                self.sides[name] = Side(name, model.get_submodule(owner_name), leaf, region)
+        register_values(model, list(self.sides.values()))
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the values by the names of the weights they belong to."""
+        return {name: side.theta for name, side in self.sides.items()}
+
+    def deltas(self) -> dict[str, Slice]:
+        """Return the trained values."""
+        return {n: Slice(s.region.to("cpu"), s.theta.detach().cpu().clone()) for n, s in self.sides.items()}
+
+    def unmount(self) -> None:
+        """Take the hooks and the registered tensors off."""
+        for side in self.sides.values():
+            side.handle.remove()
+        unregister_values(self.model)
+
+
+class Side:
+    """One linear layer with its side path.
+
+    Args:
+        name: the weight's name.
+        owner: the layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear that dequantizes.
+        leaf: the weight's name in the layer.
+        region: its trained entries.
+    """
+
+    def __init__(self, name: str, owner: nn.Module, leaf: str, region: Region) -> None:
+        weight = dequantized(name, owner, leaf)
+        if region.layout not in ("rows", "cols", "flat") or region.matrix[0] != 1 or weight.dim() != 2:
+            raise RequestError(f"{name} on the side path", expected="rows, columns or entries of a linear layer",
+                               do="use route='in-place' for other weights")  # fmt: skip
+        self.name, self.owner, self.transposed = name, owner, type(owner).__name__ == "Conv1D"
+        self.region = region.to(weight.device)
+        original = self.region.read(weight)
+        self.base = original if original.dtype == torch.float64 else original.float()
+        self.theta = nn.Parameter(self.base.clone())
+        self.handle = owner.register_forward_hook(self._add)
+
+    def moved(self, device: torch.device) -> None:
+        """Follow the layer to another device."""
+        self.theta.data, self.base = self.theta.data.to(device), self.base.to(device)
+        self.region = self.region.to(device)
+
+    def write(self) -> None:
+        """Nothing to write: the base's weight is left alone."""
+
+    def reload(self) -> None:
+        """Nothing to take over: what was loaded is the base."""
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x = args[0]
+        delta = (self.theta - self.base).to(x.dtype)
+        ids, layout = self.region.ids, self.region.layout
+        if layout == "flat":
+            return y + _Sparse.apply(x, delta, self.region, self.transposed).to(y.dtype)
+        if (layout == "rows") != self.transposed:
+            return y.index_add(-1, ids, (x @ delta.t()).to(y.dtype))
+        return y + (x.index_select(-1, ids) @ delta).to(y.dtype)
+
+
+class _Sparse(torch.autograd.Function):
+    """x @ S.T (or x @ S for a transposed weight) for a matrix S with few entries."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, region: Region, transposed: bool) -> Tensor:
+        _, rows, columns = region.matrix
+        r, c = region.ids // columns, region.ids % columns
+        ctx.save_for_backward(x, delta)
+        ctx.index, ctx.transposed, ctx.size = (r, c), transposed, (rows, columns)
+        work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        matrix = torch.sparse_coo_tensor(torch.stack([r, c]), delta.to(work), (rows, columns), is_coalesced=True)
+        flat = x.reshape(-1, x.shape[-1]).to(work)
+        out = torch.sparse.mm(matrix.t() if transposed else matrix, flat.t()).t()
+        return out.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,), (x, delta), (r, c) = grads, ctx.saved_tensors, ctx.index
+        rows, _ = ctx.size
+        work = g.dtype if g.dtype in (torch.float32, torch.float64) else torch.float32
+        x2, g2 = x.reshape(-1, x.shape[-1]).to(work), g.reshape(-1, g.shape[-1]).to(work)
+        crow = torch.cat([r.new_zeros(1), torch.bincount(r, minlength=rows).cumsum(0)])
+        found = sampled_product(x2, g2, crow, c) if ctx.transposed else sampled_product(g2, x2, crow, c)
+        matrix = torch.sparse_coo_tensor(torch.stack([r, c]), delta.to(work), ctx.size, is_coalesced=True)
+        back = torch.sparse.mm(matrix if ctx.transposed else matrix.t(), g2.t()).t()
+        return back.reshape(x.shape).to(g.dtype), found.to(delta.dtype), None, None
+
+
+def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
+    """Return a layer's weight in floating point, unpacked if it is quantized.
+
+    Raises:
+        RequestError: the layer's weight is packed in a way that is not known here.
+    """
+    weight = getattr(owner, leaf).detach()
+    if weight.is_floating_point() and weight.dim() == 2:
+        return weight
+    if hasattr(owner, "dequantize"):
+        unpacked: Tensor = owner.dequantize()
+        return unpacked
+    raise RequestError(f"{name}, packed as {weight.dtype} in a {type(owner).__name__}",
+                       expected="a linear layer that can dequantize", do="load the base unquantized")  # fmt: skip

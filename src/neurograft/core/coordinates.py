@@ -1,0 +1,103 @@
+"""Between a model's parameters and the tensors of its checkpoint.
+
+Checkpoints may name, cut and join tensors differently from the modules that hold them. A `Coordinates`
+translates both ways; `neurograft.anatomy.checkpoint` provides the one of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.errors import RequestError, near
+from neurograft.core.region import Region
+from neurograft.core.resolve import resolve
+from neurograft.core.units import Parameters
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a region on the other side of the translation.
+
+    Args:
+        name: tensor (or parameter) name there.
+        region: its entries there.
+        order: for each value there, in order, its place among our flattened values; None if they agree.
+    """
+
+    name: str
+    region: Region
+    order: Tensor | None = None
+
+    def take(self, values: Tensor) -> Tensor:
+        """Return our values in the order and shape of this piece."""
+        if self.order is None:
+            return values.reshape(self.region.values_shape)
+        return values.reshape(-1)[self.order.to(values.device)].reshape(self.region.values_shape)
+
+
+class Coordinates(Protocol):
+    """What a translation offers."""
+
+    def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
+        """Return where entries of a parameter lie in the checkpoint."""
+
+    def to_module(self, tensor: str, region: Region) -> list[Piece]:
+        """Return where entries of a checkpoint tensor lie in the model; RequestError if it has no such tensor."""
+
+    def read(self, tensor: str) -> Tensor:
+        """Return a checkpoint tensor's current content from the model."""
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Return the checkpoint's tensors with their shapes."""
+
+
+class Same:
+    """The translation of a model whose checkpoint is its own state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = Parameters.of(model)
+
+    def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
+        """Return the region itself."""
+        return [Piece(self.parameters.alias[parameter], region)]
+
+    def to_module(self, tensor: str, region: Region) -> list[Piece]:
+        """Return the region itself."""
+        if tensor not in self.parameters.alias:
+            raise missing(tensor, self.parameters.alias)
+        return [Piece(self.parameters.alias[tensor], region)]
+
+    def read(self, tensor: str) -> Tensor:
+        """Return the parameter."""
+        if tensor not in self.parameters.alias:
+            raise missing(tensor, self.parameters.alias)
+        return self.parameters.by_name[self.parameters.alias[tensor]].detach()
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Return the parameters with their shapes."""
+        return {n: tuple(p.shape) for n, p in self.parameters.by_name.items()}
+
+
+def missing(tensor: str, known: object) -> RequestError:
+    """Return the error for a graft tensor that the model does not have."""
+    return RequestError(
+        f"a graft for the tensor {tensor!r}", expected="a tensor of this model",
+        do=f"load the base model the graft was made for ({near(tensor, known)})",  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def coordinates(model: nn.Module) -> Coordinates:
+    """Return the translation that fits a model."""
+    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
+        found: Coordinates = resolve("neurograft.anatomy.checkpoint.CheckpointMap")(model)
+        return found
+    return Same(model)
+
+
+def everything(shape: tuple[int, ...], matrix: tuple[int, int, int]) -> Region:
+    """Return the region of a whole tensor."""
+    return Region(shape, matrix, "all", torch.empty(0, dtype=torch.int64))

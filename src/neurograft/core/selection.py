@@ -1,0 +1,274 @@
+"""Scores and selections: which units matter, and which of them we take."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import safe_open, save_file
+from torch import Tensor
+
+from neurograft.core.errors import RequestError, near
+from neurograft.core.fingerprint import digest
+from neurograft.core.resolve import resolve
+from neurograft.core.seeds import generator
+from neurograft.core.units import Site, census
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A number for every unit.
+
+    Args:
+        sites: site name -> site.
+        values: site name -> float32 [n].
+        card: provenance: locator, options, data and model digests, seed.
+
+    Example:
+        >>> from neurograft.core.units import Part
+        >>> s = Scores({"a": Site("a", "row", 3, (Part.rows("w", (3, 2)),))}, {"a": torch.tensor([0.1, 0.9, 0.5])})
+        >>> s.top(count=2).ids["a"].tolist()
+        [1, 2]
+    """
+
+    sites: Mapping[str, Site]
+    values: Mapping[str, Tensor]
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            if name not in self.sites or tuple(value.shape) != (self.sites[name].n,):
+                raise RequestError(f"scores of shape {tuple(value.shape)} for {name!r}",
+                                   expected="one number for each unit of a known site", do="score every unit once")  # fmt: skip
+            if not torch.isfinite(value).all():
+                raise RequestError(f"{int((~torch.isfinite(value)).sum())} scores of {name!r} that are not finite",
+                                   expected="finite numbers", do="check the data for NaN and the model for overflow")  # fmt: skip
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the scores."""
+        return digest(dict(self.values))
+
+    def top(self, **options: Any) -> Selection:
+        """Take the highest scores; `neurograft.selectors.top` documents the options."""
+        found: Selection = resolve("neurograft.selectors.top")(self, **options)
+        return found
+
+    def bottom(self, **options: Any) -> Selection:
+        """Take the lowest scores; `neurograft.selectors.bottom` documents the options."""
+        found: Selection = resolve("neurograft.selectors.bottom")(self, **options)
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file."""
+        return _save(Path(path), "scores", self.sites, self.values, self.card)
+
+    @staticmethod
+    def load(path: str | Path) -> Scores:
+        """Read what `save` wrote."""
+        return Scores(*_load(Path(path), "scores"))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Chosen units, sorted, by site.
+
+    Args:
+        sites: site name -> site, also those with no chosen unit, so that a complement means something.
+        ids: site name -> sorted unit numbers, int64.
+        card: provenance: digest of the scores, rule, seed.
+
+    Example:
+        >>> site = Site("a", "row", 4)
+        >>> a, b = Selection.of({"a": site}, {"a": [0, 1]}), Selection.of({"a": site}, {"a": [1, 2]})
+        >>> (a & b).ids["a"].tolist(), (a | b).ids["a"].tolist(), (a - b).ids["a"].tolist(), (~a).ids["a"].tolist()
+        ([1], [0, 1, 2], [0], [2, 3])
+    """
+
+    sites: Mapping[str, Site]
+    ids: Mapping[str, Tensor]
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        sites: Mapping[str, Site], ids: Mapping[str, Iterable[int] | Tensor], card: Mapping[str, Any] | None = None
+    ) -> Selection:
+        """Build a selection; ids are made unique and sorted.
+
+        Raises:
+            RequestError: an unknown site or unit.
+        """
+        found = {}
+        for name in sites:
+            raw = ids.get(name, ())
+            chosen = torch.as_tensor(raw if isinstance(raw, Tensor) else list(raw), dtype=torch.int64).reshape(-1).unique()
+            if len(chosen) and (chosen[0] < 0 or chosen[-1] >= sites[name].n):
+                raise RequestError(f"unit {int(chosen[-1])} of {name!r}", expected=f"0 to {sites[name].n - 1}",
+                                   do="count units from 0")  # fmt: skip
+            found[name] = chosen
+        for name in ids:
+            if name not in sites:
+                raise RequestError(f"the site {name!r}", expected="a site of this model", do=near(name, sites))
+        return Selection(dict(sites), found, card or {})
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids in self.ids.values())
+
+    @property
+    def total(self) -> int:
+        """How many units there are to choose from."""
+        return sum(site.n for site in self.sites.values())
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the chosen units own."""
+        return census(self.sites, self.ids)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the choice."""
+        return digest({name: ids for name, ids in self.ids.items() if len(ids)})
+
+    def counts(self) -> dict[str, int]:
+        """Return how many units are chosen at each site."""
+        return {name: len(ids) for name, ids in self.ids.items()}
+
+    def __and__(self, other: Selection) -> Selection:
+        return self._with(other, lambda a, b: a & b, "&")
+
+    def __or__(self, other: Selection) -> Selection:
+        return self._with(other, lambda a, b: a | b, "|")
+
+    def __sub__(self, other: Selection) -> Selection:
+        return self._with(other, lambda a, b: a & ~b, "-")
+
+    def __invert__(self) -> Selection:
+        masks = self.masks()
+        ids = {name: (~mask).nonzero().reshape(-1) for name, mask in masks.items()}
+        return Selection(self.sites, ids, {"rule": "~", "of": [self.digest]})
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return bool [n] for each site."""
+        found = {}
+        for name, site in self.sites.items():
+            mask = torch.zeros(site.n, dtype=torch.bool)
+            mask[self.ids[name]] = True
+            found[name] = mask
+        return found
+
+    def _with(self, other: Selection, join: Callable[[Tensor, Tensor], Tensor], sign: str) -> Selection:
+        sites = {**self.sites, **other.sites}
+        for name in self.sites.keys() & other.sites.keys():
+            if self.sites[name].n != other.sites[name].n:
+                raise RequestError(f"selections of {name!r} with {self.sites[name].n} and {other.sites[name].n} units",
+                                   expected="selections on one model", do="select both on the same model")  # fmt: skip
+        mine, theirs, ids = self.masks(), other.masks(), {}
+        for name, site in sites.items():
+            nothing = torch.zeros(site.n, dtype=torch.bool)
+            ids[name] = join(mine.get(name, nothing), theirs.get(name, nothing)).nonzero().reshape(-1)
+        return Selection(sites, ids, {"rule": sign, "of": [self.digest, other.digest]})
+
+    def overlap(self, other: Selection) -> dict[str, float]:
+        """Compare with another selection and with chance.
+
+        Returns:
+            `shared` units, `jaccard`, `expected` shared units of two random selections of these sizes at each
+            site, and `p_value`: the chance of sharing at least so many (hypergeometric tail, sites convolved).
+        """
+        shared = (self & other).counts()
+        tail = [1.0]
+        expected = 0.0
+        for name in self.sites.keys() & other.sites.keys():
+            n, k, m = self.sites[name].n, len(self.ids[name]), len(other.ids[name])
+            expected += k * m / n
+            tail = _convolved(tail, _hypergeometric(n, k, m))
+        both = sum(shared.values())
+        either = len(self | other)
+        return {
+            "shared": both, "jaccard": both / either if either else 1.0, "expected": expected,
+            "p_value": min(1.0, sum(tail[both:])),
+        }  # fmt: skip
+
+    def random_like(self, seed: int = 0, *, outside: bool = False) -> Selection:
+        """Return the layer- and size-matched control: as many random units at each site.
+
+        Args:
+            seed: names the draw.
+            outside: draw only units that are not chosen here.
+        """
+        ids = {}
+        for name, chosen in self.ids.items():
+            rng = generator(seed, "random_like", name)
+            order = torch.randperm(self.sites[name].n, generator=rng)
+            if outside:
+                order = order[~torch.isin(order, chosen)]
+            if len(order) < len(chosen):
+                raise RequestError(f"{len(chosen)} of {self.sites[name].n} units of {name!r}",
+                                   expected="at most half of a site", do="use outside=False")  # fmt: skip
+            ids[name] = order[: len(chosen)].sort().values
+        return Selection(self.sites, ids, {"rule": "random_like", "of": [self.digest], "seed": seed})
+
+    def of_parts(self, *keep: int) -> Selection:
+        """Return the same units with only some parts of each (see `Site.with_parts`)."""
+        return replace(self, sites={n: s.with_parts(*keep) for n, s in self.sites.items()})
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file."""
+        return _save(Path(path), "selection", self.sites, self.ids, self.card)
+
+    @staticmethod
+    def load(path: str | Path) -> Selection:
+        """Read what `save` wrote."""
+        return Selection(*_load(Path(path), "selection"))
+
+
+def _hypergeometric(n: int, k: int, m: int) -> list[float]:
+    low = max(0, k + m - n)
+    head = [0.0] * low
+    whole = _log_choose(n, m)
+    return head + [
+        math.exp(_log_choose(k, b) + _log_choose(n - k, m - b) - whole) for b in range(low, min(k, m) + 1)
+    ]
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def _convolved(a: list[float], b: list[float]) -> list[float]:
+    if min(len(a), len(b)) == 1:
+        return [x * y for x in a for y in b]
+    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    size = len(a) + len(b) - 1
+    found: list[float] = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(y, size), size).clamp(min=0).tolist()
+    return found
+
+
+def _save(path: Path, kind: str, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> Path:
+    meta = {"neurograft": kind, "sites": json.dumps([s.as_dict() for s in sites.values()]), "card": json.dumps(dict(card))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata=meta)
+    return path
+
+
+def _load(path: Path, kind: str) -> tuple[dict[str, Site], dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise RequestError(f"the path {path}, where no file is", expected=f"a {kind} file", do="check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise RequestError(f"{path}, which is no safetensors file ({error})", expected=f"a {kind} file",
+                           do="write it again") from error  # fmt: skip
+    if meta.get("neurograft") != kind:
+        raise RequestError(f"{path}, a {meta.get('neurograft') or 'foreign'} file", expected=f"a {kind} file",
+                           do=f"give a file written by {kind}.save")  # fmt: skip
+    sites = [Site.from_dict(s) for s in json.loads(meta["sites"])]
+    return {s.name: s for s in sites}, tensors, json.loads(meta["card"])

@@ -1,0 +1,197 @@
+"""Graft folders: `graft.json` and `graft.safetensors`, verified on reading, atomic on writing, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neurograft.core.delta import Delta, LowRank, New, Slice
+from neurograft.core.errors import RequestError
+from neurograft.core.fingerprint import canonical
+from neurograft.core.region import Region
+from neurograft.core.resolve import resolve
+
+if TYPE_CHECKING:
+    from neurograft.core.graft import Graft
+
+FORMAT = 1
+TEXT, TENSORS = "graft.json", "graft.safetensors"
+
+
+def save(graft: Graft, folder: Path) -> Path:
+    """Write a graft's folder; an older graft there is replaced, anything else is left alone."""
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"the path {folder}, a file", expected="a folder", do="choose another path")
+    tensors, text = _pack(graft)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(tensors, work / TENSORS, metadata={"format": "pt", "neurograft": str(FORMAT)})
+        text["tensors_sha256"] = _file_digest(work / TENSORS)
+        text["digest"] = hashlib.sha256(canonical(text)).hexdigest()
+        (work / TEXT).write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
+        folder.mkdir(exist_ok=True)
+        # The text names the tensor file's digest: whatever is interrupted, a mixture is refused on reading.
+        os.replace(work / TENSORS, folder / TENSORS)
+        os.replace(work / TEXT, folder / TEXT)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def load(source: str | Path, *, revision: str | None = None) -> Graft:
+    """Read and verify a graft's folder, local or on the Hub."""
+    from neurograft.core.graft import Graft
+
+    folder = _local(source, revision)
+    text = _read_text(folder / TEXT)
+    if _file_digest(folder / TENSORS) != text["tensors_sha256"]:
+        raise _changed(folder / TENSORS, "its bytes do not match the digest in graft.json")
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _changed(folder / TENSORS, str(error)) from error
+    deltas = {name: _unpack(name, entry, tensors) for name, entry in text["tensors"].items()}
+    operations = tuple(
+        resolve(meta["type"]).from_parts(
+            meta, {k.split("::", 1)[1]: t for k, t in tensors.items() if k.startswith(f"operation.{i}::")}
+        )
+        for i, meta in enumerate(text["operations"])
+    )
+    return Graft(deltas, operations, text["base"], text["card"], text["strength"])
+
+
+def push(graft: Graft, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a graft's folder to the Hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+    with tempfile.TemporaryDirectory() as work:
+        api.upload_folder(repo_id=repo_id, folder_path=save(graft, Path(work) / "graft"))
+    return address
+
+
+def _local(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source)
+    if (folder / TEXT).is_file():
+        return folder
+    if folder.exists():
+        raise RequestError(f"the folder {folder}", expected=f"a graft: {TEXT} and {TENSORS}",
+                           do="give the folder that graft.save wrote")  # fmt: skip
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise RequestError(f"the path {name!r}, which does not exist", expected="a graft folder or a Hub repository",
+                           do="check the path")  # fmt: skip
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[TEXT, TENSORS]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise RequestError(f"{name!r}, neither a folder nor a reachable Hub repository",
+                           expected="a graft folder or a Hub repository",
+                           do="check the path, or the connection to the Hub") from error  # fmt: skip
+
+
+def _read_text(path: Path) -> dict[str, Any]:
+    try:
+        text: dict[str, Any] = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise _changed(path, "it is not JSON") from error
+    if not isinstance(text, dict) or "format" not in text:
+        raise _changed(path, "it has no format number")
+    if text["format"] > FORMAT:
+        raise RequestError(f"a graft of format {text['format']}", expected=f"format {FORMAT} or older",
+                           do="upgrade neurograft: pip install -U neurograft")  # fmt: skip
+    body = {k: v for k, v in text.items() if k != "digest"}
+    if hashlib.sha256(canonical(body)).hexdigest() != text.get("digest"):
+        raise _changed(path, "its content does not match its own digest")
+    return text
+
+
+def _changed(path: Path, why: str) -> RequestError:
+    return RequestError(f"{path}, truncated or changed ({why})", expected="the file as graft.save wrote it",
+                        do="copy or download it again")  # fmt: skip
+
+
+def _file_digest(path: Path) -> str:
+    if not path.is_file():
+        raise _changed(path, "it is missing")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for name, delta in graft.deltas.items():
+        entry: dict[str, Any] = {"shape": list(delta.shape), "kind": type(delta).__name__.lower()}
+        if isinstance(delta, Slice):
+            region = delta.region
+            entry |= {"layout": region.layout, "matrix": list(region.matrix), "block": region.block}
+            tensors[f"{name}::value"] = delta.values.detach().cpu().contiguous()
+            if region.layout != "all":
+                tensors[f"{name}::{region.layout}"] = narrow_ids(region.ids, gaps=region.layout == "flat")
+        elif isinstance(delta, LowRank):
+            entry |= {"scale": delta.scale, "transposed": delta.transposed}
+            tensors[f"{name}::lora_A"] = delta.A.detach().cpu().contiguous()
+            tensors[f"{name}::lora_B"] = delta.B.detach().cpu().contiguous()
+        else:
+            entry |= {"after": delta.after}
+            tensors[f"{name}::added"] = delta.values.detach().cpu().contiguous()
+        entries[name] = entry
+    for i, operation in enumerate(graft.operations):
+        for key, tensor in operation.tensors().items():
+            tensors[f"operation.{i}::{key}"] = tensor.detach().cpu().contiguous()
+    text = {
+        "format": FORMAT, "identity": graft.identity, "strength": graft.strength, "tensors": entries,
+        "base": dict(graft.base), "operations": [o.meta() for o in graft.operations], "card": dict(graft.card),
+    }  # fmt: skip
+    return tensors, text
+
+
+def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+    shape = tuple(entry["shape"])
+    if entry["kind"] == "lowrank":
+        return LowRank(shape, tensors[f"{name}::lora_A"], tensors[f"{name}::lora_B"], entry["scale"], entry["transposed"])
+    if entry["kind"] == "new":
+        return New(tensors[f"{name}::added"], entry["after"])
+    layout = entry["layout"]
+    ids: Iterable[int] | Tensor = ()
+    if layout != "all":
+        ids = wide_ids(tensors[f"{name}::{layout}"], gaps=layout == "flat")
+    block = tuple(entry["block"]) if entry["block"] else None
+    region = Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block)  # type: ignore[arg-type]
+    return Slice(region, tensors[f"{name}::value"])
+
+
+def narrow_ids(ids: Tensor, *, gaps: bool) -> Tensor:
+    """Return sorted ids in the narrowest unsigned type, as distances from the one before if `gaps`.
+
+    Example:
+        >>> narrow_ids(torch.tensor([3, 70000, 70001]), gaps=True).tolist()
+        [3, 69997, 1]
+    """
+    coded = torch.cat([ids[:1], ids.diff()]) if gaps else ids
+    top = int(coded.max()) if len(coded) else 0
+    dtype = torch.uint8 if top < 1 << 8 else torch.uint16 if top < 1 << 16 else torch.uint32
+    return coded.to("cpu", dtype if top < 1 << 32 else torch.int64)
+
+
+def wide_ids(coded: Tensor, *, gaps: bool) -> Tensor:
+    """Read what `narrow_ids` wrote."""
+    ids = coded.to(torch.int64)
+    return ids.cumsum(0) if gaps else ids

@@ -1,0 +1,32 @@
+"""The units whose scores pass a bar."""
+
+from __future__ import annotations
+
+from neurograft.core.card import method
+from neurograft.core.errors import RequestError
+from neurograft.core.selection import Scores, Selection
+from neurograft.selectors._quota import joined, split
+
+
+@method()
+def threshold(scores: Scores, *, above: float | None = None, below: float | None = None) -> Selection:
+    """Take the units with above < score < below; either bar may be left out.
+
+    Args:
+        scores: a number for every unit.
+        above: lower bar, exclusive.
+        below: upper bar, exclusive.
+
+    Raises:
+        RequestError: no bar is given, or no unit passes.
+    """
+    if above is None and below is None:
+        raise RequestError("no bar", expected="above, below or both", do="give above=3.0")
+    key = joined(scores)
+    passing = (key > (-float("inf") if above is None else above)) & (key < (float("inf") if below is None else below))
+    if not passing.any():
+        raise RequestError(
+            f"bars above={above}, below={below}, which no unit passes",
+            expected=f"bars within {key.min():.4g} to {key.max():.4g}", do="move the bar, or take a fraction",
+        )  # fmt: skip
+    return split(scores, passing.nonzero().reshape(-1), {"rule": "threshold", "above": above, "below": below})
