@@ -1,0 +1,214 @@
+"""What methods are given: a locator or an edit sees a Context, an objective a Step, a loop obeys a Phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neurograft.core.errors import RequestError, one_of
+from neurograft.core.seeds import generator
+from neurograft.core.units import Site
+
+Batch = dict[str, Any]
+IGNORE = -100
+POSITIONS = ("all", "last", "answer", "prompt")
+
+
+@dataclass
+class Context:
+    """What a locator or an edit may see.
+
+    Args:
+        model: the model, in evaluation mode, on its device; to be left as found.
+        sites: the units in question.
+        batches: model inputs, tensors on the model's device.
+        contrast: a second set of batches, for methods that compare.
+        loss: (model, batch) -> scalar loss, the bound objective.
+        target: (outputs, batch) -> scalar, for attributions to something other than the loss.
+        positions: which tokens count: one of `POSITIONS`, or a callable batch -> bool [B, T].
+        processor: tokenizer or processor, if there is one.
+        requests: edit requests.
+        against: a second model or a graft to compare with.
+        rehearse: runs a short training on a selection and returns the graft, for methods that must train.
+        seed: root of every named generator.
+    """
+
+    model: nn.Module
+    sites: Mapping[str, Site]
+    batches: Sequence[Batch] = ()
+    contrast: Sequence[Batch] = ()
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None
+    target: Callable[[Any, Batch], Tensor] | None = None
+    positions: str | Callable[[Batch], Tensor] = "all"
+    processor: Any = None
+    requests: Sequence[Mapping[str, Any]] = ()
+    against: Any = None
+    rehearse: Callable[..., Any] | None = None
+    seed: int = 0
+
+    def generator(self, *names: object) -> torch.Generator:
+        """Return the generator of that name."""
+        return generator(self.seed, *names)
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """Return which tokens of a batch count, bool [B, T], or None if it has no tokens."""
+        return token_mask(batch, self.positions)
+
+    def scalar(self, batch: Batch) -> Tensor:
+        """Run the model with gradients and return what is attributed: the target if there is one, else the loss."""
+        if self.target is not None:
+            return self.target(self.model(**batch), batch)
+        if self.loss is None:
+            raise RequestError("no objective and no target", expected="one of them",
+                               do="pass objective='auto' with labelled data, or target=callable")  # fmt: skip
+        return self.loss(self.model, batch)
+
+
+def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all") -> Tensor | None:
+    """Return which tokens of a batch count, bool [B, T], or None for batches without tokens.
+
+    "all": every token but padding; "last": the last of those; "answer": tokens with a label; "prompt": tokens
+    before the first labelled one.
+
+    Raises:
+        RequestError: labels are asked for and missing, or a callable returns another shape.
+
+    Example:
+        >>> batch = {"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+        >>> token_mask(batch, "last").tolist()
+        [[False, False, True, False]]
+    """
+    tokens = batch.get("input_ids", batch.get("inputs_embeds", batch.get("decoder_input_ids")))
+    if tokens is None:
+        if positions != "all":
+            raise RequestError(f"positions={positions!r} for data without tokens", expected="positions='all'",
+                               do="leave positions out")  # fmt: skip
+        return None
+    shape = tuple(tokens.shape[:2])
+    attention = batch.get("attention_mask")
+    real = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+    if attention is not None and attention.dim() == 2:
+        real = attention.bool()
+    if callable(positions):
+        chosen = positions(batch)
+        if tuple(chosen.shape) != shape:
+            raise RequestError(f"positions of shape {tuple(chosen.shape)}", expected=f"bool {shape}",
+                               do="return one flag for each token")  # fmt: skip
+        return chosen.bool() & real
+    one_of(positions, POSITIONS, what="positions")
+    index = torch.arange(shape[1], device=tokens.device)
+    if positions == "all":
+        return real
+    if positions == "last":
+        last = torch.where(real, index, -1).max(dim=1).values
+        return real & (index == last[:, None])
+    labels = batch.get("labels")
+    if labels is None or tuple(labels.shape) != shape:
+        raise RequestError(f"positions={positions!r} for data without token labels", expected="labels [B, T]",
+                           do="give prompt/completion rows, or positions='all' or 'last'")  # fmt: skip
+    labelled = labels != IGNORE
+    if positions == "answer":
+        return labelled & real
+    first = torch.where(labelled, index, shape[1]).min(dim=1).values
+    return real & (index < first[:, None])
+
+
+@dataclass
+class Step:
+    """What an objective may see of one training step.
+
+    Args:
+        model: the model being trained.
+        batch: its inputs.
+        step: optimizer steps made so far.
+        max_steps: optimizer steps in all, or 0 if not known.
+        items: number of labelled tokens over the whole accumulation window, or None for this batch alone.
+        reference: runs something on the base, the change taken out; for anchors.
+        extra: columns of the data that are no model inputs.
+    """
+
+    model: nn.Module
+    batch: Batch
+    step: int = 0
+    max_steps: int = 0
+    items: Tensor | int | None = None
+    reference: Callable[[Callable[[], Any]], Any] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def outputs(self) -> Any:
+        """The model's outputs on the batch, computed once."""
+        return self.model(**self.batch)
+
+    @cached_property
+    def _scored(self) -> tuple[Tensor, Tensor]:
+        labels = self.batch.get("labels")
+        if labels is None:
+            raise RequestError("a batch without labels", expected="labels", do="give labelled rows, or a callable objective")
+        inputs = {k: v for k, v in self.batch.items() if k != "labels"}
+        if "labels" in _only_from_labels(self.model):
+            inputs = dict(self.batch)
+        logits = (self.outputs if "outputs" in self.__dict__ else self.model(**inputs)).logits
+        if shifts(self.model):
+            logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+        keep = labels != IGNORE
+        if not bool(keep.any()):
+            raise RequestError("a batch in which no token has a label", expected="at least one labelled token",
+                               do="drop empty answers, or raise the truncation length")  # fmt: skip
+        return logits[keep].float(), labels[keep]
+
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """Return logits float32 [N, V] and labels [N] of the labelled tokens, shifted where the model predicts ahead."""
+        return self._scored
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Log-probability of each labelled token, [N], with gradient."""
+        logits, labels = self.scored()
+        return -F.cross_entropy(logits, labels, reduction="none")
+
+    def mean(self, per_token: Tensor) -> Tensor:
+        """Return the sum of per-token losses divided by the number of labelled tokens of the accumulation window."""
+        return per_token.sum() / (per_token.numel() if self.items is None else self.items)
+
+
+def _only_from_labels(model: nn.Module) -> tuple[str, ...]:
+    # Encoder-decoders make their decoder's input from the labels.
+    config = getattr(model, "config", None)
+    return ("labels",) if getattr(config, "is_encoder_decoder", False) else ()
+
+
+def shifts(model: nn.Module) -> bool:
+    """Say whether position t of the logits predicts token t + 1."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    kind = getattr(model, "loss_type", None) or ""
+    return kind in ("ForCausalLM", "ForConditionalGeneration", "ForImageTextToText") or type(model).__name__.endswith(
+        ("ForCausalLM", "LMHeadModel")
+    )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a schedule says of one step.
+
+    Args:
+        awake: names of the trainable tensors that move; None for all.
+        lr: name -> learning-rate multiplier, 1 where absent.
+        moments: what happens to a tensor's optimizer state when it falls asleep: "keep" or "drop".
+        reselect: whether the loop should call the locator again and carry the values over.
+        stage: name of the stage, for logs and for swapping objective or data.
+    """
+
+    awake: frozenset[str] | None = None
+    lr: Mapping[str, float] = field(default_factory=dict)
+    moments: str = "keep"
+    reselect: bool = False
+    stage: str = ""
