@@ -63,8 +63,11 @@ class Side:
     def __init__(self, name: str, owner: nn.Module, leaf: str, region: Region) -> None:
         weight = dequantized(name, owner, leaf)
         if region.layout not in ("rows", "cols", "flat") or region.matrix[0] != 1 or weight.dim() != 2:
-            raise RequestError(f"{name} on the side path", expected="rows, columns or entries of a linear layer",
-                               do="use route='in-place' for other weights")  # fmt: skip
+            raise RequestError(
+                f"{name} on the side path",
+                expected="rows, columns or entries of a linear layer",
+                do="use route='in-place' for other weights",
+            )
         self.name, self.owner, self.transposed = name, owner, type(owner).__name__ == "Conv1D"
         self.region = region.to(weight.device)
         original = self.region.read(weight)
@@ -131,8 +134,12 @@ def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
     weight = getattr(owner, leaf).detach()
     if weight.is_floating_point() and weight.dim() == 2:
         return weight
-    if hasattr(owner, "dequantize"):
-        unpacked: Tensor = owner.dequantize()
+    unpack = getattr(owner, "dequantize", None)
+    if callable(unpack):
+        unpacked: Tensor = unpack()
         return unpacked
-    raise RequestError(f"{name}, packed as {weight.dtype} in a {type(owner).__name__}",
-                       expected="a linear layer that can dequantize", do="load the base unquantized")  # fmt: skip
+    raise RequestError(
+        f"{name}, packed as {weight.dtype} in a {type(owner).__name__}",
+        expected="a linear layer that can dequantize",
+        do="load the base unquantized",
+    )

@@ -42,16 +42,20 @@ def dense(
         parts = [n for n, r in regions.items() if r.layout != "all"]
         if parts:
             raise RequestError(
-                f"a selection of part of {parts[0]}", expected="whole parameters for adapter='dense'",
+                f"a selection of part of {parts[0]}",
+                expected="whole parameters for adapter='dense'",
                 do="use adapter='slice', or select modules or layers",
-            )  # fmt: skip
+            )
         names = list(regions)
     if protect is not None:
         shielded = regions_of(model, protect, tied="both")
         names = [n for n in names if n not in shielded]
     if not names:
-        raise RequestError("a selection that touches no parameter outside of the protected one",
-                           expected="at least one parameter", do="select more, or protect less")  # fmt: skip
+        raise RequestError(
+            "a selection that touches no parameter outside of the protected one",
+            expected="at least one parameter",
+            do="select more, or protect less",
+        )
     return DenseMount(model, names, new=new)
 
 

@@ -56,8 +56,11 @@ def slice(
         weight = model.get_parameter(name)
         grown = Region.of(weight.shape, "rows", torch.arange(rows, weight.shape[0]))
         if name in regions:
-            raise RequestError(f"a selection in {name}, to which new rows are added", expected="one or the other",
-                               do="leave its units out of the selection")  # fmt: skip
+            raise RequestError(
+                f"a selection in {name}, to which new rows are added",
+                expected="one or the other",
+                do="leave its units out of the selection",
+            )
         regions[name] = grown
     if route == "side":
         return SideMount(model, regions, new=new)
@@ -100,13 +103,17 @@ class SliceMount(Mount):
     @staticmethod
     def _checked(name: str, weight: nn.Parameter) -> nn.Parameter:
         if isinstance(weight, LiveWeight):
-            raise RequestError(f"{name}, which is live already", expected="a weight that nothing trains",
-                               do="leave the other `attach` block first, or attach both selections at once: a | b")  # fmt: skip
+            raise RequestError(
+                f"{name}, which is live already",
+                expected="a weight that nothing trains",
+                do="leave the other `attach` block first, or attach both selections at once: a | b",
+            )
         if type(weight) is not nn.Parameter or not weight.is_contiguous() or not weight.is_floating_point():
             raise RequestError(
                 f"{name}, a {type(weight).__name__} of {weight.dtype}, contiguous: {weight.is_contiguous()}",
-                expected="a plain, contiguous floating-point parameter", do="use route='side'",
-            )  # fmt: skip
+                expected="a plain, contiguous floating-point parameter",
+                do="use route='side'",
+            )
         return weight
 
     def trained(self) -> dict[str, nn.Parameter]:

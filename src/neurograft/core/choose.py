@@ -13,9 +13,21 @@ from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.resolve import resolve
 
 ROOMS = (
-    "locators", "selectors", "adapters", "objectives", "schedules", "optimizers", "data", "edits", "mergers",
-    "routers", "audits", "networks", "worlds", "export",
-)  # fmt: skip
+    "locators",
+    "selectors",
+    "adapters",
+    "objectives",
+    "schedules",
+    "optimizers",
+    "data",
+    "edits",
+    "mergers",
+    "routers",
+    "audits",
+    "networks",
+    "worlds",
+    "export",
+)
 
 Choice = str | tuple[str, Mapping[str, Any]] | Callable[..., Any] | None
 
@@ -89,8 +101,11 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
         function = choice
         name = f"{getattr(choice, '__module__', '?')}.{getattr(choice, '__qualname__', type(choice).__name__)}"
     else:
-        raise RequestError(f"the choice {choice!r}", expected="a name, (name, options) or a callable",
-                           do=f"name a method of {room}: {', '.join(methods(room)[:8])}")  # fmt: skip
+        raise RequestError(
+            f"the choice {choice!r}",
+            expected="a name, (name, options) or a callable",
+            do=f"name a method of {room}: {', '.join(methods(room)[:8])}",
+        )
     check_options(function, options, name)
     return Chosen(function, options, name)
 
@@ -113,5 +128,8 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], name
     known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for option in options:
         if option not in known:
-            raise RequestError(f"the option {option!r} of {name}", expected=f"one of {', '.join(option_names(function))}",
-                               do=near(option, known))  # fmt: skip
+            raise RequestError(
+                f"the option {option!r} of {name}",
+                expected=f"one of {', '.join(option_names(function))}",
+                do=near(option, known),
+            )

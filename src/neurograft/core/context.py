@@ -65,8 +65,11 @@ class Context:
         if self.target is not None:
             return self.target(self.model(**batch), batch)
         if self.loss is None:
-            raise RequestError("no objective and no target", expected="one of them",
-                               do="pass objective='auto' with labelled data, or target=callable")  # fmt: skip
+            raise RequestError(
+                "no objective and no target",
+                expected="one of them",
+                do="pass objective='auto' with labelled data, or target=callable",
+            )
         return self.loss(self.model, batch)
 
 
@@ -87,8 +90,9 @@ def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all")
     tokens = batch.get("input_ids", batch.get("inputs_embeds", batch.get("decoder_input_ids")))
     if tokens is None:
         if positions != "all":
-            raise RequestError(f"positions={positions!r} for data without tokens", expected="positions='all'",
-                               do="leave positions out")  # fmt: skip
+            raise RequestError(
+                f"positions={positions!r} for data without tokens", expected="positions='all'", do="leave positions out"
+            )
         return None
     shape = tuple(tokens.shape[:2])
     attention = batch.get("attention_mask")
@@ -98,8 +102,11 @@ def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all")
     if callable(positions):
         chosen = positions(batch)
         if tuple(chosen.shape) != shape:
-            raise RequestError(f"positions of shape {tuple(chosen.shape)}", expected=f"bool {shape}",
-                               do="return one flag for each token")  # fmt: skip
+            raise RequestError(
+                f"positions of shape {tuple(chosen.shape)}",
+                expected=f"bool {shape}",
+                do="return one flag for each token",
+            )
         return chosen.bool() & real
     one_of(positions, POSITIONS, what="positions")
     index = torch.arange(shape[1], device=tokens.device)
@@ -110,8 +117,11 @@ def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all")
         return real & (index == last[:, None])
     labels = batch.get("labels")
     if labels is None or tuple(labels.shape) != shape:
-        raise RequestError(f"positions={positions!r} for data without token labels", expected="labels [B, T]",
-                           do="give prompt/completion rows, or positions='all' or 'last'")  # fmt: skip
+        raise RequestError(
+            f"positions={positions!r} for data without token labels",
+            expected="labels [B, T]",
+            do="give prompt/completion rows, or positions='all' or 'last'",
+        )
     labelled = labels != IGNORE
     if positions == "answer":
         return labelled & real
@@ -150,7 +160,9 @@ class Step:
     def _scored(self) -> tuple[Tensor, Tensor]:
         labels = self.batch.get("labels")
         if labels is None:
-            raise RequestError("a batch without labels", expected="labels", do="give labelled rows, or a callable objective")
+            raise RequestError(
+                "a batch without labels", expected="labels", do="give labelled rows, or a callable objective"
+            )
         inputs = {k: v for k, v in self.batch.items() if k != "labels"}
         if "labels" in _only_from_labels(self.model):
             inputs = dict(self.batch)
@@ -159,12 +171,15 @@ class Step:
             logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
         keep = labels != IGNORE
         if not bool(keep.any()):
-            raise RequestError("a batch in which no token has a label", expected="at least one labelled token",
-                               do="drop empty answers, or raise the truncation length")  # fmt: skip
+            raise RequestError(
+                "a batch in which no token has a label",
+                expected="at least one labelled token",
+                do="drop empty answers, or raise the truncation length",
+            )
         return logits[keep].float(), labels[keep]
 
     def scored(self) -> tuple[Tensor, Tensor]:
-        """Return logits float32 [N, V] and labels [N] of the labelled tokens, shifted where the model predicts ahead."""
+        """Return logits float32 [N, V] and labels [N] of the labelled tokens, shifted if the model predicts ahead."""
         return self._scored
 
     @cached_property

@@ -85,9 +85,10 @@ class Same:
 def missing(tensor: str, known: object) -> RequestError:
     """Return the error for a graft tensor that the model does not have."""
     return RequestError(
-        f"a graft for the tensor {tensor!r}", expected="a tensor of this model",
+        f"a graft for the tensor {tensor!r}",
+        expected="a tensor of this model",
         do=f"load the base model the graft was made for ({near(tensor, known)})",  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def coordinates(model: nn.Module) -> Coordinates:

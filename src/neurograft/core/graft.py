@@ -130,9 +130,10 @@ class Graft:
         fixed += [o.describe() for o in self.operations if not o.scalable]
         if fixed and s != 1.0:
             raise RequestError(
-                f"a strength of {s} for {', '.join(fixed[:3])}", expected="changes relative to the base",
+                f"a strength of {s} for {', '.join(fixed[:3])}",
+                expected="changes relative to the base",
                 do="scale only grafts of weight changes, or drop these parts first",
-            )  # fmt: skip
+            )
         return replace(self, strength=self.strength * s)
 
     def __add__(self, other: Graft) -> Graft:
@@ -144,13 +145,19 @@ class Graft:
         """
         clash = [n for n in self.base.keys() & other.base.keys() if self.base[n] != other.base[n]]
         if clash:
-            raise RequestError(f"grafts of different bases (tensor {clash[0]!r})", expected="grafts of one base",
-                               do="make both on the same base and revision")  # fmt: skip
+            raise RequestError(
+                f"grafts of different bases (tensor {clash[0]!r})",
+                expected="grafts of one base",
+                do="make both on the same base and revision",
+            )
         for mine in self.operations:
             for theirs in other.operations:
                 if mine.clashes(theirs):
-                    raise RequestError(f"the sum of {mine.describe()} and {theirs.describe()}",
-                                       expected="operations on different activations", do="keep one of them")  # fmt: skip
+                    raise RequestError(
+                        f"the sum of {mine.describe()} and {theirs.describe()}",
+                        expected="operations on different activations",
+                        do="keep one of them",
+                    )
         deltas: dict[str, Delta] = {}
         originals: dict[str, Tensor] = {}
         for name in self.deltas.keys() | other.deltas.keys():
@@ -231,8 +238,11 @@ def _sum(name: str, grafts: list[Graft]) -> tuple[Delta, Tensor | None]:
     for graft in grafts:
         delta = graft.deltas[name]
         if isinstance(delta, New):
-            raise RequestError(f"two grafts that both bring {name!r}", expected="one of them",
-                               do="keep only one graft with this new parameter")  # fmt: skip
+            raise RequestError(
+                f"two grafts that both bring {name!r}",
+                expected="one of them",
+                do="keep only one graft with this new parameter",
+            )
         if name not in graft.originals and isinstance(delta, LowRank):
             raise _unbound(name)
         whole = delta if isinstance(delta, Slice) else delta.on(graft.originals[name].reshape(delta.shape))
@@ -261,9 +271,10 @@ def _originals(name: str, grafts: list[Graft], slices: list[tuple[Slice, float]]
 
 def _unbound(name: str) -> RequestError:
     return RequestError(
-        f"a sum or scale that needs the base's numbers of {name!r}", expected="grafts that know them",
+        f"a sum or scale that needs the base's numbers of {name!r}",
+        expected="grafts that know them",
         do="bind them first: graft.bind(model)",
-    )  # fmt: skip
+    )
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -44,7 +44,9 @@ class Live:
         self.routes: dict[tuple[int, Side], tuple[Route, int, int]] = {}
 
     def __reduce__(self) -> Any:
-        raise RunError(f"the live weight {self.name} cannot be pickled; save the graft, or detach before saving the model")
+        raise RunError(
+            f"the live weight {self.name} cannot be pickled; save the graft, or detach before saving the model"
+        )
 
     def write(self) -> None:
         """Bring the weight up to date with theta; rewriting equal values is harmless."""

@@ -47,14 +47,14 @@ class _EmbeddingTap(torch.autograd.Function):
 def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     given = dict(zip(names, args)) | kwargs
-    weight = given["weight"]
+    weight: Any = given["weight"]
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
         return NotImplemented
     if not isinstance(weight, Watched) or hasattr(weight, "shift"):
         return NotImplemented
     live: Live = weight.neurograft
     skip = given.get("padding_idx")
-    skip = -1 if skip is None else int(skip) % weight.shape[0]
+    skip = -1 if skip is None else int(skip) % live.region.shape[0]
     y = func(*args, **kwargs)
     tapped = _EmbeddingTap.apply(y, given["input"], live.theta, live, skip)
     return tapped

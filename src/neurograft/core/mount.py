@@ -80,12 +80,18 @@ class Mount(ABC):
         mine = self.named_parameters()
         if state.keys() != mine.keys():
             odd = sorted(state.keys() ^ mine.keys())
-            raise RequestError(f"a checkpoint that differs in {odd[:4]}", expected="the tensors of this attachment",
-                               do="attach the same selection with the same adapter before resuming")  # fmt: skip
+            raise RequestError(
+                f"a checkpoint that differs in {odd[:4]}",
+                expected="the tensors of this attachment",
+                do="attach the same selection with the same adapter before resuming",
+            )
         for name, value in state.items():
             if value.shape != mine[name].shape:
-                raise RequestError(f"{name} of shape {tuple(value.shape)}", expected=str(tuple(mine[name].shape)),
-                                   do="resume with the selection the checkpoint was made with")  # fmt: skip
+                raise RequestError(
+                    f"{name} of shape {tuple(value.shape)}",
+                    expected=str(tuple(mine[name].shape)),
+                    do="resume with the selection the checkpoint was made with",
+                )
             mine[name].data.copy_(value)
         self.write()
 
@@ -149,8 +155,11 @@ class Mount(ABC):
         for pattern in new:
             hits = [n for n in self.found.by_name if fnmatchcase(n, pattern) or fnmatchcase(n, pattern + ".*")]
             if not hits:
-                raise RequestError(f"new={pattern!r}, which is no parameter here", expected="names or patterns",
-                                   do=near(pattern, self.found.by_name))  # fmt: skip
+                raise RequestError(
+                    f"new={pattern!r}, which is no parameter here",
+                    expected="names or patterns",
+                    do=near(pattern, self.found.by_name),
+                )
             matched += [h for h in hits if h not in matched]
         return matched
 
@@ -180,8 +189,9 @@ def regions_of(
         if found.tied(name) and tied == "refuse":
             raise RequestError(
                 f"a selection in {name}, which is tied with {', '.join(found.tied(name))}",
-                expected="units of an untied parameter", do="pass tied='both' to change both uses, or untie them first",
-            )  # fmt: skip
+                expected="units of an untied parameter",
+                do="pass tied='both' to change both uses, or untie them first",
+            )
     if protect is not None:
         shielded = _gathered(model, protect, found)
         regions = {n: minus(r, shielded[n]) if n in shielded else r for n, r in regions.items()}
@@ -189,8 +199,9 @@ def regions_of(
     if not regions:
         raise RequestError(
             "a selection that touches no parameter" + (" outside of the protected one" if protect is not None else ""),
-            expected="at least one unit that owns weights", do="select more units, or units of a kind that owns weights",
-        )  # fmt: skip
+            expected="at least one unit that owns weights",
+            do="select more units, or units of a kind that owns weights",
+        )
     return regions
 
 
@@ -199,8 +210,11 @@ def _gathered(model: nn.Module, selection: Selection, found: Parameters) -> dict
     for site_name, ids in selection.ids.items():
         for part in selection.sites[site_name].parts if len(ids) else ():
             if part.param not in found.alias:
-                raise RequestError(f"a selection in {part.param!r}", expected="a parameter of this model",
-                                   do=f"select on this model ({near(part.param, found.alias)})")  # fmt: skip
+                raise RequestError(
+                    f"a selection in {part.param!r}",
+                    expected="a parameter of this model",
+                    do=f"select on this model ({near(part.param, found.alias)})",
+                )
             name = found.alias[part.param]
             shape = tuple(found.by_name[name].shape)
             parts.setdefault(name, []).append(region_of(part, ids, shape, matrix_of(model, part.param, shape)))
@@ -220,4 +234,6 @@ def minus(region: Region, other: Region) -> Region:
     if len(left) == len(mine):
         return region
     layout = region.layout if same and region.layout != "all" else "flat"
-    return Region.of(region.shape, layout, left, matrix=region.matrix, block=region.block if layout == "block" else None)
+    return Region.of(
+        region.shape, layout, left, matrix=region.matrix, block=region.block if layout == "block" else None
+    )

@@ -73,10 +73,15 @@ def addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _tapped(func, args, kwargs, args[1], 2, "row")
 
 
+def _dims(weight: Any) -> int:
+    found: int = weight.dim()
+    return found
+
+
 def matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) == 2 and isinstance(args[1], Watched) and args[1].dim() == 2:
+    if len(args) == 2 and isinstance(args[1], Watched) and _dims(args[1]) == 2:
         return _tapped(func, args, kwargs, args[0], 1, "row")
-    if len(args) == 2 and isinstance(args[0], Watched) and args[0].dim() == 2 and args[1].dim() >= 2:
+    if len(args) == 2 and isinstance(args[0], Watched) and _dims(args[0]) == 2 and args[1].dim() >= 2:
         # y = W @ x is y.T = x.T @ W.T
         y = func(*args)
         tapped = _product(y.transpose(-1, -2), args[1].transpose(-1, -2), args[0], "column")

@@ -74,8 +74,9 @@ class Region:
         if len(sorted_ids) and (sorted_ids[0] < 0 or sorted_ids[-1] >= made.total):
             raise RequestError(
                 f"{layout} ids from {int(sorted_ids[0])} to {int(sorted_ids[-1])} for a parameter of shape {shape}",
-                expected=f"ids from 0 to {made.total - 1}", do="take the ids from a selection made on this model",
-            )  # fmt: skip
+                expected=f"ids from 0 to {made.total - 1}",
+                do="take the ids from a selection made on this model",
+            )
         if len(sorted_ids) > 1 and bool((sorted_ids[1:] == sorted_ids[:-1]).any()):
             raise RequestError(f"{layout} ids with repetitions", expected="each id once", do="use unique ids")
         return made
@@ -156,7 +157,7 @@ class Region:
 
     def flat(self) -> Tensor:
         """Return the flat entry numbers in the order of the values, int64, on the ids' device."""
-        bank, rows, columns = self.matrix
+        _, rows, columns = self.matrix
         ids = self.ids
         if self.layout == "flat":
             return ids
@@ -238,8 +239,10 @@ def region_of(part: Part, ids: Tensor, shape: tuple[int, ...], matrix: tuple[int
             first = starts // (rows * columns) * columns + within
             chosen = (first[:, None] + torch.arange(part.run)).reshape(-1)
             return Region.of(shape, "cols", chosen.unique(), matrix=matrix)
-        if len(part.units) == 2 and bank == 1 and part == Part.blocks(
-            part.param, (rows, columns), (part.repeat, part.run)
+        if (
+            len(part.units) == 2
+            and bank == 1
+            and part == Part.blocks(part.param, (rows, columns), (part.repeat, part.run))
         ):
             return Region.of(shape, "block", ids, matrix=matrix, block=(part.repeat, part.run))
     return Region.of(shape, "flat", part.flat(ids).reshape(-1).unique(), matrix=matrix)

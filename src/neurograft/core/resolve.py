@@ -23,8 +23,11 @@ def resolve(dotted: str) -> Any:
     """
     parent, _, last = dotted.rpartition(".")
     if not parent:
-        raise RequestError(f"the name {dotted!r}", expected="a dotted name such as neurograft.selectors.top",
-                           do="write the package and module too")  # fmt: skip
+        raise RequestError(
+            f"the name {dotted!r}",
+            expected="a dotted name such as neurograft.selectors.top",
+            do="write the package and module too",
+        )
     try:
         module = importlib.import_module(dotted)
     except ModuleNotFoundError as error:
@@ -40,8 +43,11 @@ def _attribute(parent: str, last: str, dotted: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (parent + ".").startswith(error.name + "."):
             raise
-        raise RequestError(f"the name {dotted!r}", expected="a module and an attribute in it",
-                           do=f"check {parent!r}, which cannot be imported") from error  # fmt: skip
+        raise RequestError(
+            f"the name {dotted!r}",
+            expected="a module and an attribute in it",
+            do=f"check {parent!r}, which cannot be imported",
+        ) from error
     if not hasattr(module, last):
         names = [n for n in vars(module) if not n.startswith("_")]
         raise RequestError(f"the name {dotted!r}", expected=f"an attribute of {parent}", do=near(last, names))

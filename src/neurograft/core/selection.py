@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from neurograft.core.errors import RequestError, near
@@ -44,11 +45,17 @@ class Scores:
     def __post_init__(self) -> None:
         for name, value in self.values.items():
             if name not in self.sites or tuple(value.shape) != (self.sites[name].n,):
-                raise RequestError(f"scores of shape {tuple(value.shape)} for {name!r}",
-                                   expected="one number for each unit of a known site", do="score every unit once")  # fmt: skip
+                raise RequestError(
+                    f"scores of shape {tuple(value.shape)} for {name!r}",
+                    expected="one number for each unit of a known site",
+                    do="score every unit once",
+                )
             if not torch.isfinite(value).all():
-                raise RequestError(f"{int((~torch.isfinite(value)).sum())} scores of {name!r} that are not finite",
-                                   expected="finite numbers", do="check the data for NaN and the model for overflow")  # fmt: skip
+                raise RequestError(
+                    f"{int((~torch.isfinite(value)).sum())} scores of {name!r} that are not finite",
+                    expected="finite numbers",
+                    do="check the data for NaN and the model for overflow",
+                )
 
     @cached_property
     def digest(self) -> str:
@@ -107,10 +114,13 @@ class Selection:
         found = {}
         for name in sites:
             raw = ids.get(name, ())
-            chosen = torch.as_tensor(raw if isinstance(raw, Tensor) else list(raw), dtype=torch.int64).reshape(-1).unique()
+            chosen = (
+                torch.as_tensor(raw if isinstance(raw, Tensor) else list(raw), dtype=torch.int64).reshape(-1).unique()
+            )
             if len(chosen) and (chosen[0] < 0 or chosen[-1] >= sites[name].n):
-                raise RequestError(f"unit {int(chosen[-1])} of {name!r}", expected=f"0 to {sites[name].n - 1}",
-                                   do="count units from 0")  # fmt: skip
+                raise RequestError(
+                    f"unit {int(chosen[-1])} of {name!r}", expected=f"0 to {sites[name].n - 1}", do="count units from 0"
+                )
             found[name] = chosen
         for name in ids:
             if name not in sites:
@@ -166,8 +176,11 @@ class Selection:
         sites = {**self.sites, **other.sites}
         for name in self.sites.keys() & other.sites.keys():
             if self.sites[name].n != other.sites[name].n:
-                raise RequestError(f"selections of {name!r} with {self.sites[name].n} and {other.sites[name].n} units",
-                                   expected="selections on one model", do="select both on the same model")  # fmt: skip
+                raise RequestError(
+                    f"selections of {name!r} with {self.sites[name].n} and {other.sites[name].n} units",
+                    expected="selections on one model",
+                    do="select both on the same model",
+                )
         mine, theirs, ids = self.masks(), other.masks(), {}
         for name, site in sites.items():
             nothing = torch.zeros(site.n, dtype=torch.bool)
@@ -191,9 +204,11 @@ class Selection:
         both = sum(shared.values())
         either = len(self | other)
         return {
-            "shared": both, "jaccard": both / either if either else 1.0, "expected": expected,
+            "shared": both,
+            "jaccard": both / either if either else 1.0,
+            "expected": expected,
             "p_value": min(1.0, sum(tail[both:])),
-        }  # fmt: skip
+        }
 
     def random_like(self, seed: int = 0, *, outside: bool = False) -> Selection:
         """Return the layer- and size-matched control: as many random units at each site.
@@ -209,8 +224,11 @@ class Selection:
             if outside:
                 order = order[~torch.isin(order, chosen)]
             if len(order) < len(chosen):
-                raise RequestError(f"{len(chosen)} of {self.sites[name].n} units of {name!r}",
-                                   expected="at most half of a site", do="use outside=False")  # fmt: skip
+                raise RequestError(
+                    f"{len(chosen)} of {self.sites[name].n} units of {name!r}",
+                    expected="at most half of a site",
+                    do="use outside=False",
+                )
             ids[name] = order[: len(chosen)].sort().values
         return Selection(self.sites, ids, {"rule": "random_like", "of": [self.digest], "seed": seed})
 
@@ -232,9 +250,7 @@ def _hypergeometric(n: int, k: int, m: int) -> list[float]:
     low = max(0, k + m - n)
     head = [0.0] * low
     whole = _log_choose(n, m)
-    return head + [
-        math.exp(_log_choose(k, b) + _log_choose(n - k, m - b) - whole) for b in range(low, min(k, m) + 1)
-    ]
+    return head + [math.exp(_log_choose(k, b) + _log_choose(n - k, m - b) - whole) for b in range(low, min(k, m) + 1)]
 
 
 def _log_choose(n: int, k: int) -> float:
@@ -250,8 +266,14 @@ def _convolved(a: list[float], b: list[float]) -> list[float]:
     return found
 
 
-def _save(path: Path, kind: str, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> Path:
-    meta = {"neurograft": kind, "sites": json.dumps([s.as_dict() for s in sites.values()]), "card": json.dumps(dict(card))}
+def _save(
+    path: Path, kind: str, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], card: Mapping[str, Any]
+) -> Path:
+    meta = {
+        "neurograft": kind,
+        "sites": json.dumps([s.as_dict() for s in sites.values()]),
+        "card": json.dumps(dict(card)),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata=meta)
     return path
@@ -265,10 +287,14 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Site], dict[str, Tensor], di
             meta = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise RequestError(f"{path}, which is no safetensors file ({error})", expected=f"a {kind} file",
-                           do="write it again") from error  # fmt: skip
+        raise RequestError(
+            f"{path}, which is no safetensors file ({error})", expected=f"a {kind} file", do="write it again"
+        ) from error
     if meta.get("neurograft") != kind:
-        raise RequestError(f"{path}, a {meta.get('neurograft') or 'foreign'} file", expected=f"a {kind} file",
-                           do=f"give a file written by {kind}.save")  # fmt: skip
+        raise RequestError(
+            f"{path}, a {meta.get('neurograft') or 'foreign'} file",
+            expected=f"a {kind} file",
+            do=f"give a file written by {kind}.save",
+        )
     sites = [Site.from_dict(s) for s in json.loads(meta["sites"])]
     return {s.name: s for s in sites}, tensors, json.loads(meta["card"])

@@ -86,7 +86,7 @@ class Stack:
     def base(self, tensor: str, model: nn.Module, where: Coordinates) -> Tensor:
         """Return a checkpoint tensor as the base has it."""
         names = {p.name for p in _pieces_of(tensor, where)}
-        under = {n: l for n, l in self.ledgers.items() if n in names}
+        under = {n: ledger for n, ledger in self.ledgers.items() if n in names}
         if not under:
             return where.read(tensor)
         parameters = Parameters.of(model).by_name
@@ -111,9 +111,10 @@ class Stack:
         """
         if graft.identity in self.grafts:
             raise RequestError(
-                f"a second apply of the graft {graft.identity[:12]}", expected="a graft that is not on this model",
+                f"a second apply of the graft {graft.identity[:12]}",
+                expected="a graft that is not on this model",
                 do="remove it first, or apply graft.scale(...) after removing it",
-            )  # fmt: skip
+            )
         where, parameters = coordinates(model), Parameters.of(model).by_name
         changes = self._translated(model, graft, where, parameters)
         self._refuse_overlaps(graft)
@@ -141,11 +142,11 @@ class Stack:
                 f"the graft {graft.identity[:12]}, which is not on this model",
                 expected=f"one of {[g[:12] for g in self.grafts] or 'none: the model carries no graft'}",
                 do="apply it first",
-            )  # fmt: skip
+            )
         for handle in self.mounted.pop(graft.identity, []):
             handle.remove()
         parameters = Parameters.of(model).by_name
-        for name in [n for n, l in self.ledgers.items() if graft.identity in l.members]:
+        for name in [n for n, held in self.ledgers.items() if graft.identity in held.members]:
             ledger = self.ledgers[name]
             ledger.region.write_(parameters[name], ledger.original)
             del ledger.members[graft.identity]
@@ -182,12 +183,12 @@ class Stack:
             raise _wrong_shape(tensor, graft.deltas[tensor].shape, shape, graft)
         if self.digest(tensor, model, where) != graft.base[tensor]:
             origin = graft.card.get("base", {})
+            name, revision = origin.get("name") or "it was made on", origin.get("revision") or "any"
             raise RequestError(
                 f"a base whose tensor {tensor!r} holds other numbers than the one this graft was made on",
-                expected=f"the base {origin.get('name') or 'it was made on'}, revision {origin.get('revision') or 'any'}, "
-                f"loaded as {origin.get('dtype') or 'it was'} or wider",
+                expected=f"the base {name}, revision {revision}, loaded as {origin.get('dtype') or 'it was'} or wider",
                 do="load that base; a tuned, merged or re-quantized copy is another base",
-            )  # fmt: skip
+            )
 
     def _refuse_overlaps(self, graft: Graft) -> None:
         for operation in graft.operations:
@@ -198,7 +199,7 @@ class Stack:
                             f"{operation.describe()} over {theirs.describe()} of the graft {other.identity[:12]}",
                             expected="operations that do not replace the same activations",
                             do="remove the other graft first",
-                        )  # fmt: skip
+                        )
 
     def _enter(self, name: str, weight: Tensor, identity: str, changes: list[tuple[Slice, float]]) -> None:
         ledger = self.ledgers.get(name)
@@ -229,20 +230,22 @@ def _pieces_of(tensor: str, where: Coordinates) -> list[Piece]:
 def _check_writable(name: str, weight: Tensor) -> None:
     if isinstance(weight, Watched):
         raise RequestError(
-            f"a graft on {name}, whose entries are being trained", expected="a model at rest",
+            f"a graft on {name}, whose entries are being trained",
+            expected="a model at rest",
             do="leave the `attach` block, or detach, before applying or removing grafts",
-        )  # fmt: skip
+        )
     if not weight.is_floating_point() or not weight.is_contiguous() or weight.device.type == "meta":
         raise RequestError(
             f"the parameter {name} ({weight.dtype}, {weight.device}, contiguous: {weight.is_contiguous()})",
             expected="a contiguous floating-point weight in memory",
             do="load the base unquantized and not offloaded, or attach the graft with route='side'",
-        )  # fmt: skip
+        )
 
 
 def _wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], graft: Graft) -> RequestError:
     architecture = graft.card.get("base", {}).get("class")
     return RequestError(
-        f"a model whose tensor {tensor!r} has shape {found}", expected=f"shape {made_for}, as the graft was made for",
+        f"a model whose tensor {tensor!r} has shape {found}",
+        expected=f"shape {made_for}, as the graft was made for",
         do="load the base the graft was made on" + (f", as {architecture}" if architecture else ""),
-    )  # fmt: skip
+    )

@@ -89,21 +89,29 @@ def _local(source: str | Path, revision: str | None) -> Path:
     if (folder / TEXT).is_file():
         return folder
     if folder.exists():
-        raise RequestError(f"the folder {folder}", expected=f"a graft: {TEXT} and {TENSORS}",
-                           do="give the folder that graft.save wrote")  # fmt: skip
+        raise RequestError(
+            f"the folder {folder}",
+            expected=f"a graft: {TEXT} and {TENSORS}",
+            do="give the folder that graft.save wrote",
+        )
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise RequestError(f"the path {name!r}, which does not exist", expected="a graft folder or a Hub repository",
-                           do="check the path")  # fmt: skip
+        raise RequestError(
+            f"the path {name!r}, which does not exist",
+            expected="a graft folder or a Hub repository",
+            do="check the path",
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[TEXT, TENSORS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise RequestError(f"{name!r}, neither a folder nor a reachable Hub repository",
-                           expected="a graft folder or a Hub repository",
-                           do="check the path, or the connection to the Hub") from error  # fmt: skip
+        raise RequestError(
+            f"{name!r}, neither a folder nor a reachable Hub repository",
+            expected="a graft folder or a Hub repository",
+            do="check the path, or the connection to the Hub",
+        ) from error
 
 
 def _read_text(path: Path) -> dict[str, Any]:
@@ -114,8 +122,11 @@ def _read_text(path: Path) -> dict[str, Any]:
     if not isinstance(text, dict) or "format" not in text:
         raise _changed(path, "it has no format number")
     if text["format"] > FORMAT:
-        raise RequestError(f"a graft of format {text['format']}", expected=f"format {FORMAT} or older",
-                           do="upgrade neurograft: pip install -U neurograft")  # fmt: skip
+        raise RequestError(
+            f"a graft of format {text['format']}",
+            expected=f"format {FORMAT} or older",
+            do="upgrade neurograft: pip install -U neurograft",
+        )
     body = {k: v for k, v in text.items() if k != "digest"}
     if hashlib.sha256(canonical(body)).hexdigest() != text.get("digest"):
         raise _changed(path, "its content does not match its own digest")
@@ -123,8 +134,11 @@ def _read_text(path: Path) -> dict[str, Any]:
 
 
 def _changed(path: Path, why: str) -> RequestError:
-    return RequestError(f"{path}, truncated or changed ({why})", expected="the file as graft.save wrote it",
-                        do="copy or download it again")  # fmt: skip
+    return RequestError(
+        f"{path}, truncated or changed ({why})",
+        expected="the file as graft.save wrote it",
+        do="copy or download it again",
+    )
 
 
 def _file_digest(path: Path) -> str:
@@ -157,16 +171,23 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for key, tensor in operation.tensors().items():
             tensors[f"operation.{i}::{key}"] = tensor.detach().cpu().contiguous()
     text = {
-        "format": FORMAT, "identity": graft.identity, "strength": graft.strength, "tensors": entries,
-        "base": dict(graft.base), "operations": [o.meta() for o in graft.operations], "card": dict(graft.card),
-    }  # fmt: skip
+        "format": FORMAT,
+        "identity": graft.identity,
+        "strength": graft.strength,
+        "tensors": entries,
+        "base": dict(graft.base),
+        "operations": [o.meta() for o in graft.operations],
+        "card": dict(graft.card),
+    }
     return tensors, text
 
 
 def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
     shape = tuple(entry["shape"])
     if entry["kind"] == "lowrank":
-        return LowRank(shape, tensors[f"{name}::lora_A"], tensors[f"{name}::lora_B"], entry["scale"], entry["transposed"])
+        return LowRank(
+            shape, tensors[f"{name}::lora_A"], tensors[f"{name}::lora_B"], entry["scale"], entry["transposed"]
+        )
     if entry["kind"] == "new":
         return New(tensors[f"{name}::added"], entry["after"])
     layout = entry["layout"]
@@ -174,7 +195,7 @@ def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Del
     if layout != "all":
         ids = wide_ids(tensors[f"{name}::{layout}"], gaps=layout == "flat")
     block = tuple(entry["block"]) if entry["block"] else None
-    region = Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block)  # type: ignore[arg-type]
+    region = Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block)
     return Slice(region, tensors[f"{name}::value"])
 
 

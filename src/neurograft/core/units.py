@@ -14,9 +14,20 @@ import torch
 from torch import Tensor
 
 KINDS = (
-    "weight", "row", "column", "block", "neuron", "head", "expert",
-    "channel", "layer", "module", "norm", "bias", "token",
-)  # fmt: skip
+    "weight",
+    "row",
+    "column",
+    "block",
+    "neuron",
+    "head",
+    "expert",
+    "channel",
+    "layer",
+    "module",
+    "norm",
+    "bias",
+    "token",
+)
 
 
 @dataclass(frozen=True)
@@ -100,9 +111,13 @@ class Part:
         rows, columns = matrix[-2], matrix[-1]
         total = (columns - start) // width if count is None else count
         return Part(
-            param, ((total, width),), repeat=rows, run=width, repeat_stride=columns,
+            param,
+            ((total, width),),
+            repeat=rows,
+            run=width,
+            repeat_stride=columns,
             start=bank * rows * columns + start,
-        )  # fmt: skip
+        )
 
     @staticmethod
     def entries(param: str, numel: int, *, start: int = 0, count: int | None = None, width: int = 1) -> Part:
@@ -114,9 +129,12 @@ class Part:
         """Units that are the blocks of a grid, numbered row by row; the size must divide the matrix."""
         (rows, columns), (high, wide) = matrix, size
         return Part(
-            param, ((rows // high, high * columns), (columns // wide, wide)),
-            repeat=high, run=wide, repeat_stride=columns,
-        )  # fmt: skip
+            param,
+            ((rows // high, high * columns), (columns // wide, wide)),
+            repeat=high,
+            run=wide,
+            repeat_stride=columns,
+        )
 
     @staticmethod
     def whole(param: str, numel: int) -> Part:
@@ -222,7 +240,8 @@ class Parameters:
     @staticmethod
     def of(model: torch.nn.Module) -> Parameters:
         """Read a model's parameters; two names of one object are one parameter."""
-        found, first = Parameters(), {}
+        found = Parameters()
+        first: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             key = first.setdefault(id(parameter), name)
             found.alias[name] = key

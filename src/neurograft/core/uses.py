@@ -131,11 +131,12 @@ def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return func(*(alias(a, func) for a in args), **{k: alias(v, func) for k, v in kwargs.items()})
 
 
-_T = Tensor
+_T: Any = Tensor
 USES: dict[Any, Handler] = {
     F.linear: products.linear,
     torch.addmm: products.addmm, _T.addmm: products.addmm,
-    torch.matmul: products.matmul, _T.matmul: products.matmul, _T.__matmul__: products.matmul, torch.mm: products.matmul, _T.mm: products.matmul,
+    torch.matmul: products.matmul, _T.matmul: products.matmul, _T.__matmul__: products.matmul,
+    torch.mm: products.matmul, _T.mm: products.matmul,
     _T.__rmatmul__: products.rmatmul,
     torch._grouped_mm: products.grouped, F.grouped_mm: products.grouped,
     F.embedding: lookups.embedding,

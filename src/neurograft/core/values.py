@@ -86,7 +86,9 @@ def register_values(model: nn.Module, entries: Sequence[Entry]) -> None:
         RunError: the model carries such tensors already.
     """
     if any(hasattr(model, CHILD + suffix) for suffix in ("", "_norm")):
-        raise RunError("this model is being trained by another attachment; leave that block first, or attach both at once")
+        raise RunError(
+            "this model is being trained by another attachment; leave that block first, or attach both at once"
+        )
     norm = {e.name for e in entries if isinstance(model.get_submodule(e.name.rpartition(".")[0]), nn.LayerNorm)}
     for kind, suffix, wanted in ((LiveValues, "", False), (LiveNormValues, "_norm", True)):
         mine = [e for e in entries if (e.name in norm) is wanted]

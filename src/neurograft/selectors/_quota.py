@@ -16,7 +16,8 @@ PER = ("global", "layer", "site", "row")
 def groups(scores: Scores, per: str) -> Tensor:
     """Return the group number of every unit, sites one after another, int64 [total]."""
     one_of(per, PER, what="quota per")
-    found, first, layers = [], 0, {}
+    found, first = [], 0
+    layers: dict[int | None, int] = {}
     for name, site in scores.sites.items():
         if per == "global":
             mine = torch.zeros(site.n, dtype=torch.int64)
@@ -26,8 +27,11 @@ def groups(scores: Scores, per: str) -> Tensor:
             mine = torch.full((site.n,), first)
         else:
             if site.kind != "weight" or not site.parts or len(site.parts[0].units) != 2:
-                raise RequestError(f"per='row' at {name!r}, of kind {site.kind}", expected="units of kind weight",
-                                   do="use units='weight', or per='site'")  # fmt: skip
+                raise RequestError(
+                    f"per='row' at {name!r}, of kind {site.kind}",
+                    expected="units of kind weight",
+                    do="use units='weight', or per='site'",
+                )
             mine = first + torch.arange(site.n) // site.parts[0].units[1][0]
         found.append(mine)
         first = int(mine.max()) + 1 if per in ("site", "row") else first
@@ -41,8 +45,11 @@ def quota(n: int, fraction: float | None, count: int | None) -> int:
         RequestError: neither or both are given, or they are out of range.
     """
     if (fraction is None) == (count is None):
-        raise RequestError(f"fraction={fraction} and count={count}", expected="exactly one of them",
-                           do="give fraction=0.01 or count=100")  # fmt: skip
+        raise RequestError(
+            f"fraction={fraction} and count={count}",
+            expected="exactly one of them",
+            do="give fraction=0.01 or count=100",
+        )
     if fraction is not None:
         if not 0 < fraction <= 1:
             raise RequestError(f"fraction={fraction}", expected="more than 0, at most 1", do="give fraction=0.01")
@@ -53,7 +60,9 @@ def quota(n: int, fraction: float | None, count: int | None) -> int:
     return count
 
 
-def take(scores: Scores, key: Tensor, *, fraction: float | None, count: int | None, per: str, rule: dict[str, Any]) -> Selection:
+def take(
+    scores: Scores, key: Tensor, *, fraction: float | None, count: int | None, per: str, rule: dict[str, Any]
+) -> Selection:
     """Take in each group the units with the highest `key`, ties by unit number.
 
     Args:

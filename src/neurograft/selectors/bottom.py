@@ -8,7 +8,9 @@ from neurograft.selectors._quota import joined, take
 
 
 @method()
-def bottom(scores: Scores, *, fraction: float | None = None, count: int | None = None, per: str = "global") -> Selection:
+def bottom(
+    scores: Scores, *, fraction: float | None = None, count: int | None = None, per: str = "global"
+) -> Selection:
     """Take the lowest scores, exactly as many as asked for; ties go to the lower unit number.
 
     Args:

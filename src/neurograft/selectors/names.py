@@ -28,8 +28,11 @@ def names(scores: Scores, *, match: Sequence[str] | str, exclude: Sequence[str] 
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
     for pattern in [*wanted, *unwanted]:
         if not any(fnmatchcase(name, pattern) for name in scores.sites):
-            raise RequestError(f"the pattern {pattern!r}, which matches no site", expected="a pattern over site names",
-                               do=near(pattern, scores.sites))  # fmt: skip
+            raise RequestError(
+                f"the pattern {pattern!r}, which matches no site",
+                expected="a pattern over site names",
+                do=near(pattern, scores.sites),
+            )
     ids = {}
     for name, site in scores.sites.items():
         inside = any(fnmatchcase(name, p) for p in wanted) and not any(fnmatchcase(name, p) for p in unwanted)

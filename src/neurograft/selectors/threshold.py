@@ -27,6 +27,7 @@ def threshold(scores: Scores, *, above: float | None = None, below: float | None
     if not passing.any():
         raise RequestError(
             f"bars above={above}, below={below}, which no unit passes",
-            expected=f"bars within {key.min():.4g} to {key.max():.4g}", do="move the bar, or take a fraction",
-        )  # fmt: skip
+            expected=f"bars within {key.min():.4g} to {key.max():.4g}",
+            do="move the bar, or take a fraction",
+        )
     return split(scores, passing.nonzero().reshape(-1), {"rule": "threshold", "above": above, "below": below})

@@ -1,0 +1,91 @@
+"""Selections: algebra, chance overlap against combinatorics, controls, files."""
+
+import math
+
+import pytest
+import torch
+
+from neurograft.core.errors import RequestError
+from neurograft.core.selection import Scores, Selection
+from neurograft.core.units import Part, Site
+
+
+def site(name, n, layer=0):
+    return Site(name, "row", n, (Part.rows(f"{name}.weight", (n, 4)),), layer=layer)
+
+
+SITES = {"a": site("a", 10), "b": site("b", 6, layer=1)}
+
+
+def test_overlap_with_chance_by_enumeration():
+    one = Selection.of({"a": SITES["a"]}, {"a": [0, 1, 2]})
+    two = Selection.of({"a": SITES["a"]}, {"a": [1, 2, 5, 6]})
+    found = one.overlap(two)
+    assert found["shared"] == 2
+    assert found["expected"] == pytest.approx(3 * 4 / 10)
+    tail = sum(math.comb(3, b) * math.comb(7, 4 - b) for b in (2, 3)) / math.comb(10, 4)
+    assert found["p_value"] == pytest.approx(tail)
+    assert found["jaccard"] == pytest.approx(2 / 5)
+
+
+def test_overlap_over_two_sites_convolves():
+    one = Selection.of(SITES, {"a": [0, 1], "b": [0]})
+    two = Selection.of(SITES, {"a": [1], "b": [0, 3]})
+    both_a = 2 / 10
+    both_b = 1 - math.comb(5, 2) / math.comb(6, 2)
+    assert one.overlap(two)["p_value"] == pytest.approx(both_a * both_b)
+
+
+def test_random_like_matches_sizes_and_can_stay_outside():
+    chosen = Selection.of(SITES, {"a": [0, 1, 2], "b": [5]})
+    control = chosen.random_like(seed=1)
+    assert control.counts() == chosen.counts()
+    assert control.digest == chosen.random_like(seed=1).digest != chosen.random_like(seed=2).digest
+    assert len(chosen & chosen.random_like(seed=3, outside=True)) == 0
+
+
+def test_files_round_trip_and_refuse_each_other(tmp_path):
+    scores = Scores(SITES, {"a": torch.randn(10), "b": torch.randn(6)}, {"by": "hand"})
+    chosen = scores.top(count=3)
+    assert Scores.load(scores.save(tmp_path / "s.safetensors")).digest == scores.digest
+    again = Selection.load(chosen.save(tmp_path / "c.safetensors"))
+    assert again.digest == chosen.digest
+    assert again.sites == SITES
+    assert again.card["scores"] == scores.digest
+    with pytest.raises(RequestError, match="selection file"):
+        Selection.load(tmp_path / "s.safetensors")
+    (tmp_path / "junk").write_text("x")
+    with pytest.raises(RequestError, match="safetensors"):
+        Scores.load(tmp_path / "junk")
+
+
+def test_bad_scores_and_units_are_refused():
+    with pytest.raises(RequestError, match="finite"):
+        Scores({"a": SITES["a"]}, {"a": torch.tensor([float("nan")] * 10)})
+    with pytest.raises(RequestError, match="one number"):
+        Scores({"a": SITES["a"]}, {"a": torch.zeros(9)})
+    with pytest.raises(RequestError, match="unit 10"):
+        Selection.of(SITES, {"a": [10]})
+    with pytest.raises(RequestError, match="site"):
+        Selection.of(SITES, {"c": [0]})
+
+
+def test_quotas_are_exact_and_ties_go_to_the_lower_number():
+    scores = Scores(SITES, {"a": torch.ones(10), "b": torch.ones(6)})
+    assert {k: v.tolist() for k, v in scores.top(count=3).ids.items()} == {"a": [0, 1, 2], "b": []}
+    assert {k: v.tolist() for k, v in scores.bottom(fraction=0.25, per="site").ids.items()} == {
+        "a": [0, 1, 2],
+        "b": [0, 1],
+    }
+    assert scores.top(count=2, per="layer").counts() == {"a": 2, "b": 2}
+
+
+def test_per_row_takes_so_many_of_every_output_row():
+    part = Part("w", ((3, 4), (4, 1)))
+    weights = Site("w/weight", "weight", 12, (part,))
+    scores = Scores({"w/weight": weights}, {"w/weight": torch.arange(12.0)})
+    assert scores.top(count=1, per="row").ids["w/weight"].tolist() == [3, 7, 11]
+    transposed = Site("t/weight", "weight", 12, (Part("t", ((3, 1), (4, 3))),))  # stored [in, out]
+    chosen = Scores({"t/weight": transposed}, {"t/weight": torch.arange(12.0)}).top(count=1, per="row")
+    assert part.flat(chosen.ids["t/weight"]).reshape(-1).tolist() == [3, 7, 11]
+    assert transposed.parts[0].flat(chosen.ids["t/weight"]).reshape(-1).tolist() == [9, 10, 11]
