@@ -235,3 +235,16 @@ def test_the_digest_tells_neighbours_apart():
     assert tensor_digest(x) != tensor_digest(y)
     assert tensor_digest(x) != tensor_digest(x.view(4, 10))
     assert tensor_digest(torch.tensor([0.0])) != tensor_digest(torch.tensor([-0.0]))
+
+
+def test_new_tokens_come_and_go():
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4, bias=True))
+    base, old = bits(model), model[0].weight
+    rows = torch.randn(2, 3)
+    graft = Graft.made(model, {"0.weight": New(rows, 4), "1.bias": New(torch.ones(2), 4), "1.weight": New(rows, 4)})
+    with graft.on(model):
+        assert torch.equal(model[0](torch.tensor([4, 5])), rows)
+        assert model(torch.tensor([5])).shape == (1, 6)
+    assert model[0].weight is old
+    assert (model[0].num_embeddings, model[1].out_features) == (4, 4)
+    assert same_bits(bits(model), base)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from neurograft.core.region import Region, as_matrix, positions, union
+from neurograft.core.region import Layout, Region, as_matrix, positions, union
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class New:
             region = Region(self.shape, as_matrix(self.shape), "all", torch.empty(0, dtype=torch.int64))
             return Slice(region, self.values)
         rows = torch.arange(self.after, self.shape[0])
-        return Slice(Region.of(self.shape, "rows", rows), self.values)
+        layout: Layout = "rows" if self.values.dim() > 1 else "flat"
+        return Slice(Region.of(self.shape, layout, rows), self.values)
 
 
 Delta = Slice | LowRank | New

@@ -18,6 +18,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
 from neurograft.core.live import Watched
 from neurograft.core.region import Region, as_matrix, union
+from neurograft.core.tokens import grown
 from neurograft.core.units import Parameters
 
 if TYPE_CHECKING:
@@ -115,21 +116,32 @@ class Stack:
                 expected="a graft that is not on this model",
                 do="remove it first, or apply graft.scale(...) after removing it",
             )
-        where, parameters = coordinates(model), Parameters.of(model).by_name
-        changes = self._translated(model, graft, where, parameters)
-        self._refuse_overlaps(graft)
-        for name, slices in changes.items():
-            self._enter(name, parameters[name], graft.identity, [(s, graft.strength) for s in slices])
-        self.grafts[graft.identity] = graft
-        self._rewrite(parameters, {n: self.ledgers[n] for n in changes})
-        model.__dict__[ATTRIBUTE] = self
-        handles = self.mounted[graft.identity] = []
+        handles: list[Any] = self._grow(model, graft)
         try:
+            where, parameters = coordinates(model), Parameters.of(model).by_name
+            changes = self._translated(model, graft, where, parameters)
+            self._refuse_overlaps(graft)
             for operation in graft.operations:
                 handles.append(operation.mount(model))
         except Exception:
-            self.drop(model, graft)
+            for handle in reversed(handles):
+                handle.remove()
             raise
+        for name, slices in changes.items():
+            self._enter(name, parameters[name], graft.identity, [(s, graft.strength) for s in slices])
+        self.grafts[graft.identity], self.mounted[graft.identity] = graft, handles
+        self._rewrite(parameters, {n: self.ledgers[n] for n in changes})
+        model.__dict__[ATTRIBUTE] = self
+
+    @staticmethod
+    def _grow(model: nn.Module, graft: Graft) -> list[Any]:
+        """Make room for appended rows; returns what takes it away again."""
+        made = []
+        for name, delta in graft.deltas.items():
+            if isinstance(delta, New) and delta.after is not None and name in Parameters.of(model).alias:
+                growth = grown(model, name, delta.after, delta.shape[0])
+                made += [growth] if growth else []
+        return made
 
     def drop(self, model: nn.Module, graft: Graft) -> None:
         """Take a graft off; the model is then what the remaining ones make of the base.
@@ -143,8 +155,7 @@ class Stack:
                 expected=f"one of {[g[:12] for g in self.grafts] or 'none: the model carries no graft'}",
                 do="apply it first",
             )
-        for handle in self.mounted.pop(graft.identity, []):
-            handle.remove()
+        handles = self.mounted.pop(graft.identity)
         parameters = Parameters.of(model).by_name
         for name in [n for n, held in self.ledgers.items() if graft.identity in held.members]:
             ledger = self.ledgers[name]
@@ -156,6 +167,8 @@ class Stack:
                 self._rewrite(parameters, {name: ledger})
             else:
                 del self.ledgers[name]
+        for handle in reversed(handles):
+            handle.remove()
         del self.grafts[graft.identity]
         if not self.grafts:
             model.__dict__.pop(ATTRIBUTE, None)
