@@ -136,8 +136,15 @@ class Stack:
     @staticmethod
     def _grow(model: nn.Module, graft: Graft) -> list[Any]:
         """Make room for appended rows; returns what takes it away again."""
-        made = []
+        made: list[Any] = []
         for name, delta in graft.deltas.items():
+            other = next((g for g in Stack.of(model).grafts.values() if isinstance(g.deltas.get(name), New)), None)
+            if isinstance(delta, New) and other is not None:
+                raise RequestError(
+                    f"{name!r}, which the graft {other.identity[:12]} on this model brings too",
+                    expected="one graft with this new parameter",
+                    do="remove the other graft first",
+                )
             if isinstance(delta, New) and delta.after is not None and name in Parameters.of(model).alias:
                 growth = grown(model, name, delta.after, delta.shape[0])
                 made += [growth] if growth else []

@@ -45,7 +45,9 @@ class Growth:
             setattr(owner, size, rows)
 
     def remove(self) -> None:
-        """Put the parameter and the sizes back."""
+        """Put the parameter and the sizes back, with what the shared rows hold now."""
+        now = self.model.get_parameter(self.names[0]).detach()
+        self.old.data.copy_(now[: len(self.old)])
         self._place(self.old)
         for owner, size, before in self.sizes:
             setattr(owner, size, before)
