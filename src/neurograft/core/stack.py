@@ -122,7 +122,7 @@ class Stack:
             changes = self._translated(model, graft, where, parameters)
             self._refuse_overlaps(graft)
             for operation in graft.operations:
-                handles.append(operation.mount(model))
+                handles.append(operation.scaled(graft.strength).mount(model))
         except Exception:
             for handle in reversed(handles):
                 handle.remove()
