@@ -1,0 +1,87 @@
+"""Recipes: which composition of verbs is this paper? Plain data, made by a function of `neurograft.recipes`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from neurograft.core.choose import check_options, option_names
+from neurograft.core.errors import RequestError, one_of
+from neurograft.core.resolve import resolve
+
+VERBS = ("locate", "select", "evidence", "tune", "audit", "edit", "merge", "route", "intervene")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A chain of verbs; each finds what the ones before it made.
+
+    Args:
+        name: the recipe's name; a paper's slug with `_`.
+        steps: dicts `{"do": verb, **keyword arguments of that verb}`. `locate` makes scores, `select` a
+            selection, `tune` and `edit` a graft, `audit` a report. Instead of a verb, a dotted path to a function
+            `(state, **arguments) -> state` may stand, for papers about networks of their own.
+        paper: the paper's slug, or None.
+        options: the options it was made with.
+
+    Example:
+        >>> r = Recipe("half", ({"do": "locate", "by": "noise", "units": "neuron"}, {"do": "select", "fraction": 0.5}))
+        >>> r.with_step("select", fraction=0.25).steps[1]["fraction"]
+        0.25
+    """
+
+    name: str
+    steps: tuple[Mapping[str, Any], ...]
+    paper: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            do = step.get("do", "")
+            if "." not in do:
+                one_of(do, VERBS, what="verb of a recipe")
+
+    def with_step(self, do: str, **changes: Any) -> Recipe:
+        """Return the recipe with arguments changed in every step that does `do`.
+
+        Raises:
+            RequestError: no step does it.
+        """
+        if all(step["do"] != do for step in self.steps):
+            raise RequestError(
+                f"a change of the step {do!r} of {self.name}",
+                expected=f"one of {', '.join(dict.fromkeys(s['do'] for s in self.steps))}",
+                do="change a step the recipe has",
+            )
+        return replace(self, steps=tuple({**s, **changes} if s["do"] == do else s for s in self.steps))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for a graft's card."""
+        return {"name": self.name, "paper": self.paper, "options": dict(self.options)}
+
+
+def recipe(name: str, **changes: Any) -> Recipe:
+    """Make a recipe by name.
+
+    Args:
+        name: a file of `neurograft.recipes`, or a dotted path to a function that returns a `Recipe`.
+        **changes: its options.
+
+    Raises:
+        RequestError: an unknown recipe or option, with the near matches.
+    """
+    dotted = name if "." in name else f"neurograft.recipes.{one_of(name, recipes(), what='recipe')}"
+    function = resolve(dotted)
+    check_options(function, changes, name)
+    made: Recipe = function(**changes)
+    defaults = {k: p.default for k, p in option_names(function).items()}
+    return replace(made, options={**defaults, **changes})
+
+
+def recipes() -> list[str]:
+    """Return the recipes found in their folder."""
+    import pkgutil
+
+    package = resolve("neurograft.recipes")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
