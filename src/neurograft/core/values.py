@@ -35,7 +35,7 @@ class LiveValues(nn.Module):
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.LayerNorm, which a subclass is too
         for entry in entries:
             self._parameters[entry.name] = entry.theta
         self.entries = entries
