@@ -1,4 +1,4 @@
-"""What all benchmarks share: contenders taken in turn, medians, paired ratios with intervals, results with their origin.
+"""What benchmarks share: contenders taken in turn, medians, paired ratios with intervals, results with their origin.
 
 A machine's speed drifts, so contenders run in one process, in a new random order every round, and are compared
 round by round: the ratio of two contenders is the median of their ratios within a round.
