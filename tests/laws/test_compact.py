@@ -114,9 +114,10 @@ def one_step(model, parameters, batch, shapes):
 def test_no_copy_of_a_touched_weight_and_no_dense_gradient(family, layout):
     model = pico(family, vocab_size=71) if family != "gpt2" else pico(family, vocab_size=71, n_embd=40)
     batch = pico_batch(model, batch=3, length=19)  # 57 tokens, unlike any dimension
-    where = some_of(model, (layout,), match="layers" if family != "gpt2" else "h.", fraction=0.2)
-    weights = [model.get_parameter(n) for n in regions(model, where)]
-    shapes = {tuple(w.shape) for w in weights if w.dim() > 1}
+    blocks = {"llama": "layers", "gpt2": "h.", "mixtral": "experts"}[family]
+    where = some_of(model, (layout,), match=blocks, fraction=0.1)
+    touched = [tuple(model.get_parameter(n).shape) for n in regions(model, where)]
+    shapes = {s for s in touched if len(s) > 1} | {s[1:] for s in touched if len(s) > 2}  # also one expert
     with compact(model, where) as live:
         assert one_step(model, live.parameters(), batch, shapes) == []
     model.requires_grad_(True)
