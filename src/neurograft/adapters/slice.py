@@ -158,9 +158,11 @@ class SliceMount(Mount):
             return lambda: None
         for live in self.lives:
             live.restore()
+            live.resting = True  # reading the weight must not write the trained values back
 
         def ended() -> None:
             for live in self.lives:
+                live.resting = False
                 live.write()
 
         return ended
