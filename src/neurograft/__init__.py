@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from neurograft.core.selection import Scores, Selection
     from neurograft.pipeline.attach import attach
     from neurograft.pipeline.locate import locate, select
+    from neurograft.pipeline.tune import tune
+    from neurograft.train.callback import GraftCallback
+    from neurograft.train.mixin import GraftTrainerMixin
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Graft": "neurograft.core.graft",
+    "GraftCallback": "neurograft.train.callback",
+    "GraftTrainerMixin": "neurograft.train.mixin",
     "RequestError": "neurograft.core.errors",
     "RunError": "neurograft.core.errors",
     "Scores": "neurograft.core.selection",
@@ -32,6 +37,7 @@ _HOME = {
     "attach": "neurograft.pipeline.attach",
     "locate": "neurograft.pipeline.locate",
     "select": "neurograft.pipeline.locate",
+    "tune": "neurograft.pipeline.tune",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]
