@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.audits._changes import Change, Null, Rerun, as_change, evaluating
-from neurograft.audits._scoring import Scored, halves, scored
+from neurograft.audits._scoring import Scored, scored, scored_in_halves
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 
@@ -115,9 +115,7 @@ def runs(
     return paired(model, switches, batches, budget=budget)
 
 
-def paired(
-    model: nn.Module, switches: Mapping[str, Switch], batches: Sequence[Batch], *, budget: int = BUDGET
-) -> Runs:
+def paired(model: nn.Module, switches: Mapping[str, Switch], batches: Sequence[Batch], *, budget: int = BUDGET) -> Runs:
     """Run the base and several changes on the same batches; see `Paired` for what is kept."""
     pieces: dict[str, list[Paired]] = {name: [] for name in switches}
     items = 0
@@ -128,7 +126,7 @@ def paired(
                 start = items
                 with switch.on() as changed:
                     for batch, base in zip(group, bases):
-                        found = _whole(changed, batch) if switch.split else scored(changed, batch)
+                        found = scored_in_halves(changed, batch) if switch.split else scored(changed, batch)
                         pieces[name].append(_compared(base, found, start))
                         start += base.size
             items += sum(b.size for b in bases)
@@ -193,17 +191,6 @@ def _groups(model: nn.Module, batches: Sequence[Batch], budget: int) -> Iterator
             group, bases, held = [], [], 0
     if group:
         yield group, bases
-
-
-def _whole(model: nn.Module, batch: Batch) -> Scored:
-    """Score a batch in two halves, in the places and order of the whole."""
-    parts, size = [], 0
-    for half in halves(batch):
-        found = scored(model, half)
-        parts.append(Scored(found.logits, found.labels, found.rows + size, found.size))
-        size += found.size
-    logits, labels, rows = (torch.cat([getattr(p, f) for p in parts]) for f in ("logits", "labels", "rows"))
-    return Scored(logits, labels, rows, size)
 
 
 def _compared(base: Scored, new: Scored, start: int) -> Paired:

@@ -83,13 +83,18 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor:
     return labels
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch; labels are given to it only where it cannot run without."""
     inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     asked = inspect.signature(model.forward).parameters.get("labels")
     if "labels" in batch and (encoder_decoder or (asked is not None and asked.default is inspect.Parameter.empty)):
         inputs["labels"] = batch["labels"]
-    outputs = model(**inputs)
+    return model(**inputs)
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    outputs = forward(model, batch)
     found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if not isinstance(found, Tensor):
         raise RequestError(
@@ -113,3 +118,14 @@ def halves(batch: Batch) -> list[Batch]:
         return [batch]
     half = max(sizes) // 2
     return [{k: v[:half] for k, v in batch.items()}, {k: v[half:] for k, v in batch.items()}]
+
+
+def scored_in_halves(model: nn.Module, batch: Batch) -> Scored:
+    """Score a batch in two halves, in the places and order of the whole."""
+    parts, size = [], 0
+    for half in halves(batch):
+        found = scored(model, half)
+        parts.append(Scored(found.logits, found.labels, found.rows + size, found.size))
+        size += found.size
+    logits, labels, rows = (torch.cat([getattr(p, f) for p in parts]) for f in ("logits", "labels", "rows"))
+    return Scored(logits, labels, rows, size)
