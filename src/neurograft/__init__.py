@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from neurograft.core.selection import Scores, Selection
     from neurograft.pipeline.attach import attach
     from neurograft.pipeline.locate import locate, select
+    from neurograft.pipeline.plan import plan
+    from neurograft.pipeline.recipe import Recipe, recipe
+    from neurograft.pipeline.run import run
 
 __version__ = "0.1.0"
 
@@ -31,6 +34,10 @@ _HOME = {
     "Selection": "neurograft.core.selection",
     "attach": "neurograft.pipeline.attach",
     "locate": "neurograft.pipeline.locate",
+    "Recipe": "neurograft.pipeline.recipe",
+    "plan": "neurograft.pipeline.plan",
+    "recipe": "neurograft.pipeline.recipe",
+    "run": "neurograft.pipeline.run",
     "select": "neurograft.pipeline.locate",
 }
 
