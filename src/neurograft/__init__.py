@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from neurograft.core.selection import Scores, Selection
     from neurograft.pipeline.attach import attach
     from neurograft.pipeline.locate import locate, select
+    from neurograft.pipeline.papers import cite, papers
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,9 @@ _HOME = {
     "Scores": "neurograft.core.selection",
     "Selection": "neurograft.core.selection",
     "attach": "neurograft.pipeline.attach",
+    "cite": "neurograft.pipeline.papers",
     "locate": "neurograft.pipeline.locate",
+    "papers": "neurograft.pipeline.papers",
     "select": "neurograft.pipeline.locate",
 }
 

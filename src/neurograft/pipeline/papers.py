@@ -79,8 +79,8 @@ def cite(source: Graft | Recipe | str) -> list[str]:
         RequestError: an unknown slug.
 
     Example:
-        >>> cite("dft")[0]
-        'On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification. arXiv:2508.05629, 2025.'
+        >>> cite("smt")
+        ['Sparse Matrix in Large Language Model Fine-tuning. arXiv:2405.15525, ICLR 2025.']
     """
     if isinstance(source, str):
         slugs = [one_of(source.replace("_", "-"), known(), what="paper")]
