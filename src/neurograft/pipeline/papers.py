@@ -83,12 +83,12 @@ def cite(source: Graft | Recipe | str) -> list[str]:
         ['Sparse Matrix in Large Language Model Fine-tuning. arXiv:2405.15525, ICLR 2025.']
     """
     if isinstance(source, str):
-        slugs = [one_of(source.replace("_", "-"), known(), what="paper")]
+        slugs: list[str | None] = [one_of(source.replace("_", "-"), known(), what="paper")]
     elif isinstance(source, Recipe):
         slugs = [source.paper, *_mentioned([dict(step) for step in source.steps])]
     else:
         slugs = [*_mentioned([source.card.get("recipe", {})]), *_mentioned([dict(source.card)])]
-    return [_line(known()[slug]) for slug in dict.fromkeys(s for s in slugs if s in known())]
+    return [_line(known()[slug]) for slug in dict.fromkeys(s for s in slugs if s) if slug in known()]
 
 
 def _mentioned(value: Any) -> list[str]:
