@@ -40,6 +40,7 @@ class Live:
         master = self.original if weight.dtype in (torch.float32, torch.float64) else self.original.float()
         self.theta = nn.Parameter(master.clone())
         self.epoch = 0
+        self.resting = False
         self.seen = weight._version
         self.routes: dict[tuple[int, Side], tuple[Route, int, int]] = {}
 
@@ -73,6 +74,8 @@ class Live:
             raise RunError(
                 f"{self.name} was unfrozen while its entries are trained compactly; keep requires_grad False on it"
             )
+        if self.resting:
+            return
         if self.weight._version != self.seen:
             self.reload()
         self.write()
