@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from neurograft.pipeline.attach import attach
     from neurograft.pipeline.locate import locate, select
     from neurograft.pipeline.papers import cite, papers
+    from neurograft.pipeline.plan import plan
+    from neurograft.pipeline.recipe import Recipe, recipe
+    from neurograft.pipeline.run import run
 
 __version__ = "0.1.0"
 
@@ -34,6 +37,10 @@ _HOME = {
     "cite": "neurograft.pipeline.papers",
     "locate": "neurograft.pipeline.locate",
     "papers": "neurograft.pipeline.papers",
+    "Recipe": "neurograft.pipeline.recipe",
+    "plan": "neurograft.pipeline.plan",
+    "recipe": "neurograft.pipeline.recipe",
+    "run": "neurograft.pipeline.run",
     "select": "neurograft.pipeline.locate",
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.card import Card
-from neurograft.core.choose import Choice, choose
+from neurograft.core.choose import Choice, choose, option_names
 from neurograft.core.context import IGNORE, Batch, Context, Step
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import describe
@@ -120,6 +120,10 @@ def locate(
 def select(
     scores: Scores | str | Path,
     by: Choice = "top",
+    *,
+    fraction: float | None = None,
+    count: int | None = None,
+    per: str | None = None,
     **options: Any,
 ) -> Selection:
     """Take units by their scores.
@@ -127,14 +131,22 @@ def select(
     Args:
         scores: scores, or the file `scores.save` wrote.
         by: the selector, of `neurograft.selectors`.
-        **options: what the selector offers, e.g. `fraction=0.01, count=None, per="global"` of "top".
+        fraction: share of each group; 0.01 if neither it nor a count is given to a selector that needs one.
+        count: number in each group.
+        per: the group: "global", "layer", "site" or "row".
+        **options: what else the selector offers, e.g. `above=3.0` of "threshold", `seed=1` of "random".
 
     Raises:
         RequestError: an unknown selector or option.
     """
     found = Scores.load(scores) if isinstance(scores, (str, Path)) else scores
-    chosen: Selection = choose("selectors", by, **options)(found)
-    return chosen
+    given = {"fraction": fraction, "count": count, "per": per}
+    options |= {k: v for k, v in given.items() if v is not None}
+    chosen = choose("selectors", by, **options)
+    if "fraction" in option_names(chosen.function) and not {"fraction", "count"} & chosen.options.keys():
+        chosen = choose("selectors", chosen, fraction=0.01)
+    taken: Selection = chosen(found)
+    return taken
 
 
 def bound(objective: Choice) -> Callable[[nn.Module, Batch], Tensor]:
