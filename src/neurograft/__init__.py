@@ -24,11 +24,16 @@ if TYPE_CHECKING:
     from neurograft.pipeline.plan import plan
     from neurograft.pipeline.recipe import Recipe, recipe
     from neurograft.pipeline.run import run
+    from neurograft.pipeline.tune import tune
+    from neurograft.train.callback import GraftCallback
+    from neurograft.train.mixin import GraftTrainerMixin
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Graft": "neurograft.core.graft",
+    "GraftCallback": "neurograft.train.callback",
+    "GraftTrainerMixin": "neurograft.train.mixin",
     "RequestError": "neurograft.core.errors",
     "RunError": "neurograft.core.errors",
     "Scores": "neurograft.core.selection",
@@ -42,6 +47,7 @@ _HOME = {
     "recipe": "neurograft.pipeline.recipe",
     "run": "neurograft.pipeline.run",
     "select": "neurograft.pipeline.locate",
+    "tune": "neurograft.pipeline.tune",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]
