@@ -134,8 +134,15 @@ def _parquet(path: Path) -> Iterable[Mapping[str, Any]]:
 def _arrays(path: Path) -> Iterable[Mapping[str, Any]]:
     arrays: dict[str, Tensor]
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {k: torch.from_numpy(file[k]) for k in file.files}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {k: torch.from_numpy(file[k]) for k in file.files}
+        except (ValueError, TypeError) as error:
+            raise RequestError(
+                f"{path}, whose arrays cannot be read ({error})",
+                expected="arrays of numbers",
+                do="store numbers alone; pickled objects are never read",
+            ) from error
     else:
         from safetensors.torch import load_file
 
