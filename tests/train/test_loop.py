@@ -1,5 +1,7 @@
 """Training in a bare loop: optimizers, accumulation, checkpointing, schedules, anchors, and what is refused."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -192,7 +194,7 @@ def test_a_schedule_wakes_one_part_after_the_other(llama, pick, examples):
             schedule=("stages", {"parts": [("*gate*", 2), ("*down*", 1), ("*up*", 1)]}),
             evaluate=lambda step: history.append(live.state_dict()),
         )
-    moved = [{n.split(".")[-2] for n in a if not torch.equal(a[n], b[n])} for a, b in zip(history, history[1:])]
+    moved = [{n.split(".")[-2] for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(history)]
     assert moved == [{"gate_proj"}, {"down_proj"}, {"up_proj"}]
 
 

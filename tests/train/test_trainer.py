@@ -211,7 +211,7 @@ def test_half_written_checkpoints_are_skipped_aloud_or_refused(llama, pick, exam
     (tmp_path / "checkpoint-4" / "neurograft.complete.json").unlink()
     with pytest.raises(ng.RequestError, match="not finished"):
         run(str(tmp_path / "checkpoint-4"))
-    with pytest.raises(ng.RequestError, match="differs|shape"):
+    with pytest.raises(ng.RequestError, match=r"differs|shape"):
         run(str(tmp_path / "checkpoint-2"), {"model.layers.0.mlp.gate_proj.weight": ("row", [2])})
     for folder in tmp_path.iterdir():
         (folder / "neurograft.complete.json").unlink(missing_ok=True)

@@ -79,7 +79,7 @@ class DenseMount(Mount):
         for name in self.names:
             now = self.kept[name] if not self.attached else self.found.by_name[name].detach().cpu()
             if not torch.equal(now, self.original[name]):
-                wide = now.to(torch.float64 if now.dtype == torch.float64 else torch.float32, copy=True)
+                wide = (now if now.dtype == torch.float64 else now.float()).clone()  # never the live tensor itself
                 below = self.stack.ledgers.get(name)
                 if below is not None:
                     base = self.original[name].clone()

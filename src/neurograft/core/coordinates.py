@@ -6,6 +6,7 @@ translates both ways; `neurograft.anatomy.checkpoint` provides the one of transf
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, near
-from neurograft.core.region import Region
+from neurograft.core.region import Region, as_matrix
 from neurograft.core.resolve import resolve
 from neurograft.core.units import Parameters
 
@@ -25,17 +26,20 @@ class Piece:
     Args:
         name: tensor (or parameter) name there.
         region: its entries there.
-        order: for each value there, in order, its place among our flattened values; None if they agree.
+        order: for each value there, in order, its place among our flattened values: numbers, or a slice where
+            they are neighbours; None if all of them agree.
     """
 
     name: str
     region: Region
-    order: Tensor | None = None
+    order: Tensor | slice | None = None
 
     def take(self, values: Tensor) -> Tensor:
         """Return our values in the order and shape of this piece."""
         if self.order is None:
             return values.reshape(self.region.values_shape)
+        if isinstance(self.order, slice):
+            return values.reshape(-1)[self.order].reshape(self.region.values_shape)
         return values.reshape(-1)[self.order.to(values.device)].reshape(self.region.values_shape)
 
 
@@ -102,3 +106,37 @@ def coordinates(model: nn.Module) -> Coordinates:
 def everything(shape: tuple[int, ...], matrix: tuple[int, int, int]) -> Region:
     """Return the region of a whole tensor."""
     return Region(shape, matrix, "all", torch.empty(0, dtype=torch.int64))
+
+
+def narrowest(
+    shape: tuple[int, ...], entries: Tensor, matrix: tuple[int, int, int] | None = None
+) -> tuple[Region, Tensor]:
+    """Return the narrowest region that holds just these entries, and where each of its values stands among them.
+
+    Args:
+        shape: the tensor's shape.
+        entries: flat entry numbers, int64, unique, in any order.
+        matrix: how the tensor is read as matrices, if not as `as_matrix` reads it.
+
+    Example:
+        >>> region, order = narrowest((4, 3), torch.tensor([7, 6, 8]))
+        >>> region.layout, region.ids.tolist(), order.tolist()
+        ('rows', [2], [1, 0, 2])
+    """
+    matrix = matrix or as_matrix(shape)
+    _, rows, columns = matrix
+    held, order = entries.sort()
+    if len(held) == math.prod(shape):
+        return everything(shape, matrix), order
+    if len(shape) > 1 and len(held) and len(held) % columns == 0:
+        runs = held.view(-1, columns)
+        if bool((runs[:, :1] % columns == 0).all()) and bool((runs[:, -1:] - runs[:, :1] == columns - 1).all()):
+            return Region.of(shape, "rows", runs[:, 0] // columns, matrix=matrix), order
+    if len(shape) > 1 and len(held) and len(held) % rows == 0:
+        column = held // (rows * columns) * columns + held % columns
+        key = column * rows + held // columns % rows
+        down, again = key.sort()
+        runs = down.view(-1, rows)
+        if bool((runs[:, :1] % rows == 0).all()) and bool((runs[:, -1:] - runs[:, :1] == rows - 1).all()):
+            return Region.of(shape, "cols", runs[:, 0] // rows, matrix=matrix), order[again]
+    return Region.of(shape, "flat", held, matrix=matrix), order
