@@ -22,7 +22,7 @@ from neurograft.report._svg import (
     x_axis,
     y_axis,
 )
-from neurograft.report.words import interval, number
+from neurograft.report.words import MINUS, interval, number
 
 Data = Mapping[str, Any]
 LEVELS = 5
@@ -187,7 +187,7 @@ def drift_lines(domains: Mapping[str, Data], key: str) -> str:
             body.append(dot(at_x(j), at_y(layer[key]["value"]), 2.5, f"mark c{i % 4}", title=told))
     every = -(-count // 12)
     body += [words(at_x(j), bottom + 13, str(j), "t s", anchor="middle") for j in range(0, count, every)]
-    name = "1 − CKA" if key == "cka_drift" else "1 − cosine"
+    name = f"1 {MINUS} " + ("CKA" if key == "cka_drift" else "cosine")
     body.append(words((left + right) / 2, bottom + 28, f"layer; {name} of its output", "t s", anchor="middle"))
     return drawing(body, bottom + 34, title=f"Representation drift by layer, {name}")
 

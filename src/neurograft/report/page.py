@@ -144,9 +144,9 @@ def _decided(data: Data) -> str:
         listed.append((name.replace("_", " "), str(shown)))
     lead = (
         "It ships if the gain's interval lies above zero and above its noise floor, and every kept domain's loss "
-        "interval ends below noise floor + tolerance. It does not ship if a domain's interval lies beyond that, corrected "
-        "for the number of domains. The noise floor is what running the base again, or drawing another random change of "
-        "the same size, moves."
+        "interval ends below noise floor + tolerance. It does not ship if a domain's interval lies beyond that, "
+        "corrected for the number of domains. The noise floor is what running the base again, or drawing another "
+        "random change of the same size, moves."
     )
     return section("How this was decided", lead, decided_table(data["verdict"]), facts(listed))
 

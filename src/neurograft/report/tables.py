@@ -8,7 +8,7 @@ from typing import Any
 
 from neurograft.report._svg import padded
 from neurograft.report.charts import interval_bar
-from neurograft.report.words import interval, number
+from neurograft.report.words import DASH, interval, number
 
 Data = Mapping[str, Any]
 
@@ -107,7 +107,7 @@ def prediction_table(places: Mapping[str, Data]) -> str:
         cells = [escape(name)]
         for audit, key, _ in columns:
             if audit not in found:
-                cells.append("–")
+                cells.append(DASH)
                 continue
             change = found[audit]["measures"][key]["change"]
             signed = key in ("ece", "brier")
@@ -152,7 +152,8 @@ def tiles(data: Data) -> str:
         share = 100 * weights["entries"] / max(1, weights["total"])
         made.append(("numbers touched", f"{weights['entries']:,}", f"{share:.3g} % of {weights['total']:,}"))
     cells = "".join(
-        f'<div class="tile"><dt>{escape(a)}</dt><dd class="big">{escape(b)}</dd><dd class="small">{escape(c)}</dd></div>\n'
+        f'<div class="tile"><dt>{escape(a)}</dt><dd class="big">{escape(b)}</dd>'
+        f'<dd class="small">{escape(c)}</dd></div>\n'
         for a, b, c in made
     )
     return f'<dl class="tiles">\n{cells}</dl>\n'
