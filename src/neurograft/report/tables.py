@@ -46,16 +46,16 @@ def gain_table(gain: Data, judged: Data) -> str:
         rows.append(
             [
                 f"{label}<br><small>{escape(m['unit'])}</small>",
+                state(status) if decides else "",
                 number(m["base"]),
                 number(m["changed"]),
                 number(m["change"]["value"], sign=True),
                 interval(m["change"]),
                 interval_bar(m["change"], floor, ends, status.replace(" ", "-")),
                 number(floor),
-                state(status) if decides else "",
             ]
         )
-    head = ["task", "base", "changed", "change", "interval", "", "noise floor", "verdict"]
+    head = ["task", "verdict", "base", "changed", "change", "interval", "", "noise floor"]
     return table("What was gained on the task", head, rows)
 
 
@@ -74,6 +74,7 @@ def loss_table(domains: Data, judged: Data) -> str:
         rows.append(
             [
                 f"{escape(name)}<br><small>{found['items']} items, {escape(m['unit'])}</small>",
+                state(status),
                 number(m["base"]),
                 number(m["changed"]),
                 number(m["change"]["value"], sign=True),
@@ -81,10 +82,9 @@ def loss_table(domains: Data, judged: Data) -> str:
                 interval_bar(m["change"], test["limit"], ends, status.replace(" ", "-")),
                 number(test["floor"]),
                 number(test["limit"]),
-                state(status),
             ]
         )
-    head = ["kept domain", "base", "changed", "change of loss", "interval", "", "noise floor", "limit", "verdict"]
+    head = ["kept domain", "verdict", "base", "changed", "change of loss", "interval", "", "noise floor", "limit"]
     return table("What was lost on kept domains", head, rows)
 
 
@@ -122,10 +122,10 @@ def decided_table(verdict: Data) -> str:
     for name, domain in verdict["domains"].items():
         for key, test in domain["tests"].items():
             told = [number(test[k]) for k in ("accepted", "excused", "limit", "p", "p_adjusted", "null_mean")]
-            rows.append([f"{escape(name)}: {escape(key)}", *told, state(test["status"])])
+            rows.append([f"{escape(name)}: {escape(key)}", state(test["status"]), *told])
     if not rows:
         return ""
-    head = ["test", "tolerance", "+ noise", "= limit", "p", "p, corrected", "mean of random changes", "verdict"]
+    head = ["test", "verdict", "tolerance", "+ noise", "= limit", "p", "p, corrected", "mean of random changes"]
     return table("Every test behind the verdict", head, rows)
 
 
