@@ -5,6 +5,7 @@ import torch
 from _compact import adapters, attached, some_of
 
 from neurograft.adapters.slice import slice as compact
+from neurograft.core.selection import Scores
 from neurograft.worlds.pico import pico, pico_batch
 
 
@@ -32,6 +33,13 @@ def test_the_same_seed_gives_the_same_bytes(name, tmp_path):
     first = content(trained(name, 0).save(tmp_path / "first"))
     assert content(trained(name, 0).save(tmp_path / "again")) == first
     assert content(trained(name, 1).save(tmp_path / "other")) != first
+
+
+def test_scores_and_selections_are_written_the_same_every_time(tmp_path):
+    where = some_of(pico("llama"))
+    scores = Scores(where.sites, {n: torch.arange(s.n, dtype=torch.float32) for n, s in where.sites.items()})
+    for value in (where, scores):
+        assert len({value.save(tmp_path / f"{turn}.safetensors").read_bytes() for turn in range(4)}) == 1
 
 
 def test_attaching_training_and_detaching_draw_no_global_number():
