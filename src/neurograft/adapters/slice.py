@@ -168,6 +168,7 @@ class SliceMount(Mount):
         if not self.attached:
             return lambda: None
         for live in self.lives:
+            live.resting = True  # a forward pass meanwhile must not write the values back
             live.restore()
             live.resting = True  # reading the weight must not write the trained values back
 

@@ -89,6 +89,8 @@ class Live:
             raise RunError(
                 f"{self.name} was unfrozen while its entries are trained compactly; keep requires_grad False on it"
             )
+        if self.resting:
+            return
         if self.weight._version != self.seen:
             self.reload()
         self.write()

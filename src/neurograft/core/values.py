@@ -35,7 +35,7 @@ class LiveValues(nn.Module):
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        nn.Module.__init__(self)  # not that of nn.LayerNorm, which a subclass is too
+        nn.Module.__init__(self)  # not super(): below, the next class in line is nn.LayerNorm
         for entry in entries:
             self._parameters[entry.name] = entry.theta
         self.entries = entries
