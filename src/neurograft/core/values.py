@@ -40,6 +40,10 @@ class LiveValues(nn.Module):
             self._parameters[entry.name] = entry.theta
         self.entries = entries
 
+    def forward(self, x: Any) -> Any:
+        """Return x: a root that runs its children in turn (`nn.Sequential`) runs this one too."""
+        return x
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiveValues:
         for entry in self.entries:
             device = fn(torch.empty(0, device=entry.theta.device)).device
