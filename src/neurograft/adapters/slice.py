@@ -159,6 +159,7 @@ class SliceMount(Mount):
         for live in self.lives:
             live.resting = True  # a forward pass meanwhile must not write the values back
             live.restore()
+            live.resting = True  # reading the weight must not write the trained values back
 
         def ended() -> None:
             for live in self.lives:

@@ -53,11 +53,18 @@ class Live:
         """Bring the weight up to date with theta; rewriting equal values is harmless."""
         if self.theta.dtype not in (torch.float32, torch.float64):
             raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
-        self.region.write_(self.weight, self.theta)
+        with Plain():
+            self.region.write_(self.weight, self.theta)
+
+    @property
+    def moment(self) -> int:
+        """Number that grows whenever the values are stepped or written in a way that can be seen."""
+        return self.epoch + self.theta._version
 
     def reload(self) -> None:
         """Take over what somebody else wrote into the weight (`load_state_dict`, an initialiser)."""
-        self.theta.data.copy_(self.region.read(self.weight))
+        with Plain():
+            self.theta.data.copy_(self.region.read(self.weight))
         self.seen = self.weight._version
 
     def moved(self, device: torch.device) -> None:
@@ -70,6 +77,8 @@ class Live:
     def sync(self) -> None:
         """Before a use: take over foreign writes, then write theta. Never gated on theta's version counter,
         which fused optimizers and `.data` writes do not raise."""
+        if self.resting:
+            return
         if self.weight.requires_grad:
             raise RunError(
                 f"{self.name} was unfrozen while its entries are trained compactly; keep requires_grad False on it"
@@ -82,7 +91,8 @@ class Live:
 
     def restore(self) -> None:
         """Put the original numbers back, bit for bit."""
-        self.region.write_(self.weight, self.original)
+        with Plain():
+            self.region.write_(self.weight, self.original)
 
     def local(self, bank: int, side: Side) -> tuple[Route, int, int]:
         """Return the route inside matrix `bank`, and the range of theta's first axis that belongs to it."""
@@ -122,7 +132,7 @@ class Tap(torch.autograd.Function):
         kept = x if chosen.keep is None else x.index_select(-1, chosen.keep)
         ctx.save_for_backward(kept)
         ctx.chosen, ctx.live, ctx.shape, ctx.dtype = chosen, live, theta.shape, theta.dtype
-        ctx.epoch = 0 if live is None else live.epoch
+        ctx.epoch = 0 if live is None else live.moment
         return handed(y)
 
     @staticmethod
@@ -139,7 +149,7 @@ class Alias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, theta: Tensor, live: Live) -> Tensor:
-        ctx.live, ctx.epoch, ctx.dtype = live, live.epoch, theta.dtype
+        ctx.live, ctx.epoch, ctx.dtype = live, live.moment, theta.dtype
         return weight.view_as(weight)
 
     @staticmethod
@@ -151,7 +161,7 @@ class Alias(torch.autograd.Function):
 
 def check_epoch(live: Live | None, epoch: int) -> None:
     """Refuse a backward pass through a weight that was rewritten after the forward pass."""
-    if live is not None and live.epoch != epoch:
+    if live is not None and live.moment != epoch:
         raise RunError(
             f"the entries of {live.name} were stepped between this forward pass and its backward pass; "
             "run backward before the optimizer step"
@@ -165,18 +175,23 @@ class Watched:
     neurograft: Live
 
 
-def alias(value: Any, func: Any) -> Any:
+def alias(value: Any, func: Any, *, free: bool = False) -> Any:
     """Replace a live tensor by its dense alias where that is allowed; pass anything else through.
+
+    Args:
+        value: an argument of the operation.
+        func: the operation.
+        free: the operation's dense gradient is no larger than the gradient of its output.
 
     Raises:
         RunError: the weight is a matrix and a dense gradient was not accepted.
     """
     if isinstance(value, (list, tuple)) and any(isinstance(v, Watched) for v in value):
-        return type(value)(alias(v, func) for v in value)
+        return type(value)(alias(v, func, free=free) for v in value)
     if not isinstance(value, Watched):
         return value
     live = value.neurograft
-    if not (live.vector or live.allow_dense):
+    if not (free or live.vector or live.allow_dense):
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or str(func)
         raise RunError(
             f"{live.name} meets the operation {name}, whose compact gradient is not known here; "

@@ -17,7 +17,7 @@ class _EmbeddingTap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, tokens: Tensor, theta: Tensor, live: Live, skip: int) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.live, ctx.epoch, ctx.skip = live, live.epoch, skip
+        ctx.live, ctx.epoch, ctx.skip = live, live.moment, skip
         ctx.shape, ctx.dtype = theta.shape, theta.dtype
         return handed(y)
 
@@ -72,7 +72,7 @@ class _ConvTap(torch.autograd.Function):
             ctx.channels = (region.ids // window).unique()
             x = x.index_select(1, ctx.channels)
         ctx.save_for_backward(x)
-        ctx.live, ctx.epoch, ctx.options = live, live.epoch, options
+        ctx.live, ctx.epoch, ctx.options = live, live.moment, options
         ctx.shape, ctx.dtype = theta.shape, theta.dtype
         return handed(y)
 

@@ -107,7 +107,7 @@ class _GroupedTap(torch.autograd.Function):
                 kept.append(piece if chosen.keep is None else piece.index_select(-1, chosen.keep))
                 ctx.pieces.append((chosen, first, last, lo, hi))
         ctx.save_for_backward(*kept)
-        ctx.live, ctx.epoch, ctx.like = live, live.epoch, theta
+        ctx.live, ctx.epoch, ctx.like = live, live.moment, theta
         return handed(y)
 
     @staticmethod

@@ -35,10 +35,14 @@ class LiveValues(nn.Module):
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): below, the next class in line is nn.LayerNorm
         for entry in entries:
             self._parameters[entry.name] = entry.theta
         self.entries = entries
+
+    def forward(self, x: Any) -> Any:
+        """Return x: a root that runs its children in turn (`nn.Sequential`) runs this one too."""
+        return x
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiveValues:
         for entry in self.entries:
