@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from neurograft.core.card import method
@@ -29,7 +28,5 @@ def eaft(step: Step, *, alpha: float = 1.0, top: int | None = 20, scale: float =
         scale: the paper writes ln 20 = 2.9957, its code divides by 3.0, as here. With `top` <= 20 the minimum
             with 1 never binds.
     """
-    step.log_probs  # noqa: B018  with gradients on: the forward pass is made once and shared
-    with torch.no_grad():
-        weight = (step.entropy(top=top) / scale).clamp(0, 1) ** alpha
+    weight = (step.entropy(top=top).detach() / scale).clamp(0, 1) ** alpha
     return step.mean(-weight * step.log_probs)

@@ -29,6 +29,11 @@ class FusedStep(Step):
         return self.fused
 
     @cached_property
+    def predictions(self) -> Any:
+        """The fused outputs."""
+        return self.fused
+
+    @cached_property
     def log_probs(self) -> Tensor:
         """Log-probability of each labelled token, [N], with gradient."""
         found: Tensor = self.fused.log_probs[self.fused.label_mask]
@@ -69,7 +74,8 @@ def is_trl(trainer: Any) -> bool:
 
 def heads(model: nn.Module) -> list[nn.Module]:
     """Return the modules whose weight TRL's kernel reads past the module."""
-    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    found = None if get is None else get()
     return [found] if isinstance(found, nn.Module) else []
 
 
