@@ -9,7 +9,7 @@ from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
 from neurograft.core.intervene import Intervention, capture
 from neurograft.core.tap import change, watch
-from neurograft.core.units import Parameters
+from neurograft.core.units import Parameters, Part, Site, Tap
 from neurograft.worlds.pico import pico, pico_batch
 
 FAMILIES = ("llama", "gpt2", "bert", "phi3", "mixtral", "opt", "gpt_neox", "falcon", "t5", "vit", "whisper", "gemma3")
@@ -272,7 +272,8 @@ def test_folds_are_refused_where_they_are_not_exact():
         with pytest.raises(RequestError, match=why):
             step.fold(model)
     tied = pico("gpt2")
-    token = next(s for s in sites(tied, "token", at="head").values())
+    rows = (Part.rows("lm_head.weight", (64, 32)),)
+    token = Site("head", "token", 64, rows, Tap("lm_head"), writes=(0,))
     with pytest.raises(RequestError, match="tied"):
         Intervention(token, ids, "zero").fold(tied)
 

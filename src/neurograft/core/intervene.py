@@ -72,7 +72,7 @@ class Intervention:
                 expected="a site with a tap",
                 do="choose another kind of unit, or another `at`",
             )
-        ids = self.ids.detach().to("cpu", torch.int64).reshape(-1)
+        ids = self.ids.detach().to("cpu", torch.int64).reshape(-1).clone()
         if not len(ids) or ids.min() < 0 or ids.max() >= self.site.n or len(ids.unique()) != len(ids):
             raise RequestError(
                 f"the units {ids.tolist()[:6]} of {self.site.name!r}",
@@ -110,7 +110,7 @@ class Intervention:
         assert value is not None
         if not bool(torch.isfinite(value).all()):
             raise RequestError(f"{self.kind} with values that are not finite", expected="numbers", do="check the value")
-        value = value.detach().to("cpu", torch.float32).contiguous()
+        value = value.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
         if self.kind == "rotate":
             off = (value @ value.mT - torch.eye(value.shape[-1])).abs().max()
             if off > 1e-4:
@@ -195,7 +195,7 @@ class Intervention:
             RequestError: the model has no such tap.
         """
         board = Board.of(model)
-        guest = Guest({self.site.name: self.site}, self._visit, key=self.key, again=True)
+        guest = Guest({self.site.name: self.site}, self.visit, key=self.key, again=True)
         board.join(guest)
         return Mounted(board, guest)
 
@@ -235,7 +235,8 @@ class Intervention:
         """Return a few words for messages."""
         return f"{self.kind} of {len(self.ids)} units at {self.site.name}"
 
-    def _visit(self, name: str, x: Tensor, seen: Seen) -> Tensor:
+    def visit(self, name: str, x: Tensor, seen: Seen) -> Tensor:
+        """Return the activations [..., n] or [..., n, w] with those of the chosen units changed."""
         axis = len(seen.lead)
         ids = self.ids.to(x.device)
         old = x.index_select(axis, ids)
