@@ -27,7 +27,8 @@ def examples(n=16):
 def arguments(folder, size):
     return {
         "max_steps": 4, "per_device_train_batch_size": size, "learning_rate": 1e-3, "output_dir": str(folder),
-        "save_strategy": "steps", "save_steps": 2, "use_cpu": True, "weight_decay": 0.1, "lr_scheduler_type": "constant",
+        "save_strategy": "steps", "save_steps": 2, "use_cpu": True, "weight_decay": 0.1,
+        "lr_scheduler_type": "constant",
     }  # fmt: skip
 
 
