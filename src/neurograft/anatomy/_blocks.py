@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -100,6 +100,12 @@ class Block:
     Args:
         name: its module.
         family: whose file described it, or "structural".
+        attentions: its attentions.
+        ffns: its FFNs, experts among them.
+        mixtures: its mixtures of experts.
+        branches: its sub-layers.
+        repeated: whether it is a layer; False for a module of that kind outside of the layers.
+        dim: feature axis of its output.
     """
 
     name: str
@@ -109,7 +115,7 @@ class Block:
     mixtures: tuple[Mixture, ...] = ()
     branches: tuple[Branch, ...] = ()
     repeated: bool = True
-    notes: Mapping[str, str] = field(default_factory=dict)
+    dim: int = -1
 
 
 def read_block(
@@ -136,7 +142,9 @@ def read_block(
             branches.append(Branch(role, module, writers))
     if not branches:
         return None
-    return Block(name, family, tuple(attentions), tuple(ffns), tuple(mixtures), tuple(branches), repeated)
+    return Block(
+        name, family, tuple(attentions), tuple(ffns), tuple(mixtures), tuple(branches), repeated, entries.get("dim", -1)
+    )
 
 
 def join(*steps: str) -> str:
@@ -155,12 +163,13 @@ def attribute(module: nn.Module, path: str) -> Any:
 def _attention(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> Attention | None:
     module = join(block, entry["module"])
     paths = [entry[k] for k in ("q", "k", "v", "o", "qkv", "kv") if k in entry]
-    if not all(join(module, p) in inventory for p in paths):
+    if not _applies(inventory, module, paths, entry):
         return None
     held = inventory.get(module)
     assert held is not None
-    width = int(attribute(held, entry["width"]))
     o = _slot(inventory, join(module, entry["o"]))
+    said = int(attribute(held, entry["width"] if "width" in entry else entry["heads"]))
+    width = said if "width" in entry else o.matrix.wide // said
     heads = o.matrix.wide // width
     made = dict(_made(inventory, module, entry, heads, width))
     for i, path in enumerate(entry.get("also", ())):
@@ -168,6 +177,14 @@ def _attention(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> At
             made[f"also{i}"] = _cut(inventory, join(module, path), heads)
     o = Slot(o.module, o.matrix, Span.of(heads, width=width))
     return Attention(module, entry.get("role", "attention"), made, o)
+
+
+def _applies(inventory: Inventory, module: str, paths: Iterable[str], entry: Mapping[str, Any]) -> bool:
+    """Say whether an entry's modules exist and have the classes it asks for."""
+    named = {join(module, path): cls for path, cls in entry.get("classes", {}).items()}
+    return all(join(module, p) in inventory for p in paths) and all(
+        type(inventory.get(path)).__name__ == cls for path, cls in named.items()
+    )
 
 
 def _made(
@@ -227,12 +244,14 @@ def _cut(inventory: Inventory, module: str, heads: int) -> Slot:
 def _ffn(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> Ffn | None:
     module, role = join(block, entry["module"]), entry.get("role", "ffn")
     paths = {k: join(module, entry[k]) for k in ("up", "gate", "gate_up", "down") if k in entry}
-    if not all(p in inventory for p in paths.values()):
+    if not _applies(inventory, module, [entry[k] for k in paths], entry):
         return None
     down = inventory.matrix(paths["down"])
     read = Slot(paths["down"], down, Span.of(down.wide))
     if "gate_up" in paths:
         gate, up = _halves(inventory.matrix(paths["gate_up"]), paths["gate_up"], interleaved=False)
+        if entry.get("order") == "up_gate":
+            gate, up = up, gate
         return Ffn(module, role, up, read, gate)
     made = _slot(inventory, paths["up"])
     return Ffn(module, role, made, read, _slot(inventory, paths["gate"]) if "gate" in paths else None)

@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from neurograft.anatomy._rearranged import Recorder, View, contiguous
-from neurograft.core.coordinates import Piece, everything, missing, narrowest
+from neurograft.core.coordinates import Piece, everything, holders, missing, narrowest
 from neurograft.core.errors import RequestError
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.units import Parameters
@@ -41,10 +41,8 @@ class CheckpointMap:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.parameters = Parameters.of(model)
-        self.tensors: dict[str, Tensor] = dict(self.parameters.by_name)
-        state = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
-        self.tensors |= {n: t for n, t in state.items() if n not in self.parameters.alias}
-        self.views = _views(model, state, self.parameters)
+        self.tensors = holders(model)
+        self.views = _views(model, self.tensors, self.parameters)
         self.found_in: dict[str, list[str]] = {}
         for name, view in self.views.items():
             for leaf in view.leaves():
@@ -57,6 +55,10 @@ class CheckpointMap:
     def read(self, tensor: str) -> Tensor:
         """Return a checkpoint tensor's current content; a view of the model's own weight where it can be one."""
         return self.views[self.resolve(tensor)].real(self.tensors)
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return a checkpoint tensor's shape."""
+        return self.views[self.resolve(tensor)].shape
 
     def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
         """Return where entries of a parameter lie in the checkpoint.
@@ -124,18 +126,19 @@ class CheckpointMap:
         raise missing(tensor, self.views)
 
 
-def _views(model: nn.Module, state: dict[str, Tensor], parameters: Parameters) -> dict[str, View]:
+def _views(model: nn.Module, tensors: dict[str, Tensor], parameters: Parameters) -> dict[str, View]:
     """Return what every tensor of the checkpoint is made of."""
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    shapes = {n: tuple(t.shape) for n, t in state.items() if n not in ignored}
     if not isinstance(model, PreTrainedModel):
-        kept = [n for n in shapes if parameters.alias.get(n, n) == n]
-        return {n: View(n, shapes[n], contiguous(shapes[n])) for n in kept}
+        return {n: View(n, tuple(t.shape), contiguous(tuple(t.shape))) for n, t in tensors.items()}
+    # Not from `state_dict()`: its hooks would write into a model that is being trained.
+    names = {n: n for n in tensors} | {n: first for n, first in parameters.alias.items() if first in tensors}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    shapes = {n: tuple(tensors[first].shape) for n, first in names.items() if n not in ignored}
     with Recorder() as seen, torch.no_grad():
         empty: dict[str, Tensor] = {}
         for name, shape in shapes.items():
-            empty[name] = seen.parameter(parameters.alias.get(name, name), shape)
-        if len({parameters.alias.get(n, n) for n in shapes}) < len(shapes):
+            empty[name] = seen.parameter(names[name], shape)
+        if len({names[n] for n in shapes}) < len(shapes):
             empty = remove_tied_weights_from_state_dict(empty, model)
         saved = revert_weight_conversion(model, empty)
         return {name: seen.view(tensor) for name, tensor in saved.items()}

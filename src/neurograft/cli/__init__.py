@@ -13,7 +13,7 @@ def main() -> None:
     from neurograft.cli.commands import filled
     from neurograft.core.errors import RequestError, RunError
 
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         filled(sys.argv[1:])()
     except RequestError as error:

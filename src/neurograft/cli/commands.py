@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,12 +73,21 @@ def _verb(row: Row) -> Callable[..., None]:
         target, shown = given.pop("output"), Shown(given.pop("as_json"))
         if "progress" in own:
             given["progress"] = shown.progress
+        _keep_inputs(target, given)
         if "output" in own:
             given["output"] = target
-        _keep_inputs(target, given)
+        quiet()
         show(function(**given), Path(target) if target else None, shown)
 
     return command_of(function, body, arguments=words, extra=_extra(output), without=("output",))
+
+
+def quiet() -> None:
+    """Leave progress bars of libraries to people who watch."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _keep_inputs(target: str | None, given: Mapping[str, Any]) -> None:
@@ -119,6 +129,7 @@ def run(
     changes = {w.partition("=")[0]: value(w.partition("=")[2]) for w in words if "=" in w}
     names = [w for w in words if "=" not in w]
     _keep_inputs(output, {"words": names})
+    quiet()
     made = run_words(names, changes, seed=seed, revision=revision, dtype=dtype, device_map=device)
     results.outcome(made, Path(output or "graft"), Shown(as_json))
 

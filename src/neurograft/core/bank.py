@@ -46,13 +46,13 @@ class Bank:
         self.parameters = list(inspect.signature(module.forward).parameters)
         self.held = module.__dict__.get("forward")
         self.plain = module.forward
-        module.forward = self._run  # type: ignore[method-assign]
+        module.forward = self._run
 
     def remove(self) -> None:
         """Give the module its own forward back."""
         del self.module.__dict__["forward"]
         if self.held is not None:
-            self.module.forward = self.held  # type: ignore[method-assign]
+            self.module.forward = self.held
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.parameters, args)), **kwargs}

@@ -17,6 +17,7 @@ from neurograft.core.errors import RequestError, near
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.resolve import resolve
 from neurograft.core.units import Parameters
+from neurograft.core.values import CHILD
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Piece:
             return values.reshape(-1)[self.order].reshape(self.region.values_shape)
         return values.reshape(-1)[self.order.to(values.device)].reshape(self.region.values_shape)
 
+    def give(self, values: Tensor, into: Tensor) -> None:
+        """Put this piece's values, in its order, among our flattened values `into`."""
+        into[slice(None) if self.order is None else self.order] = values.reshape(-1).to(into.dtype)
+
 
 class Coordinates(Protocol):
     """What a translation offers."""
@@ -55,35 +60,67 @@ class Coordinates(Protocol):
     def read(self, tensor: str) -> Tensor:
         """Return a checkpoint tensor's current content from the model."""
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return a checkpoint tensor's shape."""
+
     def names(self) -> dict[str, tuple[int, ...]]:
         """Return the checkpoint's tensors with their shapes."""
 
 
 class Same:
-    """The translation of a model whose checkpoint is its own state."""
+    """The translation of a model whose checkpoint is its own state: parameters and persistent buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = Parameters.of(model)
+        self.buffers = buffers(model)
 
     def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
         """Return the region itself."""
-        return [Piece(self.parameters.alias[parameter], region)]
+        return [Piece(self._find(parameter), region)]
 
     def to_module(self, tensor: str, region: Region) -> list[Piece]:
         """Return the region itself."""
-        if tensor not in self.parameters.alias:
-            raise missing(tensor, self.parameters.alias)
-        return [Piece(self.parameters.alias[tensor], region)]
+        return [Piece(self._find(tensor), region)]
 
     def read(self, tensor: str) -> Tensor:
         """Return the parameter."""
-        if tensor not in self.parameters.alias:
-            raise missing(tensor, self.parameters.alias)
-        return self.parameters.by_name[self.parameters.alias[tensor]].detach()
+        name = self._find(tensor)
+        held = self.parameters.by_name.get(name)
+        return (self.buffers[name] if held is None else held).detach()
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return the parameter's shape."""
+        return tuple(self.read(tensor).shape)
 
     def names(self) -> dict[str, tuple[int, ...]]:
-        """Return the parameters with their shapes."""
-        return {n: tuple(p.shape) for n, p in self.parameters.by_name.items()}
+        """Return the parameters and buffers with their shapes."""
+        return {n: tuple(p.shape) for n, p in {**self.parameters.by_name, **self.buffers}.items()}
+
+    def _find(self, tensor: str) -> str:
+        if tensor in self.buffers:
+            return tensor
+        if tensor not in self.parameters.alias:
+            raise missing(tensor, self.parameters.alias)
+        return self.parameters.alias[tensor]
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for leaf, tensor in module._buffers.items():
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{leaf}" if prefix else leaf] = tensor
+    return found
+
+
+def holders(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a graft may change, by first name: the parameters and the buffers a checkpoint holds.
+
+    The trainable tensors of a live model are not among them: they follow weights that are.
+    """
+    found = {n: p for n, p in Parameters.of(model).by_name.items() if not n.startswith(CHILD)}
+    return {**buffers(model), **found}
 
 
 def missing(tensor: str, known: object) -> RequestError:
