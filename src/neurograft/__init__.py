@@ -19,19 +19,43 @@ if TYPE_CHECKING:
     from neurograft.core.graft import Graft
     from neurograft.core.selection import Scores, Selection
     from neurograft.pipeline.attach import attach
+    from neurograft.pipeline.audit import audit
+    from neurograft.pipeline.diff import diff
+    from neurograft.pipeline.evidence import evidence
+    from neurograft.pipeline.intervene import intervene
     from neurograft.pipeline.locate import locate, select
+    from neurograft.pipeline.papers import cite, papers
+    from neurograft.pipeline.plan import plan
+    from neurograft.pipeline.recipe import Recipe, recipe
+    from neurograft.pipeline.run import run
+    from neurograft.pipeline.tune import tune
+    from neurograft.train.callback import GraftCallback
+    from neurograft.train.mixin import GraftTrainerMixin
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Graft": "neurograft.core.graft",
+    "GraftCallback": "neurograft.train.callback",
+    "GraftTrainerMixin": "neurograft.train.mixin",
+    "Recipe": "neurograft.pipeline.recipe",
     "RequestError": "neurograft.core.errors",
     "RunError": "neurograft.core.errors",
     "Scores": "neurograft.core.selection",
     "Selection": "neurograft.core.selection",
     "attach": "neurograft.pipeline.attach",
+    "audit": "neurograft.pipeline.audit",
+    "cite": "neurograft.pipeline.papers",
+    "diff": "neurograft.pipeline.diff",
+    "evidence": "neurograft.pipeline.evidence",
+    "intervene": "neurograft.pipeline.intervene",
     "locate": "neurograft.pipeline.locate",
+    "papers": "neurograft.pipeline.papers",
+    "plan": "neurograft.pipeline.plan",
+    "recipe": "neurograft.pipeline.recipe",
+    "run": "neurograft.pipeline.run",
     "select": "neurograft.pipeline.locate",
+    "tune": "neurograft.pipeline.tune",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]

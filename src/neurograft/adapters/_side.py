@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,17 @@ class SideMount(Mount):
         """Return the trained values."""
         return {n: Slice(s.region.to("cpu"), s.theta.detach().cpu().clone()) for n, s in self.sides.items()}
 
+    def rest(self) -> Callable[[], None]:
+        """Leave the side paths out for a moment."""
+        for side in self.sides.values():
+            side.resting = True
+
+        def ended() -> None:
+            for side in self.sides.values():
+                side.resting = False
+
+        return ended
+
     def unmount(self) -> None:
         """Take the hooks and the registered tensors off."""
         for side in self.sides.values():
@@ -73,6 +84,7 @@ class Side:
         original = self.region.read(weight)
         self.base = original if original.dtype == torch.float64 else original.float()
         self.theta = nn.Parameter(self.base.clone())
+        self.resting = False
         self.handle = owner.register_forward_hook(self._add)
 
     def moved(self, device: torch.device) -> None:
@@ -87,6 +99,8 @@ class Side:
         """Nothing to take over: what was loaded is the base."""
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        if self.resting:
+            return y
         x = args[0]
         delta = (self.theta - self.base).to(x.dtype)
         ids, layout = self.region.ids, self.region.layout

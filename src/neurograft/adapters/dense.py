@@ -10,7 +10,7 @@ from torch import nn
 from neurograft.core.card import method
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.mount import Mount, regions_of
+from neurograft.core.mount import Mount, matrix_of, regions_of
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 
@@ -79,7 +79,7 @@ class DenseMount(Mount):
         for name in self.names:
             now = self.kept[name] if not self.attached else self.found.by_name[name].detach().cpu()
             if not torch.equal(now, self.original[name]):
-                wide = now.clone() if now.dtype == torch.float64 else now.float()
+                wide = now.to(torch.float64 if now.dtype == torch.float64 else torch.float32, copy=True)
                 below = self.stack.ledgers.get(name)
                 if below is not None:
                     base = self.original[name].clone()
@@ -87,14 +87,9 @@ class DenseMount(Mount):
                     held, was = base.to(wide.dtype), self.original[name].to(wide.dtype)
                     wide = torch.where(held == was, wide, held + (wide - was))
                 shape = tuple(now.shape)
-                region = Region(shape, self._matrix(name, shape), "all", torch.empty(0, dtype=torch.int64))
+                region = Region(shape, matrix_of(self.model, name, shape), "all", torch.empty(0, dtype=torch.int64))
                 found[name] = Slice(region, wide)
         return found
-
-    def _matrix(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        from neurograft.core.mount import matrix_of
-
-        return matrix_of(self.model, name, shape)
 
     def rest(self) -> Callable[[], None]:
         """Put the originals back for a moment."""

@@ -35,6 +35,7 @@ class Card:
         needs: what it must be given, words of `NEEDS`.
         claims: promises that hold for it, by the names of the laws.
         departs: where it differs from the paper or its code, and why; empty if nowhere.
+        task: for recipes, the transformers task they are for (`text-generation`), or None for a network of their own.
     """
 
     paper: str | None = None
@@ -42,6 +43,7 @@ class Card:
     needs: frozenset[str] = frozenset()
     claims: frozenset[str] = frozenset()
     departs: str = ""
+    task: str | None = None
 
 
 def method(
@@ -51,6 +53,7 @@ def method(
     needs: Iterable[str] = (),
     claims: Iterable[str] = (),
     departs: str = "",
+    task: str | None = None,
 ) -> Callable[[F], F]:
     """Give a function its card, as the attribute `card`.
 
@@ -67,7 +70,7 @@ def method(
         one_of(kind, KINDS, what="unit kind")
     for need in needs:
         one_of(need, NEEDS, what="need")
-    made = Card(paper, frozenset(kinds), frozenset(needs), frozenset(claims), departs)
+    made = Card(paper, frozenset(kinds), frozenset(needs), frozenset(claims), departs, task)
 
     def give(function: F) -> F:
         function.card = made  # type: ignore[attr-defined]

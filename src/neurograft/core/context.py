@@ -141,6 +141,8 @@ class Step:
         items: number of labelled tokens over the whole accumulation window, or None for this batch alone.
         reference: runs something on the base, the change taken out; for anchors.
         extra: columns of the data that are no model inputs.
+        wrapped: what to call instead of the model, if it is wrapped (DDP, a compiled module).
+        counted: set by `mean`: the loss is a share of the whole window's, so shares add up and need no averaging.
     """
 
     model: nn.Module
@@ -150,11 +152,25 @@ class Step:
     items: Tensor | int | None = None
     reference: Callable[[Callable[[], Any]], Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    wrapped: Callable[..., Any] | None = None
+    counted: bool = field(default=False, init=False)
 
     @cached_property
     def outputs(self) -> Any:
         """The model's outputs on the batch, computed once."""
-        return self.model(**self.batch)
+        return self.call(**self.batch)
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        """What to call with model inputs, so that wrappers see it."""
+        return self.model if self.wrapped is None else self.wrapped
+
+    @cached_property
+    def predictions(self) -> Any:
+        """The model's outputs without its own loss where it can do without labels; computed once."""
+        if "outputs" in self.__dict__ or "labels" in _only_from_labels(self.model):
+            return self.outputs
+        return self.call(**{k: v for k, v in self.batch.items() if k != "labels"})
 
     @cached_property
     def _scored(self) -> tuple[Tensor, Tensor]:
@@ -163,10 +179,7 @@ class Step:
             raise RequestError(
                 "a batch without labels", expected="labels", do="give labelled rows, or a callable objective"
             )
-        inputs = {k: v for k, v in self.batch.items() if k != "labels"}
-        if "labels" in _only_from_labels(self.model):
-            inputs = dict(self.batch)
-        logits = (self.outputs if "outputs" in self.__dict__ else self.model(**inputs)).logits
+        logits = self.predictions.logits
         if shifts(self.model):
             logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
         keep = labels != IGNORE
@@ -176,7 +189,8 @@ class Step:
                 expected="at least one labelled token",
                 do="drop empty answers, or raise the truncation length",
             )
-        return logits[keep].float(), labels[keep]
+        chosen = logits[keep]
+        return chosen if chosen.dtype == torch.float64 else chosen.float(), labels[keep]
 
     def scored(self) -> tuple[Tensor, Tensor]:
         """Return logits float32 [N, V] and labels [N] of the labelled tokens, shifted if the model predicts ahead."""
@@ -188,9 +202,24 @@ class Step:
         logits, labels = self.scored()
         return -F.cross_entropy(logits, labels, reduction="none")
 
+    def entropy(self, *, top: int | None = None) -> Tensor:
+        """Return the entropy in nats of the prediction at each labelled token, [N].
+
+        Args:
+            top: of the distribution renormalised over this many largest logits; None for the whole one.
+        """
+        logits, _ = self.scored()
+        if top is not None:
+            logits = logits.topk(min(top, logits.shape[-1]), dim=-1).values
+        logp = logits.log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1)
+
     def mean(self, per_token: Tensor) -> Tensor:
         """Return the sum of per-token losses divided by the number of labelled tokens of the accumulation window."""
-        return per_token.sum() / (per_token.numel() if self.items is None else self.items)
+        if self.items is None:
+            return per_token.sum() / per_token.numel()
+        self.counted = True
+        return per_token.sum() / self.items
 
 
 def _only_from_labels(model: nn.Module) -> tuple[str, ...]:

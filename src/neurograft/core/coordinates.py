@@ -6,6 +6,7 @@ translates both ways; `neurograft.anatomy.checkpoint` provides the one of transf
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, near
-from neurograft.core.region import Region
+from neurograft.core.region import Region, as_matrix
 from neurograft.core.resolve import resolve
 from neurograft.core.units import Parameters
+from neurograft.core.values import CHILD
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,25 @@ class Piece:
     Args:
         name: tensor (or parameter) name there.
         region: its entries there.
-        order: for each value there, in order, its place among our flattened values; None if they agree.
+        order: for each value there, in order, its place among our flattened values: numbers, or a slice where
+            they are neighbours; None if all of them agree.
     """
 
     name: str
     region: Region
-    order: Tensor | None = None
+    order: Tensor | slice | None = None
 
     def take(self, values: Tensor) -> Tensor:
         """Return our values in the order and shape of this piece."""
         if self.order is None:
             return values.reshape(self.region.values_shape)
+        if isinstance(self.order, slice):
+            return values.reshape(-1)[self.order].reshape(self.region.values_shape)
         return values.reshape(-1)[self.order.to(values.device)].reshape(self.region.values_shape)
+
+    def give(self, values: Tensor, into: Tensor) -> None:
+        """Put this piece's values, in its order, among our flattened values `into`."""
+        into[slice(None) if self.order is None else self.order] = values.reshape(-1).to(into.dtype)
 
 
 class Coordinates(Protocol):
@@ -51,35 +60,67 @@ class Coordinates(Protocol):
     def read(self, tensor: str) -> Tensor:
         """Return a checkpoint tensor's current content from the model."""
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return a checkpoint tensor's shape."""
+
     def names(self) -> dict[str, tuple[int, ...]]:
         """Return the checkpoint's tensors with their shapes."""
 
 
 class Same:
-    """The translation of a model whose checkpoint is its own state."""
+    """The translation of a model whose checkpoint is its own state: parameters and persistent buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = Parameters.of(model)
+        self.buffers = buffers(model)
 
     def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
         """Return the region itself."""
-        return [Piece(self.parameters.alias[parameter], region)]
+        return [Piece(self._find(parameter), region)]
 
     def to_module(self, tensor: str, region: Region) -> list[Piece]:
         """Return the region itself."""
-        if tensor not in self.parameters.alias:
-            raise missing(tensor, self.parameters.alias)
-        return [Piece(self.parameters.alias[tensor], region)]
+        return [Piece(self._find(tensor), region)]
 
     def read(self, tensor: str) -> Tensor:
         """Return the parameter."""
-        if tensor not in self.parameters.alias:
-            raise missing(tensor, self.parameters.alias)
-        return self.parameters.by_name[self.parameters.alias[tensor]].detach()
+        name = self._find(tensor)
+        held = self.parameters.by_name.get(name)
+        return (self.buffers[name] if held is None else held).detach()
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return the parameter's shape."""
+        return tuple(self.read(tensor).shape)
 
     def names(self) -> dict[str, tuple[int, ...]]:
-        """Return the parameters with their shapes."""
-        return {n: tuple(p.shape) for n, p in self.parameters.by_name.items()}
+        """Return the parameters and buffers with their shapes."""
+        return {n: tuple(p.shape) for n, p in {**self.parameters.by_name, **self.buffers}.items()}
+
+    def _find(self, tensor: str) -> str:
+        if tensor in self.buffers:
+            return tensor
+        if tensor not in self.parameters.alias:
+            raise missing(tensor, self.parameters.alias)
+        return self.parameters.alias[tensor]
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a checkpoint holds, by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for leaf, tensor in module._buffers.items():
+            if tensor is not None and leaf not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{leaf}" if prefix else leaf] = tensor
+    return found
+
+
+def holders(model: nn.Module) -> dict[str, Tensor]:
+    """Return what a graft may change, by first name: the parameters and the buffers a checkpoint holds.
+
+    The trainable tensors of a live model are not among them: they follow weights that are.
+    """
+    found = {n: p for n, p in Parameters.of(model).by_name.items() if not n.startswith(CHILD)}
+    return {**buffers(model), **found}
 
 
 def missing(tensor: str, known: object) -> RequestError:
@@ -102,3 +143,37 @@ def coordinates(model: nn.Module) -> Coordinates:
 def everything(shape: tuple[int, ...], matrix: tuple[int, int, int]) -> Region:
     """Return the region of a whole tensor."""
     return Region(shape, matrix, "all", torch.empty(0, dtype=torch.int64))
+
+
+def narrowest(
+    shape: tuple[int, ...], entries: Tensor, matrix: tuple[int, int, int] | None = None
+) -> tuple[Region, Tensor]:
+    """Return the narrowest region that holds just these entries, and where each of its values stands among them.
+
+    Args:
+        shape: the tensor's shape.
+        entries: flat entry numbers, int64, unique, in any order.
+        matrix: how the tensor is read as matrices, if not as `as_matrix` reads it.
+
+    Example:
+        >>> region, order = narrowest((4, 3), torch.tensor([7, 6, 8]))
+        >>> region.layout, region.ids.tolist(), order.tolist()
+        ('rows', [2], [1, 0, 2])
+    """
+    matrix = matrix or as_matrix(shape)
+    _, rows, columns = matrix
+    held, order = entries.sort()
+    if len(held) == math.prod(shape):
+        return everything(shape, matrix), order
+    if len(shape) > 1 and len(held) and len(held) % columns == 0:
+        runs = held.view(-1, columns)
+        if bool((runs[:, :1] % columns == 0).all()) and bool((runs[:, -1:] - runs[:, :1] == columns - 1).all()):
+            return Region.of(shape, "rows", runs[:, 0] // columns, matrix=matrix), order
+    if len(shape) > 1 and len(held) and len(held) % rows == 0:
+        column = held // (rows * columns) * columns + held % columns
+        key = column * rows + held // columns % rows
+        down, again = key.sort()
+        runs = down.view(-1, rows)
+        if bool((runs[:, :1] % rows == 0).all()) and bool((runs[:, -1:] - runs[:, :1] == rows - 1).all()):
+            return Region.of(shape, "cols", runs[:, 0] // rows, matrix=matrix), order[again]
+    return Region.of(shape, "flat", held, matrix=matrix), order

@@ -5,11 +5,13 @@ All of them live in the coordinates of the base's checkpoint: its tensor names, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from neurograft.core.coordinates import Piece, everything
 from neurograft.core.region import Layout, Region, as_matrix, positions, union
 
 
@@ -49,6 +51,10 @@ class Slice:
         """Return the change as a slice, given the base's tensor."""
         return self
 
+    def after(self, before: Tensor) -> Tensor:
+        """Return the new values, flat, of the region's numbers before."""
+        return self.values.detach().to("cpu", before.dtype).reshape(-1)
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -78,14 +84,37 @@ class LowRank:
         return {"lora_A": self.A, "lora_B": self.B, "scale": torch.tensor(self.scale, dtype=torch.float64)}
 
     def product(self) -> Tensor:
-        """Return scale * B @ A in the tensor's own orientation, float32."""
-        full = self.scale * (self.B.float() @ self.A.float())
+        """Return scale * B @ A in the tensor's own orientation, float32 (float64 for float64 factors)."""
+        work = torch.float64 if self.A.dtype == torch.float64 else torch.float32
+        full = self.scale * (self.B.to(work) @ self.A.to(work))
         return (full.t() if self.transposed else full).reshape(self.shape)
 
     def on(self, base: Tensor) -> Slice:
-        """Return the change as dense new values, base + product in float32."""
-        region = Region(self.shape, as_matrix(self.shape), "all", torch.empty(0, dtype=torch.int64))
-        return Slice(region, base.detach().float() + self.product().to(base.device))
+        """Return the change as dense new values, base + product in float32 (float64 for a float64 base)."""
+        wide = base.detach() if base.dtype == torch.float64 else base.detach().float()
+        return Slice(everything(self.shape, as_matrix(self.shape)), wide + self.product().to(base.device))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A low-rank change on one parameter, kept as its factors; dense only while numbers are rewritten.
+
+    Args:
+        low: the change in the checkpoint's coordinates.
+        piece: where its entries, or some of them, lie in the parameter.
+    """
+
+    low: LowRank
+    piece: Piece
+
+    @property
+    def region(self) -> Region:
+        """The parameter's entries that change."""
+        return self.piece.region
+
+    def after(self, before: Tensor) -> Tensor:
+        """Return the new values, flat, of the region's numbers before."""
+        return before + self.piece.take(self.low.product()).reshape(-1).to(before.dtype)
 
 
 @dataclass(frozen=True)
@@ -115,11 +144,10 @@ class New:
         """Return the tensors that describe the change."""
         return {"added": self.values}
 
-    def on(self, base: Tensor) -> Slice:
+    def on(self) -> Slice:
         """Return the change as a slice of the changed model's tensor."""
         if self.after is None:
-            region = Region(self.shape, as_matrix(self.shape), "all", torch.empty(0, dtype=torch.int64))
-            return Slice(region, self.values)
+            return Slice(everything(self.shape, as_matrix(self.shape)), self.values)
         rows = torch.arange(self.after, self.shape[0])
         layout: Layout = "rows" if self.values.dim() > 1 else "flat"
         return Slice(Region.of(self.shape, layout, rows), self.values)
@@ -128,7 +156,7 @@ class New:
 Delta = Slice | LowRank | New
 
 
-def combined(region: Region, original: Tensor, members: list[tuple[Slice, float]]) -> Tensor:
+def combined(region: Region, original: Tensor, members: Sequence[tuple[Slice | Shift, float]]) -> Tensor:
     """Return the numbers of `region` under several scaled changes, before rounding to the base's dtype.
 
     A number touched by one unscaled change is that change's value; any other is
@@ -136,7 +164,7 @@ def combined(region: Region, original: Tensor, members: list[tuple[Slice, float]
 
     Args:
         region: holds every member's entries.
-        original: the base's numbers, shaped `region.values_shape`.
+        original: the base's numbers, shaped `region.values_shape`, on the CPU.
         members: (change, s), in order of digest.
 
     Example:
@@ -146,16 +174,47 @@ def combined(region: Region, original: Tensor, members: list[tuple[Slice, float]
         >>> combined(r, torch.tensor([1.0, 1.0]), [(one, 1.0), (two, 0.5)]).tolist()
         [5.5, 1.5]
     """
-    work = torch.float64 if original.dtype == torch.float64 else torch.float32
-    base = original.to(work).reshape(-1)
-    total, exact, count = base.clone(), base.clone(), torch.zeros(len(base), dtype=torch.int16)
-    for change, s in members:
-        where = positions(change.region, region)
-        values = change.values.to("cpu", work).reshape(-1)
-        total[where] += s * (values - base[where])
+    base = original.to(torch.float64 if original.dtype == torch.float64 else torch.float32).reshape(-1)
+    places = [_place(change.region, region) for change, _ in members]
+    if len(members) == 1 and members[0][1] == 1.0 and isinstance(places[0], slice):
+        return members[0][0].after(base).reshape(region.values_shape)
+    total, exact, count = base.clone(), base.clone(), torch.zeros(len(base), dtype=torch.uint8)
+    for (change, s), where in zip(members, places):
+        before = base[where]
+        values = change.after(before)
+        total[where] += s * (values - before)
         exact[where] = values
-        count[where] += 1 if s == 1.0 else 2
+        count[where] = (count[where] + (1 if s == 1.0 else 2)).clamp_(max=2)
     return torch.where(count <= 1, exact, total).reshape(region.values_shape)
+
+
+def _place(inner: Region, outer: Region) -> Tensor | slice:
+    same = inner.layout == outer.layout and inner.block == outer.block and torch.equal(inner.ids, outer.ids.cpu())
+    return slice(None) if same else positions(inner, outer)
+
+
+def patched(region: Region, values: Tensor, under: Region, numbers: Tensor) -> Tensor:
+    """Replace, among the values of a region, those that `under` holds too by its numbers; in place, on the CPU.
+
+    Example:
+        >>> rows = Region.of((3, 2), "rows", [0, 2])
+        >>> patched(rows, torch.zeros(2, 2), Region.of((3, 2), "cols", [1]), torch.tensor([[7.0, 8.0, 9.0]])).tolist()
+        [[0.0, 7.0], [0.0, 9.0]]
+    """
+    if region.layout == "all":
+        under.to("cpu").write_(values, numbers)
+        return values
+    if under.layout == "all":
+        return region.to("cpu").read(numbers.reshape(under.shape))
+    if region.layout == under.layout and region.block == under.block:
+        mine, theirs, width = region.ids.cpu(), under.ids.cpu(), values.shape[1:]
+    else:
+        mine, theirs, width = region.flat().cpu(), under.flat().cpu(), torch.Size()
+    theirs, order = theirs.sort()
+    held = torch.isin(mine, theirs).nonzero().reshape(-1)
+    chosen = order[torch.searchsorted(theirs, mine[held])]
+    values.view(-1, *width)[held] = numbers.to(values.dtype).reshape(-1, *width)[chosen]
+    return values
 
 
 def merged(members: list[tuple[Slice, float]], originals: Tensor | None, region: Region | None = None) -> Slice:

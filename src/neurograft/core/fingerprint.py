@@ -11,25 +11,57 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 22
+_ZEROS = b"\x00"
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """Return a digest of a tensor's shape and numbers, the same for a bfloat16 tensor and its float32 copy.
 
-    Narrow floats are hashed as float32, into which they convert exactly, so that a base may be loaded in a
-    wider dtype than its file's without becoming another base. A float64 tensor is hashed as it is.
+    Narrow floats are hashed as the float32 they convert into exactly, so that a base may be loaded in a wider
+    dtype than its file's without becoming another base. The upper and lower halves of the numbers are hashed in
+    turn and lower halves of zeros only marked, which halves the time of bfloat16. Other dtypes are hashed as
+    they are.
 
     Example:
         >>> x = torch.randn(3).bfloat16()
         >>> tensor_digest(x) == tensor_digest(x.float()) != tensor_digest(x.float() + 1)
         True
     """
-    work = tensor.dtype if tensor.dtype == torch.float64 or not tensor.is_floating_point() else torch.float32
-    state = hashlib.sha256(f"{tuple(tensor.shape)}:{work}".encode())
-    flat = tensor.detach().reshape(-1)
-    for part in flat.split(CHUNK):
-        state.update(part.to("cpu", work).contiguous().numpy().tobytes())
+    narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
+    state = hashlib.sha256(f"{tuple(tensor.shape)}:{torch.float32 if narrow else tensor.dtype}".encode())
+    for part in tensor.detach().reshape(-1).split(CHUNK):
+        here = part.cpu().contiguous()
+        if not narrow:
+            state.update(
+                here.view(torch.uint8).numpy().tobytes() if here.dtype == torch.bool else here.numpy().tobytes()
+            )
+        elif here.dtype == torch.bfloat16:
+            state.update(here.view(torch.int16).numpy())
+            state.update(_ZEROS)
+        else:
+            halves = here.float().view(torch.int16).view(-1, 2)
+            low, high = halves[:, 0].contiguous(), halves[:, 1].contiguous()
+            state.update(high.numpy())
+            if bool(low.any()):
+                state.update(b"\x01")
+                state.update(low.numpy())
+            else:
+                state.update(_ZEROS)
     return state.hexdigest()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors are equal bit for bit: NaN equals itself, -0.0 is not 0.0.
+
+    Example:
+        >>> nan, zero = torch.tensor([float("nan")]), torch.tensor([0.0])
+        >>> same_bits(nan, nan.clone()), same_bits(zero, -zero)
+        (True, False)
+    """
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    x, y = a.detach().reshape(-1).cpu().contiguous(), b.detach().reshape(-1).cpu().contiguous()
+    return torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 def digest(*values: Any) -> str:

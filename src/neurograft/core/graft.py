@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.coordinates import coordinates
+from neurograft.core.coordinates import coordinates, everything
 from neurograft.core.delta import Delta, LowRank, New, Slice, merged
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.operation import Operation
-from neurograft.core.region import positions, union
+from neurograft.core.region import as_matrix, positions, union
 from neurograft.core.resolve import resolve
 from neurograft.core.stack import Stack
+from neurograft.core.untie import Apart, Untie
 
 EXPORTS = ("lora", "supertuning", "merged", "patch")
 
@@ -72,7 +73,10 @@ class Graft:
         where, stack = coordinates(model), stack or Stack.of(model)
         known = {n: d for n, d in deltas.items() if not isinstance(d, New)}
         base = {name: stack.digest(name, model, where) for name in known}
-        originals = {n: d.region.read(stack.base(n, model, where)) for n, d in known.items() if isinstance(d, Slice)}
+        apart = [n for n in Apart.of(model).held if n not in {m for o in operations for m in getattr(o, "names", ())}]
+        if apart:
+            operations = (*operations, Untie(apart))
+        originals = {n: stack.numbers(n, d.region, model, where) for n, d in known.items() if isinstance(d, Slice)}
         return Graft(deltas, operations, base, {"base": describe(model), **(card or {})}, 1.0, originals)
 
     @cached_property
@@ -180,8 +184,8 @@ class Graft:
             if isinstance(delta, New):
                 continue
             stack._check(name, self, model, where)
-            base = stack.base(name, model, where)
-            found[name] = delta.on(base).region.read(base)
+            whole = everything(delta.shape, as_matrix(delta.shape))
+            found[name] = stack.numbers(name, delta.region if isinstance(delta, Slice) else whole, model, where)
         return replace(self, originals=found)
 
     def save(self, folder: str | Path) -> Path:

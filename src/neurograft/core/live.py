@@ -9,6 +9,7 @@ output adds the compact gradient. What was tried and what was measured: docs/dec
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ class Live:
         master = self.original if weight.dtype in (torch.float32, torch.float64) else self.original.float()
         self.theta = nn.Parameter(master.clone())
         self.epoch = 0
+        self.resting = False
         self.seen = weight._version
         self.routes: dict[tuple[int, Side], tuple[Route, int, int]] = {}
+        self.rows: Lookup | None = None
 
     def __reduce__(self) -> Any:
         raise RunError(
@@ -49,14 +52,26 @@ class Live:
         )
 
     def write(self) -> None:
-        """Bring the weight up to date with theta; rewriting equal values is harmless."""
+        """Bring the weight up to date with theta, unless it rests; rewriting equal values is harmless."""
+        if self.resting:
+            return
         if self.theta.dtype not in (torch.float32, torch.float64):
             raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
-        self.region.write_(self.weight, self.theta)
+        with Plain():
+            self.region.write_(self.weight, self.theta)
+
+    @property
+    def moment(self) -> int:
+        """Number that grows whenever the values are stepped or written in a way that can be seen.
+
+        Always 0 in a compiled graph, which would be compiled anew for every other number.
+        """
+        return 0 if torch.compiler.is_compiling() else self.epoch + self.theta._version
 
     def reload(self) -> None:
         """Take over what somebody else wrote into the weight (`load_state_dict`, an initialiser)."""
-        self.theta.data.copy_(self.region.read(self.weight))
+        with Plain():
+            self.theta.data.copy_(self.region.read(self.weight))
         self.seen = self.weight._version
 
     def moved(self, device: torch.device) -> None:
@@ -64,22 +79,26 @@ class Live:
         self.theta.data = self.theta.data.to(device)
         self.region, self.original = self.region.to(device), self.original.to(device)
         self.routes.clear()
+        self.rows = None
         self.seen = self.weight._version
 
     def sync(self) -> None:
         """Before a use: take over foreign writes, then write theta. Never gated on theta's version counter,
         which fused optimizers and `.data` writes do not raise."""
+        if self.resting:
+            return
         if self.weight.requires_grad:
             raise RunError(
                 f"{self.name} was unfrozen while its entries are trained compactly; keep requires_grad False on it"
             )
-        if self.weight._version != self.seen:
+        if self.weight._version != self.seen and not self.resting:
             self.reload()
         self.write()
 
     def restore(self) -> None:
         """Put the original numbers back, bit for bit."""
-        self.region.write_(self.weight, self.original)
+        with Plain():
+            self.region.write_(self.weight, self.original)
 
     def local(self, bank: int, side: Side) -> tuple[Route, int, int]:
         """Return the route inside matrix `bank`, and the range of theta's first axis that belongs to it."""
@@ -101,6 +120,39 @@ class Live:
             self.routes[key] = (route(local, side, self.weight.device), lo, hi)
         return self.routes[key]
 
+    def looked_up(self) -> Lookup:
+        """Return where the gradient of a lookup in this weight goes, prepared once."""
+        if self.rows is None:
+            _, rows, columns = self.region.matrix
+            ids, layout = self.region.ids, self.region.layout
+            touched, at = ids, None
+            if layout == "all":
+                touched = torch.arange(rows, device=ids.device)
+            elif layout != "rows":
+                flat = self.region.flat()
+                touched, row = (flat // columns).unique(return_inverse=True)
+                at = row * columns + flat % columns
+            slots = torch.full((rows,), len(touched), device=ids.device)
+            self.rows = Lookup(
+                slots.index_copy_(0, touched, torch.arange(len(touched), device=ids.device)), len(touched), at
+            )
+        return self.rows
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table with trained entries.
+
+    Args:
+        slots: for every row of the table, its number among the rows with trained entries, or `count`.
+        count: how many rows have trained entries.
+        at: where each value stands in the [count, C] gradient of these rows; None if the values are the rows.
+    """
+
+    slots: Tensor
+    count: int
+    at: Tensor | None
+
 
 def handed(y: Tensor) -> Tensor:
     """Return y as a new tensor on the same storage that autograd does not call a view.
@@ -115,11 +167,11 @@ class Tap(torch.autograd.Function):
     """Identity on an operation's output whose backward yields the gradient of theta."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, chosen: Route, live: Live | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, chosen: Route, live: Live) -> Tensor:
         kept = x if chosen.keep is None else x.index_select(-1, chosen.keep)
         ctx.save_for_backward(kept)
         ctx.chosen, ctx.live, ctx.shape, ctx.dtype = chosen, live, theta.shape, theta.dtype
-        ctx.epoch = 0 if live is None else live.epoch
+        ctx.epoch = live.moment
         return handed(y)
 
     @staticmethod
@@ -136,7 +188,7 @@ class Alias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, theta: Tensor, live: Live) -> Tensor:
-        ctx.live, ctx.epoch, ctx.dtype = live, live.epoch, theta.dtype
+        ctx.live, ctx.epoch, ctx.dtype = live, live.moment, theta.dtype
         return weight.view_as(weight)
 
     @staticmethod
@@ -146,9 +198,9 @@ class Alias(torch.autograd.Function):
         return None, ctx.live.region.read(g.contiguous()).to(ctx.dtype), None
 
 
-def check_epoch(live: Live | None, epoch: int) -> None:
+def check_epoch(live: Live, epoch: int) -> None:
     """Refuse a backward pass through a weight that was rewritten after the forward pass."""
-    if live is not None and live.epoch != epoch:
+    if not torch.compiler.is_compiling() and live.moment != epoch:
         raise RunError(
             f"the entries of {live.name} were stepped between this forward pass and its backward pass; "
             "run backward before the optimizer step"
@@ -162,18 +214,23 @@ class Watched:
     neurograft: Live
 
 
-def alias(value: Any, func: Any) -> Any:
+def alias(value: Any, func: Any, *, free: bool = False) -> Any:
     """Replace a live tensor by its dense alias where that is allowed; pass anything else through.
+
+    Args:
+        value: an argument of the operation.
+        func: the operation.
+        free: the operation's dense gradient is no larger than the gradient of its output.
 
     Raises:
         RunError: the weight is a matrix and a dense gradient was not accepted.
     """
     if isinstance(value, (list, tuple)) and any(isinstance(v, Watched) for v in value):
-        return type(value)(alias(v, func) for v in value)
+        return type(value)(alias(v, func, free=free) for v in value)
     if not isinstance(value, Watched):
         return value
     live = value.neurograft
-    if not (live.vector or live.allow_dense):
+    if not (free or live.vector or live.allow_dense):
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or str(func)
         raise RunError(
             f"{live.name} meets the operation {name}, whose compact gradient is not known here; "

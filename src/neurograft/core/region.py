@@ -279,5 +279,7 @@ def positions(inner: Region, outer: Region) -> Tensor:
         width = math.prod(inner.values_shape[1:])
         return (where[:, None] * width + torch.arange(width)).reshape(-1)
     flat = outer.flat().cpu()
+    if outer.layout in ("flat", "rows"):  # sorted already
+        return torch.searchsorted(flat, inner.flat().cpu())
     order = flat.argsort()
     return order[torch.searchsorted(flat[order], inner.flat().cpu())]

@@ -6,25 +6,27 @@ applying and removing never matters and an empty stack is the base bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.coordinates import Coordinates, Piece, coordinates, everything
-from neurograft.core.delta import New, Slice, combined
-from neurograft.core.errors import RequestError
-from neurograft.core.fingerprint import tensor_digest
+from neurograft.core.coordinates import Coordinates, coordinates, everything, holders
+from neurograft.core.delta import LowRank, New, Shift, Slice, combined, patched
+from neurograft.core.errors import RequestError, RunError
+from neurograft.core.fingerprint import same_bits, tensor_digest
 from neurograft.core.live import Watched
 from neurograft.core.region import Region, as_matrix, union
 from neurograft.core.tokens import grown
 from neurograft.core.units import Parameters
+from neurograft.core.untie import Apart, Untie
 
 if TYPE_CHECKING:
     from neurograft.core.graft import Graft
 
 ATTRIBUTE = "_neurograft_stack"
+Change = Slice | Shift
 
 
 @dataclass
@@ -39,28 +41,37 @@ class Ledger:
 
     region: Region
     original: Tensor
-    members: dict[str, list[tuple[Slice, float]]] = field(default_factory=dict)
+    members: dict[str, list[tuple[Change, float]]] = field(default_factory=dict)
 
-    def ordered(self) -> list[tuple[Slice, float]]:
+    def ordered(self) -> list[tuple[Change, float]]:
         """Return the changes in the order of their grafts' identities."""
         return [change for identity in sorted(self.members) for change in self.members[identity]]
+
+    def numbers(self) -> Tensor:
+        """Return what the changes make of the originals, before rounding to the parameter's dtype."""
+        return combined(self.region, self.original, self.ordered())
 
 
 @dataclass
 class Stack:
     """The grafts on one model.
 
+    Memory: the originals of the touched entries, once, on the CPU; the grafts' own tensors are shared with
+    them, and a low-rank change stays its factors. Verifying reads one tensor at a time.
+
     Args:
         ledgers: parameter name -> what happened to it.
         grafts: graft identity -> the graft.
         digests: checkpoint tensor -> its digest in the base.
         mounted: graft identity -> handles of its operations.
+        guard: handle of the hook that watches `load_state_dict`.
     """
 
     ledgers: dict[str, Ledger] = field(default_factory=dict)
     grafts: dict[str, Graft] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     mounted: dict[str, list[Any]] = field(default_factory=dict)
+    guard: Any = None
 
     @staticmethod
     def of(model: nn.Module) -> Stack:
@@ -69,34 +80,36 @@ class Stack:
         return found
 
     def original(self, parameter: str, weight: Tensor, region: Region) -> Tensor:
-        """Return the base's numbers of a region, whatever lies on top of them."""
+        """Return the base's numbers of a region, whatever lies on top of them, in its dtype, on the CPU."""
         ledger, found = self.ledgers.get(parameter), region.read(weight).cpu()
-        if ledger is None:
-            return found
-        whole = _scattered(weight, ledger)
-        return region.read(whole)
+        return found if ledger is None else patched(region, found, ledger.region, ledger.original)
 
     def unrounded(self, parameter: str, weight: Tensor, region: Region) -> Tensor:
         """Return the current numbers of a region before their rounding to the parameter's dtype, float32 or 64."""
-        ledger = self.ledgers[parameter]
-        whole = weight.detach().cpu()
-        whole = whole.clone() if whole.dtype == torch.float64 else whole.float()
-        ledger.region.to("cpu").write_(whole, combined(ledger.region, ledger.original, ledger.ordered()))
-        return region.to("cpu").read(whole)
+        ledger, found = self.ledgers[parameter], region.read(weight).cpu()
+        wide = found if found.dtype == torch.float64 else found.float()
+        return patched(region, wide, ledger.region, ledger.numbers())
+
+    def numbers(self, tensor: str, region: Region, model: nn.Module, where: Coordinates) -> Tensor:
+        """Return the base's numbers of a checkpoint tensor's region, on the CPU."""
+        weights, found = holders(model), None
+        for piece in where.to_module(tensor, region):
+            values = self.original(piece.name, weights[piece.name], piece.region)
+            if piece.order is None:
+                return values.reshape(region.values_shape)
+            found = torch.empty(region.numel, dtype=values.dtype) if found is None else found
+            piece.give(values, found)
+        assert found is not None
+        return found.reshape(region.values_shape)
 
     def base(self, tensor: str, model: nn.Module, where: Coordinates) -> Tensor:
-        """Return a checkpoint tensor as the base has it."""
-        names = {p.name for p in _pieces_of(tensor, where)}
-        under = {n: ledger for n, ledger in self.ledgers.items() if n in names}
-        if not under:
-            return where.read(tensor)
-        parameters = Parameters.of(model).by_name
-        for name, ledger in under.items():
-            ledger.region.write_(parameters[name], ledger.original)
-        try:
-            return where.read(tensor).clone()
-        finally:
-            self._rewrite(parameters, under)
+        """Return a checkpoint tensor as the base has it; the model's own storage where nothing lies on it."""
+        shape = where.shape(tensor)
+        whole = everything(shape, as_matrix(shape))
+        # Only a stack with grafts has to look where the tensor lies.
+        if self.ledgers and any(p.name in self.ledgers for p in where.to_module(tensor, whole)):
+            return self.numbers(tensor, whole, model, where)
+        return where.read(tensor)
 
     def digest(self, tensor: str, model: nn.Module, where: Coordinates) -> str:
         """Return the digest of a checkpoint tensor in the base."""
@@ -116,39 +129,59 @@ class Stack:
                 expected="a graft that is not on this model",
                 do="remove it first, or apply graft.scale(...) after removing it",
             )
-        handles: list[Any] = self._grow(model, graft)
+        handles: list[Any] = []
         try:
-            where, parameters = coordinates(model), Parameters.of(model).by_name
-            changes = self._translated(model, graft, where, parameters)
+            self._make_room(model, graft, handles)
+            where, weights = coordinates(model), holders(model)
+            changes = self.translated(model, graft, where, weights)
             self._refuse_overlaps(graft)
             for operation in graft.operations:
-                handles.append(operation.scaled(graft.strength).mount(model))
-        except Exception:
+                if not isinstance(operation, Untie):
+                    handles.append(operation.scaled(graft.strength).mount(model))
+        except BaseException:
             for handle in reversed(handles):
                 handle.remove()
             raise
-        for name, slices in changes.items():
-            self._enter(name, parameters[name], graft.identity, [(s, graft.strength) for s in slices])
+        if not self.grafts:
+            model.__dict__[ATTRIBUTE] = self
+            self.guard = model.register_load_state_dict_pre_hook(refuse_foreign_state)
         self.grafts[graft.identity], self.mounted[graft.identity] = graft, handles
-        self._rewrite(parameters, {n: self.ledgers[n] for n in changes})
-        model.__dict__[ATTRIBUTE] = self
+        try:
+            for name, found in changes.items():
+                self._enter(name, weights[name], graft.identity, [(change, graft.strength) for change in found])
+            for name in changes:
+                self.ledgers[name].region.write_(weights[name], self.ledgers[name].numbers())
+        except BaseException:  # out of memory, an interrupt: the model must not stay half changed
+            self.drop(model, graft)
+            raise
 
-    @staticmethod
-    def _grow(model: nn.Module, graft: Graft) -> list[Any]:
-        """Make room for appended rows; returns what takes it away again."""
-        made: list[Any] = []
+    def _make_room(self, model: nn.Module, graft: Graft, handles: list[Any]) -> None:
+        """Append rows and untie weights before anything is looked up; what undoes it goes to `handles`."""
+        alias = Parameters.of(model).alias
+        untied = {n for o in graft.operations if isinstance(o, Untie) for n in o.names} - Apart.of(model).held.keys()
+        shared = {alias[n]: n for n in untied if n in alias}
+        shared |= {alias[n]: n for n, d in graft.deltas.items() if isinstance(d, New) and d.after and n in alias}
+        taken = next((n for n in shared if n in self.ledgers), None)
+        if taken is not None:
+            raise RequestError(
+                f"a graft that unties {taken} or appends rows to it, while another graft changes it",
+                expected="one of the two on this model",
+                do="remove the other graft first, or train both changes as one graft",
+            )
+        for operation in graft.operations:
+            if isinstance(operation, Untie):
+                handles.append(operation.mount(model))
         for name, delta in graft.deltas.items():
-            other = next((g for g in Stack.of(model).grafts.values() if isinstance(g.deltas.get(name), New)), None)
+            other = next((g for g in self.grafts.values() if isinstance(g.deltas.get(name), New)), None)
             if isinstance(delta, New) and other is not None:
                 raise RequestError(
                     f"{name!r}, which the graft {other.identity[:12]} on this model brings too",
                     expected="one graft with this new parameter",
                     do="remove the other graft first",
                 )
-            if isinstance(delta, New) and delta.after is not None and name in Parameters.of(model).alias:
+            if isinstance(delta, New) and delta.after is not None and name in alias:
                 growth = grown(model, name, delta.after, delta.shape[0])
-                made += [growth] if growth else []
-        return made
+                handles += [growth] if growth else []
 
     def drop(self, model: nn.Module, graft: Graft) -> None:
         """Take a graft off; the model is then what the remaining ones make of the base.
@@ -162,16 +195,23 @@ class Stack:
                 expected=f"one of {[g[:12] for g in self.grafts] or 'none: the model carries no graft'}",
                 do="apply it first",
             )
+        weights = holders(model)
+        touched = {n: held for n, held in self.ledgers.items() if graft.identity in held.members}
+        for name, ledger in touched.items():
+            if name not in weights or weights[name].shape != ledger.region.shape:
+                raise RunError(
+                    f"{name} was resized or replaced while the graft {graft.identity[:12]} was on; its originals "
+                    "no longer fit. Load the base again, and remove grafts before such changes"
+                )
         handles = self.mounted.pop(graft.identity)
-        parameters = Parameters.of(model).by_name
-        for name in [n for n, held in self.ledgers.items() if graft.identity in held.members]:
-            ledger = self.ledgers[name]
-            ledger.region.write_(parameters[name], ledger.original)
+        for name, ledger in touched.items():
+            ledger.region.write_(weights[name], ledger.original)
             del ledger.members[graft.identity]
             if ledger.members:
-                region = union(s.region for slices in ledger.members.values() for s, _ in slices)
-                ledger.region, ledger.original = region, region.read(parameters[name]).cpu()
-                self._rewrite(parameters, {name: ledger})
+                region = union(change.region for changes in ledger.members.values() for change, _ in changes)
+                ledger.original = region.read(weights[name]).cpu()
+                ledger.region = region
+                region.write_(weights[name], ledger.numbers())
             else:
                 del self.ledgers[name]
         for handle in reversed(handles):
@@ -179,28 +219,42 @@ class Stack:
         del self.grafts[graft.identity]
         if not self.grafts:
             model.__dict__.pop(ATTRIBUTE, None)
+            if self.guard is not None:
+                self.guard.remove()
 
-    def _translated(
-        self, model: nn.Module, graft: Graft, where: Coordinates, parameters: dict[str, nn.Parameter]
-    ) -> dict[str, list[Slice]]:
+    def translated(
+        self, model: nn.Module, graft: Graft, where: Coordinates, weights: dict[str, Tensor]
+    ) -> dict[str, list[Change]]:
         """Check every tensor of a graft against the base and return its changes by parameter."""
-        changes: dict[str, list[Slice]] = {}
+        changes: dict[str, list[Change]] = {}
+        apart = {id(old): name for name, (old, _) in Apart.of(model).held.items()}
+        untying = {n for o in graft.operations if isinstance(o, Untie) for n in o.names}
         for tensor, delta in graft.deltas.items():
             if not isinstance(delta, New):
                 self._check(tensor, graft, model, where)
-            whole = delta.on(where.read(tensor) if isinstance(delta, New) else self.base(tensor, model, where))
-            for piece in where.to_module(tensor, whole.region):
-                weight = parameters[piece.name]
-                _check_writable(piece.name, weight)
+            whole = delta.on() if isinstance(delta, New) else delta
+            region = everything(whole.shape, as_matrix(whole.shape)) if isinstance(whole, LowRank) else whole.region
+            for piece in where.to_module(tensor, region):
+                weight = weights[piece.name]
+                check_writable(piece.name, weight)
+                if apart.get(id(weight), piece.name) not in {piece.name, *untying}:
+                    raise RequestError(
+                        f"a graft of {piece.name}, made while {apart[id(weight)]} was tied with it",
+                        expected="tied weights; another graft has untied them",
+                        do="remove the graft that unties them first",
+                    )
                 if tuple(weight.shape) != piece.region.shape:
-                    raise _wrong_shape(tensor, piece.region.shape, tuple(weight.shape), graft)
-                changes.setdefault(piece.name, []).append(Slice(piece.region, piece.take(whole.values)))
+                    raise wrong_shape(tensor, piece.region.shape, tuple(weight.shape), graft)
+                change = (
+                    Shift(whole, piece) if isinstance(whole, LowRank) else Slice(piece.region, piece.take(whole.values))
+                )
+                changes.setdefault(piece.name, []).append(change)
         return changes
 
     def _check(self, tensor: str, graft: Graft, model: nn.Module, where: Coordinates) -> None:
-        shape = tuple(where.read(tensor).shape)
+        shape = where.shape(tensor)
         if shape != graft.deltas[tensor].shape:
-            raise _wrong_shape(tensor, graft.deltas[tensor].shape, shape, graft)
+            raise wrong_shape(tensor, graft.deltas[tensor].shape, shape, graft)
         if self.digest(tensor, model, where) != graft.base[tensor]:
             origin = graft.card.get("base", {})
             name, revision = origin.get("name") or "it was made on", origin.get("revision") or "any"
@@ -221,33 +275,48 @@ class Stack:
                             do="remove the other graft first",
                         )
 
-    def _enter(self, name: str, weight: Tensor, identity: str, changes: list[tuple[Slice, float]]) -> None:
+    def _enter(self, name: str, weight: Tensor, identity: str, changes: list[tuple[Change, float]]) -> None:
         ledger = self.ledgers.get(name)
-        regions = [s.region for s, _ in changes] + ([ledger.region] if ledger else [])
-        region = union(regions)
+        if ledger is not None:
+            changes = [(aligned(change, ledger.region), s) for change, s in changes]
+        region = union([change.region for change, _ in changes] + ([ledger.region] if ledger else []))
         original = self.original(name, weight, region)
         members = ledger.members if ledger else {}
         members[identity] = changes
         self.ledgers[name] = Ledger(region, original, members)
 
-    def _rewrite(self, parameters: dict[str, nn.Parameter], ledgers: dict[str, Ledger]) -> None:
-        for name, ledger in ledgers.items():
-            ledger.region.write_(parameters[name], combined(ledger.region, ledger.original, ledger.ordered()))
+
+def refuse_foreign_state(model: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    """Hook of a model with grafts on: `load_state_dict` may bring the grafted numbers, but no others under them.
+
+    Raises:
+        RunError: the state holds other numbers where a graft lies; removing it later would spoil them.
+    """
+    for name, ledger in Stack.of(model).ledgers.items():
+        coming = state.get(prefix + name)
+        if coming is None:
+            continue
+        if coming.shape == ledger.region.shape:
+            here = ledger.region.read(coming.contiguous()).cpu()
+            if same_bits(here, ledger.numbers().to(ledger.original.dtype).to(here.dtype)):
+                continue
+        raise RunError(f"load_state_dict of other numbers into {name}, which a graft changes; remove the graft first")
 
 
-def _scattered(weight: Tensor, ledger: Ledger) -> Tensor:
-    """Return a copy of the parameter with its original numbers back in place."""
-    whole = weight.detach().cpu().clone()
-    ledger.region.to("cpu").write_(whole, ledger.original)
-    return whole
+def aligned(change: Change, other: Region) -> Change:
+    """Return a change in flat entries if it reads its parameter as other matrices than `other` does."""
+    if change.region.matrix == other.matrix or isinstance(change, Shift):
+        return change
+    flat, order = change.region.flattened()
+    return Slice(replace(flat, matrix=other.matrix), change.values.reshape(-1)[order])
 
 
-def _pieces_of(tensor: str, where: Coordinates) -> list[Piece]:
-    shape = tuple(where.read(tensor).shape)
-    return where.to_module(tensor, everything(shape, as_matrix(shape)))
+def check_writable(name: str, weight: Tensor) -> None:
+    """Raise unless a graft may write into this weight.
 
-
-def _check_writable(name: str, weight: Tensor) -> None:
+    Raises:
+        RequestError: it is being trained, packed, offloaded or not contiguous.
+    """
     if isinstance(weight, Watched):
         raise RequestError(
             f"a graft on {name}, whose entries are being trained",
@@ -262,7 +331,8 @@ def _check_writable(name: str, weight: Tensor) -> None:
         )
 
 
-def _wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], graft: Graft) -> RequestError:
+def wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], graft: Graft) -> RequestError:
+    """Return the error for a base whose tensor has another shape."""
     architecture = graft.card.get("base", {}).get("class")
     return RequestError(
         f"a model whose tensor {tensor!r} has shape {found}",

@@ -66,15 +66,13 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """Run `func` on plain weights and attach the gradients of the live ones among its arguments."""
     with Plain():
         handler = USES.get(func)
-        if handler is not None and not torch.compiler.is_compiling():
-            sync(args, kwargs)
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        out = NotImplemented
         if handler is not None:
-            out = handler(func, args, kwargs)
+            sync(args, kwargs)
+            out = handler(func, args, kwargs) if torch.is_grad_enabled() else func(*args, **kwargs)
         elif func in VIEWS and isinstance(args[0], Watched):
             out = _view(func, args, kwargs)
+        else:
+            out = NotImplemented
         return _other(func, args, kwargs) if out is NotImplemented else out
 
 
@@ -88,14 +86,20 @@ def watched(args: Any, kwargs: dict[str, Any]) -> Iterable[Watched]:
 
 
 def sync(args: Any, kwargs: dict[str, Any]) -> None:
-    """Bring every live weight among the arguments up to date."""
-    for value in watched(args, kwargs):
-        value.neurograft.sync()
+    """Bring every live weight among the arguments up to date; compiled graphs rely on the write after a step."""
+    if not torch.compiler.is_compiling():
+        for value in watched(args, kwargs):
+            value.neurograft.sync()
 
 
 def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source: Any = args[0]
     out = func(*args, **kwargs)
+    if isinstance(out, Tensor) and out is not source and not out._is_view():  # a cast or a clone
+        sync(args, kwargs)
+        out = func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return out
     found = [_follow(o, source) for o in (out if isinstance(out, (tuple, list)) else (out,))]
     if any(o is None for o in found):
         return NotImplemented
@@ -118,17 +122,23 @@ def _follow(out: Tensor, source: Any) -> Any:
 
 def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that has no compact gradient here: harmless ones as they are, others on a dense alias."""
-    out = func(*args, **kwargs)
-    if func in HARMLESS or getattr(func, "__name__", "") in HARMLESS_NAMES:
-        return out
-    tensors = out if isinstance(out, (tuple, list)) else (out,)
-    if not any(isinstance(o, Tensor) and o.is_floating_point() for o in tensors):
-        return out  # a shape, a dtype, a comparison
-    if args and out is args[0]:
-        return out  # an in-place write, which `Live.sync` takes over
-    if not torch.compiler.is_compiling():
-        sync(args, kwargs)
-    return func(*(alias(a, func) for a in args), **{k: alias(v, func) for k, v in kwargs.items()})
+    if func in HARMLESS:
+        if func in READS:
+            sync(args, kwargs)
+        return func(*args, **kwargs)
+    if func in WRITES:
+        if isinstance(args[0], Watched):
+            return func(*args, **kwargs)  # into the weight itself: `Live.sync` takes it over
+    else:
+        out = func(*args, **kwargs)
+        tensors = out if isinstance(out, (tuple, list)) else (out,)
+        if not any(isinstance(o, Tensor) and o.is_floating_point() for o in tensors):
+            return out  # a shape, a dtype, a comparison
+    sync(args, kwargs)
+    if not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    dense = [alias(a, func, free=func in BROADCAST) for a in args]
+    return func(*dense, **{k: alias(v, func) for k, v in kwargs.items()})
 
 
 _T: Any = Tensor
@@ -148,12 +158,26 @@ VIEWS = frozenset({
     torch.transpose, _T.transpose, torch.t, _T.t, _T.T.__get__, _T.mT.__get__, torch.permute, _T.permute,
     _T.__getitem__, torch.select, _T.select, torch.narrow, _T.narrow, torch.chunk, _T.chunk, torch.split, _T.split,
     torch.unbind, _T.unbind, torch.squeeze, _T.squeeze, torch.unsqueeze, _T.unsqueeze, _T.view, _T.contiguous,
-    _T.to, _T.float, _T.half, _T.bfloat16, _T.double, _T.type_as,
+    _T.to, _T.float, _T.half, _T.bfloat16, _T.double, _T.type_as, _T.cpu, _T.cuda, torch.clone, _T.clone,
 })  # fmt: skip
 
-HARMLESS = frozenset({
-    _T.detach, _T.data.__get__, _T.grad.__get__, _T.requires_grad_, _T.clone, _T.__deepcopy__, _T.__repr__,
-    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
-    _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor, _T.numpy, _T.cpu, _T.cuda,
+# Their gradient by the weight is a sum over the gradient of their output: no larger than an activation.
+BROADCAST = frozenset({
+    torch.add, _T.add, _T.__add__, _T.__radd__, torch.sub, _T.sub, _T.__sub__, torch.rsub, _T.__rsub__,
+    torch.mul, _T.mul, _T.__mul__, _T.__rmul__, torch.div, _T.div, _T.__truediv__, _T.add_, _T.__iadd__,
 })  # fmt: skip
-HARMLESS_NAMES = frozenset({"__set__", "__delete__", "__reduce_ex__", "as_subclass"})
+
+READS = frozenset({_T.detach, torch.detach, _T.data.__get__, _T.numpy})
+HARMLESS = READS | frozenset({
+    _T.data.__set__, _T.grad.__get__, _T.grad.__set__, _T.grad.__delete__, _T.requires_grad.__set__, _T.requires_grad_,
+    _T.__deepcopy__, _T.__reduce_ex__, _T.__repr__, _T.as_subclass,
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
+    _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor,
+})  # fmt: skip
+
+# Operations that change their first argument: `add_`, `__iadd__`, `__setitem__`.
+WRITES = frozenset(
+    getattr(_T, n)
+    for n in dir(_T)
+    if n == "__setitem__" or (n.endswith("_") and not n.endswith("__")) or (n[:3] == "__i" and "__" + n[3:] in dir(_T))
+) - {_T.requires_grad_}

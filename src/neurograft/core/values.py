@@ -35,10 +35,14 @@ class LiveValues(nn.Module):
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): below, the next class in line is nn.LayerNorm
         for entry in entries:
             self._parameters[entry.name] = entry.theta
         self.entries = entries
+
+    def forward(self, x: Any) -> Any:
+        """Return x: a root that runs its children in turn (`nn.Sequential`) runs this one too."""
+        return x
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiveValues:
         for entry in self.entries:
@@ -50,7 +54,8 @@ class LiveValues(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for entry in self.entries:
-            entry.write()  # the base's keys share storage with the weights, so they are current now
+            if not getattr(entry, "resting", False):  # a graft taken inside the block reads the base's state
+                entry.write()  # the base's keys share storage with the weights, so they are current now
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for entry in self.entries:

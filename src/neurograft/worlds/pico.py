@@ -1,66 +1,28 @@
-"""Pico models: real transformers classes from tiny configs, and inputs that fit them."""
+"""Pico models: real model classes from tiny configs, and inputs that fit them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from neurograft.core.errors import one_of
-from neurograft.core.seeds import derive, generator
-
-VOCABULARY, IMAGE = 64, 16
-
-_DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_ENCODER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-
-# family: (config class, model class, config)
-PICO: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", _DECODER),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_DECODER, **_EXPERTS}),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_GPT2, "bos_token_id": 1, "eos_token_id": 2}),
-    "bert": (
-        "BertConfig",
-        "BertForSequenceClassification",
-        {**_ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_labels": 3},
-    ),
-    "vit": (
-        "ViTConfig",
-        "ViTForImageClassification",
-        {**_ENCODER, "image_size": IMAGE, "patch_size": 4, "num_channels": 3, "num_labels": 3},
-    ),
-}
+from neurograft.core.errors import RequestError, one_of
+from neurograft.core.seeds import derive
+from neurograft.worlds._pico_batches import batch_for
+from neurograft.worlds._picos import DIFFUSERS, PICO
 
 
 def families() -> list[str]:
-    """Return the names `pico` knows.
+    """Return the names `pico` knows; those of the diffusers library only where it is installed.
 
     Example:
         >>> "llama" in families()
         True
     """
-    return sorted(PICO)
+    return sorted([*PICO, *(DIFFUSERS if find_spec("diffusers") else ())])
 
 
 def pico(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **config: Any) -> nn.Module:
@@ -79,32 +41,51 @@ def pico(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **conf
         >>> pico("llama", num_hidden_layers=1).config.num_hidden_layers
         1
     """
-    config_class, model_class, fields = PICO[one_of(family, PICO, what="pico family")]
-    made = getattr(transformers, config_class)(**{**fields, **config})
+    one_of(family, families(), what="pico family")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "pico", family))
-        model: nn.Module = getattr(transformers, model_class)(made)
-    return model.to(dtype or torch.float32).eval()
+        model: Any = _diffusion(family, config) if family in DIFFUSERS else build(*PICO[family], **config)
+    if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
+        model.set_experts_implementation("eager")  # the grouped products of banks have no float64
+    made: nn.Module = model.to(dtype or torch.float32).eval()
+    return made
 
 
-def pico_batch(model: nn.Module, *, batch: int = 2, length: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """Return random inputs with labels for a pico model; the second row of a text batch is padded.
+def build(name: str, fields: Any, **config: Any) -> nn.Module:
+    """Build a transformers model from its class name and the fields of its config.
+
+    Raises:
+        RequestError: transformers has no such class.
+    """
+    library = importlib.import_module("transformers")
+    found = getattr(library, name, None)
+    if found is None:
+        raise RequestError(
+            f"the class {name!r}", expected=f"a class of transformers {library.__version__}", do="check its spelling"
+        )
+    made: nn.Module = found(found.config_class(**{**fields, **config}))
+    return made
+
+
+def _diffusion(family: str, config: dict[str, Any]) -> nn.Module:
+    name, fields = DIFFUSERS[family]
+    made: nn.Module = getattr(importlib.import_module("diffusers"), name)(**{**fields, **config})
+    return made
+
+
+def pico_batch(model: nn.Module | str, *, batch: int = 2, length: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Return random inputs for a model, with labels where it takes them; the second row of a text is padded.
+
+    What a model takes is read from its signature and config, so this also serves tiny models of other families.
 
     Args:
-        model: from `pico`.
+        model: a model, or the name of a family.
         batch: rows.
-        length: tokens a row.
+        length: tokens a row; for image and text, beside the image's own.
         seed: names the numbers.
+
+    Example:
+        >>> sorted(pico_batch("t5"))
+        ['attention_mask', 'input_ids', 'labels']
     """
-    rng, config, name = generator(seed, "pico_batch"), model.config, type(model).__name__
-    if getattr(config, "image_size", None) and "Image" in name:
-        pixels = torch.randn(batch, config.num_channels, config.image_size, config.image_size, generator=rng)
-        return {"pixel_values": pixels, "labels": torch.randint(0, config.num_labels, (batch,), generator=rng)}
-    tokens = torch.randint(3, VOCABULARY, (batch, length), generator=rng)
-    attention = torch.ones_like(tokens)
-    attention[1:, length - 2 :] = 0
-    tokens = tokens.masked_fill(attention == 0, getattr(config, "pad_token_id", None) or 0)
-    made = {"input_ids": tokens, "attention_mask": attention}
-    if "SequenceClassification" in name:
-        return {**made, "labels": torch.randint(0, config.num_labels, (batch,), generator=rng)}
-    return {**made, "labels": tokens.masked_fill(attention == 0, -100)}
+    return batch_for(pico(model) if isinstance(model, str) else model, batch=batch, length=length, seed=seed)

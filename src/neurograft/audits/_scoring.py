@@ -1,0 +1,131 @@
+"""From a batch to what a model says of each labelled place in it, whatever the kind of model."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.context import IGNORE, Batch, shifts
+from neurograft.core.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The labelled places of a batch, in order of its rows.
+
+    Args:
+        logits: float [N, V].
+        labels: int64 [N].
+        rows: which row of the batch each place belongs to, int64 [N].
+        size: rows of the batch, also those without a labelled place.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    rows: Tensor
+    size: int
+
+
+def scored(model: nn.Module, batch: Batch) -> Scored:
+    """Run a model and gather its logits where there are labels.
+
+    Causal language models are scored on the next token, and on the text itself if it has no labels; a token
+    behind padding is not scored. Classifiers have one place in each row; masked language models, sequence-to-
+    sequence models and token or pixel classifiers one for each label other than -100.
+
+    Raises:
+        RequestError: no labels, labels that are no classes, or logits of another shape.
+    """
+    labels = _labels(model, batch)
+    logits = _logits(model, batch)
+    if not shifts(model) and logits.dim() == labels.dim() + 1 and logits.shape[:-1] != labels.shape:
+        logits = logits.movedim(1, -1)
+    places = torch.ones_like(labels, dtype=torch.bool)
+    if shifts(model):
+        attention = batch.get("attention_mask")
+        logits, labels, places = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:], places[:, 1:]
+        if attention is not None and attention.dim() == 2 and attention.shape[1] == labels.shape[1] + 1:
+            places = attention[:, :-1].bool()
+    if logits.shape[:-1] != labels.shape:
+        raise RequestError(
+            f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}",
+            expected="one row of logits for each label",
+            do="give metrics=callable(model, batch) for this kind of model",
+        )
+    keep = places.to(labels.device) & (labels != IGNORE)
+    rows = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)
+    return Scored(logits[keep.to(logits.device)], labels[keep], rows[keep], len(labels))
+
+
+def _labels(model: nn.Module, batch: Batch) -> Tensor:
+    labels = batch.get("labels")
+    if labels is None and shifts(model) and "input_ids" in batch:
+        labels = batch["input_ids"]
+        attention = batch.get("attention_mask")
+        if attention is not None and attention.shape == labels.shape:
+            labels = labels.masked_fill(attention == 0, IGNORE)
+    if labels is None:
+        raise RequestError(
+            f"a batch without labels ({', '.join(batch)})",
+            expected="labels",
+            do="give labelled data, or metrics=callable(model, batch)",
+        )
+    if labels.is_floating_point():
+        raise RequestError(
+            f"labels of dtype {labels.dtype}",
+            expected="classes, whole numbers",
+            do="give metrics=callable(model, batch) for regression and multi-label data",
+        )
+    return labels
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """Run a model on a batch; labels are given to it only where it cannot run without."""
+    inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    asked = inspect.signature(model.forward).parameters.get("labels")
+    if "labels" in batch and (encoder_decoder or (asked is not None and asked.default is inspect.Parameter.empty)):
+        inputs["labels"] = batch["labels"]
+    return model(**inputs)
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    outputs = forward(model, batch)
+    found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(found, Tensor):
+        raise RequestError(
+            f"a model whose output is a {type(outputs).__name__} without logits",
+            expected="logits",
+            do="give metrics=callable(model, batch) for this kind of model",
+        )
+    return found
+
+
+def halves(batch: Batch) -> list[Batch]:
+    """Return a batch as two, cut between rows; as it is where a tensor has another first axis.
+
+    Example:
+        >>> [list(h["x"]) for h in halves({"x": torch.arange(3)})]
+        [[tensor(0)], [tensor(1), tensor(2)]]
+    """
+    tensors = [v for v in batch.values() if isinstance(v, Tensor)]
+    sizes = {v.shape[0] if v.dim() else 0 for v in tensors}
+    if len(sizes) != 1 or max(sizes) < 2 or len(tensors) != len(batch):
+        return [batch]
+    half = max(sizes) // 2
+    return [{k: v[:half] for k, v in batch.items()}, {k: v[half:] for k, v in batch.items()}]
+
+
+def scored_in_halves(model: nn.Module, batch: Batch) -> Scored:
+    """Score a batch in two halves, in the places and order of the whole."""
+    parts, size = [], 0
+    for half in halves(batch):
+        found = scored(model, half)
+        parts.append(Scored(found.logits, found.labels, found.rows + size, found.size))
+        size += found.size
+    logits, labels, rows = (torch.cat([getattr(p, f) for p in parts]) for f in ("logits", "labels", "rows"))
+    return Scored(logits, labels, rows, size)

@@ -1,0 +1,86 @@
+"""What was lost on a kept domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.audits._measures import averaged, histogram, mean, measure, numbers, overview
+from neurograft.audits._paired import Paired, Runs, runs
+from neurograft.core.card import method
+from neurograft.core.context import Batch
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@method(needs={"batches", "labels"}, claims={"empty_is_zero", "noise_floor"})
+def loss(
+    model: nn.Module,
+    change: object,
+    batches: Sequence[Batch],
+    *,
+    nulls: int = 8,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    measured: Runs | None = None,
+) -> dict[str, Any]:
+    """Measure how much less likely the changed model finds the labels of a domain, paired item by item.
+
+    The change is [log p_base(label) - log p_changed(label)] averaged over labelled places, in nats: positive is
+    worse. Pairing takes the items' own difficulty out of it, so that changes far below the spread of the loss are
+    seen.
+
+    Args:
+        model: the base.
+        change: a graft, grafts, or a tuned model.
+        batches: data of the domain.
+        nulls: how many random changes of the same size the noise floor is measured with.
+        level: of the intervals, from a bootstrap over items.
+        draws: of the bootstrap.
+        seed: of bootstrap and nulls.
+        measured: the paired runs, where they have been made.
+
+    Returns:
+        `measures`: "loss" and "errors" (share of places whose most likely class is not the label), each with base,
+        changed, change with interval and noise floor; `histogram` and `quantiles` of the change by item; `worst`,
+        the items that lost most.
+    """
+    measured = runs(model, change, batches, nulls=nulls, seed=seed) if measured is None else measured
+    options: dict[str, Any] = {"better": "lower", "level": level, "draws": draws, "seed": seed}
+    seen, paired = overview(measured), measured["change"]
+    lost: Callable[[Paired], Tensor] = lambda p: p.base_logp.double() - p.new_logp.double()  # noqa: E731
+    wrong: Callable[[Paired], Tensor] = lambda p: p.base_right.double() - p.new_right.double()  # noqa: E731
+    sums = paired.per_item(lost(paired))
+    by_item = sums[:, 0] / sums[:, 1]
+    order = by_item.argsort(descending=True, stable=True)[:5]
+    names = paired.item.unique()
+    return {
+        **seen,
+        "measures": {
+            "loss": measure(
+                measured,
+                averaged(lost),
+                unit=f"nats per {seen['place']}",
+                base=mean(lambda p: -p.base_logp),
+                new=mean(lambda p: -p.new_logp),
+                name="loss",
+                **options,
+            ),
+            "errors": measure(
+                measured,
+                averaged(wrong),
+                unit=f"share of {seen['place']}s",
+                base=mean(lambda p: ~p.base_right),
+                new=mean(lambda p: ~p.new_right),
+                name="errors",
+                **options,
+            ),
+        },
+        "histogram": histogram(by_item),
+        "quantiles": dict(zip(map(str, QUANTILES), numbers(by_item.quantile(torch.tensor(QUANTILES).double())))),
+        "worst": [{"item": int(names[i]), "change": float(by_item[i])} for i in order],
+    }

@@ -1,0 +1,174 @@
+"""How far what the layers pass on has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.audits._changes import Null, as_change, evaluating
+from neurograft.audits._layers import blocks
+from neurograft.audits._measures import floor
+from neurograft.audits._paired import Switch
+from neurograft.audits._scoring import forward
+from neurograft.audits._statistics import estimate
+from neurograft.core.card import method
+from neurograft.core.context import Batch, token_mask
+from neurograft.core.errors import RequestError, RunError
+
+BATCHES = 16
+
+
+@method(needs={"batches"}, claims={"empty_is_zero", "noise_floor"})
+def representation_drift(
+    model: nn.Module,
+    change: object,
+    batches: Sequence[Batch],
+    *,
+    tokens: int = 256,
+    nulls: int = 4,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare the output of every layer under base and change on the same tokens.
+
+    With X, Y the outputs at m tokens, float64 [m, d], columns centred:
+    CKA = ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F), reported as 1 - CKA; and the mean over tokens of
+    1 - cosine(x, y) and of ||x - y|| / ||x||, not centred. CKA overlooks rotations and one common scale, the
+    cosine does not. With fewer tokens than features CKA is biased towards 1; read it against its noise floor.
+
+    Args:
+        model: the base.
+        change: a graft, grafts, or a tuned model with layers of the same names.
+        batches: data.
+        tokens: at most about so many tokens are compared, evenly spread over at most 16 batches.
+        nulls: how many random changes of the same size the noise floor is measured with.
+        level: of the intervals, from a bootstrap over the compared tokens.
+        draws: of the bootstrap.
+        seed: of bootstrap and nulls.
+
+    Returns:
+        `layers`: name, `cka_drift`, `cosine_drift`, `shift` with intervals (the cosine and shift), `noise_floor`,
+        tokens and width; `measures`: "cka_drift" and "cosine_drift", the layer where each is largest.
+    """
+    made, names = as_change(model, change), blocks(model)
+    if not batches:
+        raise RequestError("no batches", expected="at least one", do="give data with at least one row")
+    step = max(1, len(batches) // BATCHES)
+    used = list(batches[::step][:BATCHES])
+    switches: dict[str, Switch] = {"change": made}
+    if made.weights and not made.empty:
+        switches |= {f"null/{i}": Null(made, seed * 1000 + i) for i in range(nulls)}
+    with evaluating(model, made.tuned):
+        base = outputs(model, names, used, tokens)
+        again = {"rerun": compare(base, outputs(model, names, used, tokens))}
+        for name, switch in switches.items():
+            with switch.on() as changed:
+                again[name] = compare(base, outputs(changed, names, used, tokens))
+    layers = []
+    for layer in names:
+        found = again["change"][layer]
+        entry: dict[str, Any] = {"name": layer, "tokens": len(found["cosine"]), "width": base[layer].shape[1]}
+        entry["cka_drift"] = {"value": found["cka"], "low": None, "high": None}
+        entry["noise_floor"] = {"cka_drift": floor({k: v[layer]["cka"] for k, v in again.items()})}
+        for key, name in (("cosine", "cosine_drift"), ("shift", "shift")):
+            table = torch.stack([found[key], torch.ones_like(found[key])], 1)
+            entry[name] = estimate(table, level=level, draws=draws, seed=seed, name=f"{layer}/{key}")
+            entry["noise_floor"][name] = floor({k: float(v[layer][key].mean()) for k, v in again.items()})
+        layers.append(entry)
+    return {"measures": {k: _headline(layers, k) for k in ("cka_drift", "cosine_drift")}, "layers": layers}
+
+
+def _headline(layers: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    most = max(layers, key=lambda layer: layer[key]["value"])
+    return {
+        "unit": "1 - CKA" if key == "cka_drift" else "1 - cosine",
+        "better": "zero",
+        "base": None,
+        "changed": None,
+        "change": most[key],
+        "noise_floor": most["noise_floor"][key],
+        "layer": most["name"],
+    }
+
+
+def outputs(model: nn.Module, names: Sequence[str], batches: Sequence[Batch], tokens: int) -> dict[str, Tensor]:
+    """Return what passes out of each named module at some tokens, float32 [m, d] on the CPU.
+
+    Raises:
+        RunError: a module never fired.
+    """
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    each = -(-tokens // len(batches))
+    batch: Batch = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            x = output if isinstance(output, Tensor) else output[0]
+            kept[name].append(_picked(x.detach(), batch, each))
+
+        return keep
+
+    modules = dict(model.named_modules())
+    missing = [n for n in names if n not in modules]
+    if missing:
+        raise RequestError(
+            f"a tuned model without the layer {missing[0]!r}",
+            expected="the base's layers",
+            do="give a model of the same architecture",
+        )
+    handles = [modules[name].register_forward_hook(hook(name)) for name in names]
+    try:
+        for batch in batches:
+            forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name, found in kept.items() if not found]
+    if silent:
+        raise RunError(f"no output passed the layer {silent[0]!r}; it cannot be compared")
+    return {name: torch.cat(found) for name, found in kept.items()}
+
+
+def _picked(x: Tensor, batch: Batch, count: int) -> Tensor:
+    """Return at most `count` evenly spaced rows of an output [..., d] or map [B, C, H, W], padding left out."""
+    if x.dim() == 4:
+        x = x.movedim(1, -1)
+    flat = x.reshape(-1, x.shape[-1])
+    mask = token_mask(batch)
+    if mask is not None and tuple(mask.shape) == tuple(x.shape[:-1]):
+        flat = flat[mask.reshape(-1).to(flat.device)]
+    where = torch.linspace(0, len(flat) - 1, min(count, len(flat)), device=flat.device).round().long()
+    return flat[where].float().cpu()
+
+
+def compare(base: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Return 1 - CKA, and for every token 1 - cosine and the relative shift, by layer."""
+    found = {}
+    for name, x in base.items():
+        x, y = x.double(), new[name].double()
+        norms = (x.square().sum(1), y.square().sum(1))
+        cosine = (x * y).sum(1) / (norms[0] * norms[1]).sqrt().clamp(min=1e-30)
+        shift = (x - y).norm(dim=1) / norms[0].sqrt().clamp(min=1e-30)
+        found[name] = {"cka": 1 - linear_cka(x, y), "cosine": 1 - cosine, "shift": shift}
+    return found
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Return the linear centred kernel alignment of [m, d] and [m, e]; 1 for equal inputs, exactly.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+        >>> linear_cka(x, x), round(linear_cka(x, 3 * x.flip(1)), 6)
+        (1.0, 1.0)
+    """
+    x, y = (v.double() - v.double().mean(0) for v in (x, y))
+    if len(x) <= x.shape[1]:
+        k, m = x @ x.t(), y @ y.t()
+        cross, own, other = (float((a * b).sum()) for a, b in ((k, m), (k, k), (m, m)))
+    else:
+        cross, own, other = (float((a.t() @ b).square().sum()) for a, b in ((x, y), (x, x), (y, y)))
+    return 1.0 if own == other == 0 else cross / max(own * other, 1e-300) ** 0.5

@@ -1,0 +1,139 @@
+"""How each verb's result is written and shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from neurograft.cli.show import Shown, dump, human, plain, size, table_of
+
+
+def scores(found: Any, target: Path | None, shown: Shown) -> None:
+    """Write scores and show the best units."""
+    written = found.save(target) if target else None
+    best = found.top(count=min(10, sum(s.n for s in found.sites.values())))
+    rows = [
+        {"site": name, "unit": int(i), "score": float(found.values[name][i])}
+        for name, ids in best.ids.items()
+        for i in ids
+    ]
+    rows.sort(key=lambda row: -row["score"])
+    total = sum(s.n for s in found.sites.values())
+    shown.result(
+        {"path": str(written), "units": total, "top": rows, "card": plain(found.card)},
+        lines=[f"{total} units scored: {written}", "no evidence yet: neurograft evidence MODEL WHERE DATA"],
+        table=table_of(rows),
+    )
+
+
+def selection(found: Any, target: Path | None, shown: Shown) -> None:
+    """Write a selection and show how it is spread over the layers."""
+    written = found.save(target) if target else None
+    layers: Counter[Any] = Counter()
+    for name, count in found.counts().items():
+        layers[found.sites[name].layer] += count
+    rows = [{"layer": "-" if k is None else k, "units": v} for k, v in sorted(layers.items(), key=lambda p: str(p[0]))]
+    shown.result(
+        {"path": str(written), "chosen": len(found), "of": found.total, "numbers": found.numel, "layers": rows},
+        lines=[f"{len(found)} of {found.total} units, {found.numel} numbers: {written}"],
+        table=table_of(rows),
+    )
+
+
+def evidence(found: Any, target: Path | None, shown: Shown) -> None:
+    """Show evidence, its verdict first."""
+    facts = plain(found)
+    if target:
+        target.write_text(dump(facts) + "\n", encoding="utf-8")
+    rows = [{"what": k, "value": v} for k, v in facts.items() if isinstance(v, (int, float, str))]
+    shown.result(facts, lines=[str(getattr(found, "sentence", ""))], table=table_of(rows))
+
+
+def graft(found: Any, target: Path | None, shown: Shown) -> None:
+    """Write a graft and say what it holds."""
+    written = found.save(target or Path("graft"))
+    facts = {"path": str(written), "numbers": found.numel, "tensors": len(found.deltas), "identity": found.identity}
+    facts["base"] = plain(found.card.get("base"))
+    shown.result(facts, lines=[f"{found.numel} numbers in {len(found.deltas)} tensors, {size(written)}: {written}"])
+
+
+def report(found: Any, target: Path | None, shown: Shown) -> None:
+    """Write an audit's report and show its verdict; exit 3 says do not ship."""
+    written = found.save(target) if target else None
+    facts = plain(found)
+    lines = [str(getattr(found, "sentence", found.verdict))]
+    lines += [f"report: {written}"] if written else ["no page written: give -o FOLDER"]
+    shown.result(facts, lines=lines)
+    if str(found.verdict) not in ("ship", "Verdict.SHIP"):
+        raise typer.Exit(3)
+
+
+def path(found: Any, target: Path | None, shown: Shown) -> None:
+    """Say where something was written."""
+    shown.result({"path": str(found)}, lines=[f"written: {found} ({size(Path(found))})"])
+
+
+def data(found: Any, target: Path | None, shown: Shown) -> None:
+    """Show plain data."""
+    facts = plain(found)
+    if target:
+        target.write_text(dump(facts) + "\n", encoding="utf-8")
+    if isinstance(facts, list) and facts and isinstance(facts[0], Mapping):
+        shown.result(facts, table=table_of(facts))
+    elif isinstance(facts, Mapping):
+        shown.result(facts, lines=[f"{k}: {_short(v)}" for k, v in facts.items()])
+    else:
+        shown.result(facts, lines=[str(facts)])
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else dump(value)
+    return text if len(text) < 400 else text[:400] + " ..."
+
+
+def plan(found: Mapping[str, Any], target: Path | None, shown: Shown) -> None:
+    """Show what a recipe would touch and cost."""
+    rows = found["parameters"] if isinstance(found["parameters"], Sequence) else []
+    rows = [] if isinstance(rows, str) else [{**r, "shape": "x".join(map(str, r["shape"]))} for r in rows]
+    lines = [f"{found['trainable']} trainable numbers" + (f" ({found['fraction']:.2%})" if "fraction" in found else "")]
+    if found["units"]:
+        lines.append(f"{found['units']['chosen']} of {found['units']['of']} units")
+    lines += [f"{name}: {human(count)}" for name, count in found["bytes"].items()]
+    shown.result(found, lines=lines, table=table_of(rows) if rows else None)
+
+
+def anatomy(found: Any, target: Path | None, shown: Shown) -> None:
+    """Show the units of a model, or the families whose anatomy was verified."""
+    facts = plain(found)
+    rows = next((v for v in facts.values() if isinstance(v, list)), []) if isinstance(facts, Mapping) else facts
+    lines = [f"{k}: {v}" for k, v in facts.items() if not isinstance(v, list)] if isinstance(facts, Mapping) else []
+    shown.result(facts, lines=lines, table=table_of(rows) if rows else None)
+
+
+def papers(found: Sequence[Mapping[str, Any]], target: Path | None, shown: Shown) -> None:
+    """Show every paper, working ones first."""
+    rows = [{k: row[k] for k in ("slug", "room", "working", "scale", "recipe")} for row in found]
+    rows.sort(key=lambda row: not row["working"])
+    working = sum(bool(row["working"]) for row in rows)
+    shown.result(list(found), lines=[f"{working} of {len(rows)} papers work in this version"], table=table_of(rows))
+
+
+def demo(found: Any, target: Path | None, shown: Shown) -> None:
+    """Show the demo's first sentence, its tables and the report's path."""
+    facts = plain(found)
+    shown.result(facts, lines=[*facts.get("lines", [facts.get("sentence", "")])])
+
+
+def outcome(found: Any, target: Path, shown: Shown) -> None:
+    """Write what a recipe made."""
+    if found.state.get("graft") is not None:
+        graft(found.graft, target, shown)
+    elif found.state.get("report") is not None:
+        report(found.report, target, shown)
+    else:
+        rest = {k: v for k, v in found.state.items() if v is not None}
+        data(rest, None, shown)

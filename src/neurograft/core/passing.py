@@ -1,0 +1,190 @@
+"""The forward pass under way: its batch, which of its tokens count, and where they stand.
+
+Shape letters: B batch rows, T tokens of this pass, n units, w features of a unit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.context import IGNORE, token_mask
+from neurograft.core.errors import RequestError, RunError
+
+Positions = str | Callable[[dict[str, Any]], Tensor]
+
+
+@dataclass
+class Pass:
+    """What hooks know of the model's current forward pass.
+
+    Args:
+        number: forward passes so far, this one included.
+        batch: the arguments of this pass by name, or None outside of one (an inner module called alone).
+        offset: tokens that came before, in a key-value cache.
+    """
+
+    number: int = 0
+    batch: dict[str, Any] | None = None
+    offset: int = 0
+    first: int = 0
+    masks: dict[tuple[Any, bool], Tensor | None] = field(default_factory=dict)
+    under_way: bool = False
+    unfinished: int = 0
+    task: int = -1
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take over the arguments of a forward pass of the root."""
+        names = list(inspect.signature(model.forward).parameters) if args else []
+        self.batch = {**dict(zip(names, args)), **kwargs}
+        self.number += 1
+        self.offset = _cached(self.batch)
+        tokens = tokens_of(self.batch)
+        if self.offset == 0 and tokens is not None:
+            self.first = tokens.shape[1]
+        self.masks, self.under_way = {}, True
+        self.unfinished += torch.is_grad_enabled()
+
+    def end(self) -> None:
+        """Note that the root has returned; a recomputation may still need the batch."""
+        self.under_way = False
+
+    def current(self) -> dict[str, Any] | None:
+        """Return the batch that the running module belongs to, or None if it was called alone.
+
+        Raises:
+            RunError: a checkpointed module is recomputed and several passes are waiting for their backward pass.
+        """
+        if self.under_way:
+            return self.batch
+        task = recomputing()
+        if task == -1:
+            return None
+        if task != self.task:
+            self.task, waiting, self.unfinished = task, self.unfinished, 0
+            if waiting > 1:
+                raise RunError(
+                    "a checkpointed module is recomputed while several forward passes wait for their backward pass, "
+                    "so its tokens cannot be told; run backward after each forward pass, or turn checkpointing off"
+                )
+        return self.batch
+
+    def mask(self, positions: Positions, *, decoder: bool = False) -> Tensor | None:
+        """Return which tokens count, bool [B, T], or None for a pass without tokens."""
+        key = (positions, decoder)
+        if key not in self.masks:
+            batch = self.current()
+            self.masks[key] = None if batch is None else token_mask(_told(batch, decoder), positions)
+        return self.masks[key]
+
+
+def recomputing() -> int:
+    """Return the number of the backward pass that this forward code runs inside of, or -1."""
+    found: int = torch._C._current_graph_task_id()
+    return found
+
+
+def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the tensor that gives a batch its [B, T], or None."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+        if batch.get(name) is not None:
+            found: Tensor = batch[name]
+            return found
+    return None
+
+
+def _cached(batch: Mapping[str, Any]) -> int:
+    cache: Any = batch.get("past_key_values")
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def _told(batch: Mapping[str, Any], decoder: bool) -> dict[str, Any]:
+    """Return a batch as `token_mask` reads it: of this pass only, and of the decoder if that is meant."""
+    told = {k: v for k, v in batch.items() if v is not None}
+    if decoder:
+        labels, ids = told.get("labels"), told.get("decoder_input_ids", told.get("labels"))
+        told = {} if ids is None else {"input_ids": ids}
+        if labels is not None and ids is not None and labels.shape == ids.shape:
+            told |= {"labels": labels, "attention_mask": (labels != IGNORE).long()}
+        if batch.get("decoder_attention_mask") is not None:
+            told["attention_mask"] = batch["decoder_attention_mask"]
+    tokens = tokens_of(told)
+    attention = told.get("attention_mask")
+    if tokens is not None and attention is not None and attention.dim() == 2:
+        told["attention_mask"] = attention[:, -tokens.shape[1] :]
+    return told
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Where the activations that a hook was given stand.
+
+    Args:
+        now: the pass.
+        lead: shape of the activations without units and features.
+        tokens: for activations that are a list of tokens (inside an expert), their number b * T + t; else None.
+        decoder: whether the module belongs to the decoder of an encoder-decoder.
+        model: the root.
+    """
+
+    now: Pass
+    lead: tuple[int, ...]
+    tokens: Tensor | None
+    decoder: bool
+    model: nn.Module
+
+    def mask(self, positions: Positions = "all") -> Tensor | None:
+        """Return which activations count, bool shaped `lead`; None if all do.
+
+        Raises:
+            RequestError: positions are asked for and these activations do not stand at the batch's tokens.
+        """
+        flags = self.now.mask(positions, decoder=self.decoder)
+        if flags is None:
+            flags = self._frames()
+        if flags is not None and self.tokens is not None:
+            return flags.reshape(-1)[self.tokens]
+        if flags is not None and self.lead == tuple(flags.shape):
+            return flags
+        if flags is not None and len(self.lead) == 1 and self.lead[0] == flags.numel():
+            return flags.reshape(-1)
+        if positions != "all":
+            raise RequestError(
+                f"positions={positions!r} at activations of shape {self.lead}",
+                expected="a site whose activations stand at the batch's tokens",
+                do="leave positions at 'all', or choose other sites",
+            )
+        return None
+
+    def _frames(self) -> Tensor | None:
+        """Return the mask of an audio model's frames, which are fewer than its samples."""
+        batch = self.now.current() or {}
+        attention, shrink = batch.get("attention_mask"), getattr(self.model, "_get_feature_vector_attention_mask", None)
+        if attention is None or shrink is None or len(self.lead) != 2 or tokens_of(batch) is not None:
+            return None
+        if self.lead[1] >= attention.shape[-1]:
+            return None
+        found: Tensor = shrink(self.lead[1], attention).bool()
+        return found
+
+    def place(self) -> tuple[Tensor, Tensor]:
+        """Return the batch row and the position of each activation, int64 shaped `lead`; positions count from the
+        first token ever seen, so that they go on through a key-value cache."""
+        batch = self.now.current() or {}
+        ids = tokens_of(_told(batch, self.decoder))
+        width = 1 if ids is None else ids.shape[1]
+        if self.tokens is not None:
+            return self.tokens // width, self.tokens % width + self.now.offset
+        if len(self.lead) == 1 and ids is not None and self.lead[0] == ids.shape[0] * width:
+            flat = torch.arange(self.lead[0])
+            return flat // width, flat % width + self.now.offset
+        rows = torch.arange(self.lead[0]).reshape(-1, *[1] * (len(self.lead) - 1)).expand(self.lead)
+        rest = self.lead[1:]
+        count = torch.arange(max(1, int(torch.tensor(rest).prod())) if rest else 1).reshape(1, *rest)
+        offset = self.now.offset if len(self.lead) == 2 else 0
+        return rows, (count if rest else count.reshape(1)).expand(self.lead) + offset

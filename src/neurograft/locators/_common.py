@@ -1,0 +1,90 @@
+"""What several locators do in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurograft.core.context import Batch, Context
+from neurograft.core.errors import RequestError
+from neurograft.core.examples import singles
+from neurograft.core.selection import Scores
+
+
+def scored(context: Context, values: Mapping[str, Tensor], card: Mapping[str, Any] | None = None) -> Scores:
+    """Return scores float32 on the CPU."""
+    return Scores(dict(context.sites), {n: v.detach().to("cpu", torch.float32) for n, v in values.items()}, card or {})
+
+
+def tapped(context: Context) -> bool:
+    """Say whether every site has a tap."""
+    return all(site.tap is not None for site in context.sites.values())
+
+
+def need_batches(context: Context) -> None:
+    """Refuse to work without data."""
+    if not context.batches:
+        raise RequestError("no batches", expected="data to score the units on", do="give data")
+
+
+def per_example(tokens: Tensor, rows: Tensor, examples: int) -> Tensor:
+    """Sum [tokens, n] over the tokens of each example, [examples, n].
+
+    Example:
+        >>> per_example(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0, 0, 1]), 2).tolist()
+        [[3.0], [4.0]]
+    """
+    length = len(tokens) // examples
+    if length * examples == len(rows):
+        grid = torch.arange(examples, device=rows.device).repeat_interleave(length)
+        if torch.equal(grid, rows):
+            return tokens.reshape(examples, length, -1).sum(1)
+    return tokens.new_zeros(examples, tokens.shape[1]).index_add_(0, rows, tokens)
+
+
+def collapsed(effect: Tensor, rows: Tensor, examples: int, signed: bool, over: str) -> Tensor:
+    """Sum effects [tokens, n] to [n], with absolute values taken at tokens, at examples, or not at all."""
+    if signed or over == "data":
+        return effect.float().sum(0)
+    if over == "token":
+        return effect.float().abs().sum(0)
+    return per_example(effect.float(), rows, examples).abs().sum(0)
+
+
+def backward(scalar: Tensor) -> None:
+    """Run backward from a scalar.
+
+    Raises:
+        RequestError: it is no scalar, not finite, or depends on nothing that is watched.
+    """
+    if scalar.dim() != 0 or not bool(torch.isfinite(scalar)):
+        raise RequestError(
+            f"a loss or target of {scalar.item() if scalar.dim() == 0 else f'shape {tuple(scalar.shape)}'}",
+            expected="one finite number",
+            do="check the data for NaN, or let the target return a scalar",
+        )
+    if not scalar.requires_grad:
+        raise RequestError(
+            "a loss or target that depends on no watched unit",
+            expected="a differentiable function of the model's outputs",
+            do="keep tensors attached: no .detach(), .item() or torch.no_grad() in it",
+        )
+    scalar.backward()
+
+
+def ballots(locator: Callable[..., Scores], context: Context, **options: Any) -> list[Scores]:
+    """Return the scores a locator gives for each example alone, for `selectors.vote`."""
+    need_batches(context)
+    found = []
+    for batch in context.batches:
+        for one in singles(batch):
+            found.append(locator(_with_batches(context, [one]), **options))
+    return found
+
+
+def _with_batches(context: Context, batches: list[Batch]) -> Context:
+    return replace(context, batches=batches)

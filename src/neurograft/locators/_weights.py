@@ -1,0 +1,64 @@
+"""Gradients of weights, one parameter at a time: told, reduced, dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.errors import RunError
+from neurograft.core.units import Parameters
+
+
+@contextmanager
+def weight_gradients(
+    model: nn.Module, names: Iterable[str], tell: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call `tell(name, weight, gradient)` for each named parameter during every backward pass of the block.
+
+    Only these parameters ask for gradients, and each gradient is dropped as soon as it was told, so at most one
+    dense gradient is held besides those autograd has in flight. Flags and what was in `.grad` come back.
+
+    Args:
+        model: any module.
+        names: parameters, as in `named_parameters()`.
+        tell: called without gradients.
+
+    Raises:
+        RunError: no parameter got a gradient. One alone may have none: the loss does not depend on it.
+    """
+    parameters = Parameters.of(model).by_name
+    flags = {n: p.requires_grad for n, p in parameters.items()}
+    chosen = {n: parameters[n] for n in names}
+    kept = {n: p.grad for n, p in chosen.items()}
+    heard: set[str] = set()
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def listen(p: Tensor) -> None:
+            grad, p.grad = p.grad, None
+            heard.add(name)
+            if grad is not None:
+                with torch.no_grad():
+                    tell(name, p.detach(), grad)
+
+        return listen
+
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    handles = []
+    for name, parameter in chosen.items():
+        parameter.grad = None
+        handles.append(parameter.register_post_accumulate_grad_hook(hook(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(flags[name])
+        for name, grad in kept.items():
+            chosen[name].grad = grad
+    if not heard:
+        raise RunError(f"none of {len(chosen)} parameters got a gradient: no backward pass ran, or it reached none")

@@ -1,0 +1,64 @@
+"""What the model itself is trained for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurograft.core.card import method
+from neurograft.core.context import IGNORE, Step, shifts
+from neurograft.core.errors import RequestError
+
+NEUTRAL: dict[str, Any] = {}
+
+# Classes whose loss is a mean over the labels that are not ignored.
+MEANS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+    "ForAudioClassification",
+    "ForMultipleChoice",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForConditionalGeneration",
+)
+
+
+@method(needs={"labels"}, claims={"cross_entropy"})
+def auto(step: Step) -> Tensor:
+    """Return the token likelihood for causal language models, and the loss the model returns for any other.
+
+    A loss that is a mean over labels is weighted by the batch's share of the accumulation window, so that uneven
+    batches add up to the loss of one big batch. A router's balance loss is added as the model adds it.
+
+    Args:
+        step: the batch, its outputs and the size of the window.
+
+    Raises:
+        RequestError: the model returns no loss.
+    """
+    if shifts(step.model) and "labels" in step.batch:
+        return step.mean(-step.log_probs) + _balance(step)
+    loss = getattr(step.outputs, "loss", None)
+    if loss is None:
+        raise RequestError(
+            f"a {type(step.model).__name__}, which returns no loss on these columns: {', '.join(sorted(step.batch))}",
+            expected="labels, and a model that computes a loss",
+            do="give labelled rows, or objective=callable (model, batch) -> loss",
+        )
+    labels = step.batch.get("labels")
+    if step.items is None or not isinstance(labels, Tensor) or not type(step.model).__name__.endswith(MEANS):
+        return loss
+    step.counted = True
+    return loss * (labels != IGNORE).sum() / step.items
+
+
+def _balance(step: Step) -> Tensor:
+    found = getattr(step.predictions, "aux_loss", None)
+    coefficient = getattr(getattr(step.model, "config", None), "router_aux_loss_coef", None)
+    if not isinstance(found, Tensor) or not coefficient:
+        return torch.zeros((), device=step.log_probs.device)
+    share = 1.0 if step.items is None else step.log_probs.numel() / step.items
+    return coefficient * found * share

@@ -1,0 +1,214 @@
+"""`audit`: what did a change gain, what did it lose, and where?"""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import neurograft
+from neurograft.audits._changes import Change, as_change
+from neurograft.audits._paired import Runs, runs
+from neurograft.audits.gain import Metrics
+from neurograft.audits.gain import gain as measure_gain
+from neurograft.audits.loss import loss as measure_loss
+from neurograft.core.choose import Choice, Chosen, choose, methods
+from neurograft.core.context import Batch
+from neurograft.core.errors import RequestError
+from neurograft.core.graft import Graft, describe
+from neurograft.pipeline.inputs import as_batches, data_digest, size_of
+from neurograft.pipeline.models import Model, load_model
+from neurograft.pipeline.state import as_found
+from neurograft.report.report import Report
+from neurograft.report.rules import Rules, rules_of
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+Probes = str | Sequence[Choice]
+
+
+def audit(
+    model: Model,
+    graft: Graft | nn.Module | str | Path | Sequence[Graft | str | Path],
+    *,
+    gain: Any = None,
+    keep: Mapping[str, Any] | None = None,
+    metrics: Metrics = None,
+    probes: Probes = "all",
+    processing_class: Any = None,
+    rules: Rules = None,
+    batch_size: int = 8,
+    max_length: int = 1024,
+    limit: int | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Report:
+    """Measure what a change gained and lost against its base, and say whether it should ship.
+
+    Every number is a difference between base and change on the same items, with a bootstrap interval over items and
+    a measured noise floor: the base run again, and random changes of the same size in as many random places.
+
+    Args:
+        model: the base: a module, a folder, a Hub id or a shipped model; left bit for bit as found.
+        graft: a graft, a graft's folder, several of either, or a tuned model of the same base, live or by path.
+        gain: task data with labels, not used for training.
+        keep: name of a domain -> data on which nothing should get worse. Text without labels counts as labelled
+            with itself.
+        metrics: (model, batch) -> one number for each row, higher is better; or name -> such a callable. The first
+            one then decides on the gain, unless the rule `gain` names another measure.
+        probes: "all", "none", or methods of `neurograft.audits`, to be measured beside gain and loss.
+        processing_class: tokenizer or processor for raw data; the one saved with the model if None.
+        rules: changes to `neurograft.report.rules.DEFAULT`, or a YAML or JSON file of them.
+        batch_size: examples in a batch.
+        max_length: longer texts are cut.
+        limit: use at most so many examples of each data set.
+        revision: of a Hub id.
+        dtype: load the weights so.
+        device_map: as for `from_pretrained`.
+        progress: (items, what) -> items, to show a bar.
+        seed: root of every random number.
+
+    Returns:
+        The report: `verdict`, `sentence`, `exit_status`, `as_dict()`, `save(folder)`, `judged(other_rules)`.
+
+    Raises:
+        RequestError: neither gain nor keep, data without labels, a graft for another base, an unknown probe or rule.
+    """
+    if gain is None and not keep:
+        raise RequestError("neither gain nor keep", expected="data for at least one", do="audit(..., gain=test)")
+    chosen, asked = rules_of(rules), _probes(probes)
+    net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
+    reading: dict[str, Any] = {"processing_class": processing_class, "batch_size": batch_size}
+    reading |= {"max_length": max_length, "limit": limit}
+    task = None if gain is None else as_batches(gain, net, **reading)
+    domains = {name: as_batches(data, net, **reading) for name, data in (keep or {}).items()}
+    options = {"level": chosen["level"], "draws": chosen["draws"], "nulls": chosen["nulls"], "seed": seed}
+    with as_found(net):
+        change = as_change(net, _loaded(graft))
+        measured: dict[str, Any] = {"gain": None, "task": {}, "domains": {}, "whole": {}}
+        if task is not None:
+            measured["gain"], measured["task"] = _task(net, change, task, metrics, chosen["gain"], asked, options)
+        names = list(domains)
+        for name in progress(names, "kept domains") if progress else names:
+            measured["domains"][name] = _domain(net, change, domains[name], asked, options)
+        for probe in asked:
+            if "batches" not in probe.card.needs:
+                measured["whole"][_short(probe)] = probe(net, change)
+        measured["provenance"] = _provenance(net, change, task, domains, seed)
+    return Report.of(measured, chosen)
+
+
+def _probes(probes: Probes) -> list[Chosen]:
+    if probes == "none":
+        return []
+    if probes == "all":
+        found = [choose("audits", name) for name in methods("audits") if name not in ("gain", "loss")]
+        return [probe for probe in found if "noise_floor" in probe.card.claims]
+    listed = [probes] if isinstance(probes, str) else probes
+    return [choose("audits", probe) for probe in listed]
+
+
+def _short(probe: Chosen) -> str:
+    return probe.name.rpartition(".")[2]
+
+
+def _loaded(graft: Any) -> Any:
+    """Return grafts and models for the paths among what was given."""
+    if isinstance(graft, (str, Path)):
+        return Graft.load(graft) if (Path(graft) / "graft.json").is_file() else load_model(graft)
+    if isinstance(graft, (list, tuple)):
+        return [Graft.load(g) if isinstance(g, (str, Path)) else g for g in graft]
+    return graft
+
+
+def _task(
+    model: nn.Module,
+    change: Change,
+    batches: list[Batch],
+    metrics: Metrics,
+    by: str,
+    probes: list[Chosen],
+    options: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    measured = None
+    if metrics is None or all("labels" in batch for batch in batches):
+        measured = runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
+    found = measure_gain(model, change, batches, by=by, metrics=metrics, measured=measured, **options)
+    beside = [probe for probe in probes if _takes(probe, "measured")] if measured is not None else []
+    return found, {_short(p): _run(p, model, change, batches, measured, options) for p in beside}
+
+
+def _domain(
+    model: nn.Module, change: Change, batches: list[Batch], probes: list[Chosen], options: dict[str, Any]
+) -> dict[str, Any]:
+    measured = runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
+    found = {"loss": measure_loss(model, change, batches, measured=measured, **options)}
+    for probe in probes:
+        if probe.card.needs & {"batches"} or not getattr(probe.function, "card", None):
+            found[_short(probe)] = _run(probe, model, change, batches, measured, options)
+    return found
+
+
+def _run(
+    probe: Chosen,
+    model: nn.Module,
+    change: Change,
+    batches: list[Batch],
+    measured: Runs | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Run a probe with those of our options it takes and does not set itself."""
+    given = {k: v for k, v in options.items() if k not in probe.options and k != "nulls" and _takes(probe, k)}
+    if measured is not None and _takes(probe, "measured"):
+        given["measured"] = measured
+    found: dict[str, Any] = probe(model, change, batches, **given)
+    return found
+
+
+def _takes(probe: Chosen, name: str) -> bool:
+    return name in inspect.signature(probe.function).parameters
+
+
+def _provenance(
+    model: nn.Module, change: Change, task: list[Batch] | None, domains: Mapping[str, list[Batch]], seed: int
+) -> dict[str, Any]:
+    import transformers
+
+    data = {**({"gain": task} if task is not None else {}), **domains}
+    first = next(model.parameters(), None)
+    return {
+        "base": describe(model),
+        "change": {
+            "kind": "tuned model" if change.tuned is not None else "graft" if len(change.grafts) == 1 else "grafts",
+            "grafts": [
+                {
+                    "identity": graft.identity,
+                    "numbers": graft.numel,
+                    "tensors": len(graft.deltas),
+                    "strength": graft.strength,
+                    "card": {k: v for k, v in graft.card.items() if k != "audit"},
+                }
+                for graft in change.grafts
+            ],
+        },
+        "data": {
+            name: {"items": sum(size_of(b) for b in batches), "digest": data_digest(batches)}
+            for name, batches in data.items()
+        },
+        "seed": seed,
+        "device": first.device.type if first is not None else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "neurograft": neurograft.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,160 @@
+"""Models by path or Hub id, in the class their own config names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neurograft.core.errors import RequestError, near, one_of
+from neurograft.core.resolve import resolve
+from neurograft.core.seeds import derive
+
+Model = nn.Module | str | Path
+SHIPPED = {"atlas": "neurograft.worlds.atlas.path"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def load_model(
+    model: Model,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    head: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a live model as it is, or load one by path, Hub id or the name of a shipped model.
+
+    Args:
+        model: a module, a folder with a config.json, a Hub id, or "atlas".
+        revision: of a Hub id.
+        dtype: of the weights; as saved if None.
+        device_map: as for `from_pretrained`.
+        head: load with this new head instead of the saved class, e.g. "SequenceClassification"; its weights are
+            drawn anew from `seed` and belong into `new=`.
+        num_labels: classes of that head.
+        seed: names the numbers of a new head.
+
+    Raises:
+        RequestError: no such model, an unknown class or dtype, weights that the files lack, or options that
+            mean nothing for a live model.
+    """
+    if isinstance(model, nn.Module):
+        given = {"revision": revision, "dtype": dtype, "device_map": device_map, "head": head}
+        odd = [k for k, v in given.items() if v is not None]
+        if odd:
+            raise RequestError(
+                f"{', '.join(odd)} with a live model", expected="a path or Hub id with them", do="leave them out"
+            )
+        return model
+    name = str(model)
+    if name in SHIPPED and not Path(name).exists():
+        name = str(resolve(SHIPPED[name])())
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    config = _config(name, options)
+    if isinstance(config, dict):
+        return _diffusers(name, config, options, dtype)
+    factory = _class_of(config, name, head)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    if device_map is not None:
+        options["device_map"] = device_map
+    options |= {"dtype": as_dtype(dtype) or "auto", "use_safetensors": True, "output_loading_info": True}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "new head"))
+            made, report = factory.from_pretrained(name, config=config, **options)
+    except OSError as error:
+        raise RequestError(
+            f"the model {name!r}, whose weights cannot be read ({error})",
+            expected="safetensors files",
+            do="save it with save_pretrained; pickled weights are never read",
+        ) from error
+    missing = sorted(report.get("missing_keys", ()))
+    if missing and head is None:
+        raise RequestError(
+            f"{name}, whose files lack {', '.join(missing[:4])}",
+            expected=f"all weights of a {type(made).__name__}",
+            do="name the head that is to be drawn anew: head='SequenceClassification'",
+        )
+    loaded: nn.Module = made.eval()
+    return loaded
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a torch dtype by its name.
+
+    Raises:
+        RequestError: an unknown name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found: torch.dtype = getattr(torch, one_of(str(dtype).removeprefix("torch."), DTYPES, what="dtype"))
+    return found
+
+
+def _config(name: str, options: dict[str, Any]) -> Any:
+    path = Path(name)
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise RequestError(f"the folder {name}", expected="a model: a config.json in it", do="check the path")
+        text = json.loads(file.read_text())
+        if "_class_name" in text:
+            return text
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise RequestError(
+            f"the model {name!r}, where no folder is",
+            expected="a model folder or a Hub id",
+            do=near(path.name, beside),
+        )
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        beside = [*SHIPPED, *(p.name for p in Path().iterdir() if (p / "config.json").is_file())]
+        raise RequestError(
+            f"the model {name!r}, neither a folder nor a reachable Hub model",
+            expected="a model folder, a Hub id or a shipped model",
+            do=f"check the name and the connection; {near(name, beside)}",
+        ) from error
+
+
+def _class_of(config: Any, name: str, head: str | None) -> Any:
+    import transformers
+
+    if head is not None:
+        suffix = head.removeprefix("AutoModelFor").replace("-", " ").title().replace(" ", "") if "-" in head else head
+        known = [n for n in dir(transformers) if n.startswith("AutoModelFor")]
+        wanted = suffix if suffix.startswith("AutoModelFor") else f"AutoModelFor{suffix}"
+        return getattr(transformers, one_of(wanted, known, what="head"))
+    named = getattr(config, "architectures", None) or []
+    factory = getattr(transformers, named[0], None) if named else None
+    if factory is None:
+        raise RequestError(
+            f"{name}, whose config names {'the class ' + named[0] if named else 'no class'}",
+            expected="`architectures` in config.json, with a class of transformers",
+            do="load the model yourself and pass it live, or name a head",
+        )
+    return factory
+
+
+def _diffusers(name: str, config: dict[str, Any], options: dict[str, Any], dtype: Any) -> nn.Module:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise RequestError(
+            f"{name}, a {config['_class_name']} of diffusers",
+            expected="diffusers to be installed",
+            do="pip install 'neurograft[diffusers]'",
+        ) from error
+    factory = getattr(diffusers, one_of(config["_class_name"], dir(diffusers), what="diffusers class"))
+    made: nn.Module = factory.from_pretrained(name, torch_dtype=as_dtype(dtype), use_safetensors=True, **options)
+    return made.eval()

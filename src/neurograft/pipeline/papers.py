@@ -1,0 +1,113 @@
+"""The papers: which of them work here, shown by what, and how to cite those a graft was made with."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from neurograft.core.card import Card
+from neurograft.core.errors import one_of
+from neurograft.core.graft import Graft
+from neurograft.core.resolve import resolve
+from neurograft.pipeline import _proofs
+from neurograft.pipeline.recipe import Recipe, recipes
+
+
+@cache
+def known() -> Mapping[str, Mapping[str, str]]:
+    """Return every paper of the plan: slug -> title, arxiv, venue, room."""
+    text = (resources.files("neurograft.pipeline") / "papers.tsv").read_text(encoding="utf-8")
+    return {row["slug"]: row for row in csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)}
+
+
+def papers() -> list[dict[str, Any]]:
+    """Return what stands of every paper, by slug.
+
+    Returns:
+        One dict for each: `slug`, `title`, `arxiv` (None if not known), `room` that holds its new answer, `recipe`
+        (a name for `run`, or None), `working` (a recipe is there, its proof passed, failed under every sabotage,
+        and nothing it ran through has changed since), `proof` ("passing", "stale", "failing", "toothless" or
+        "none"), `scale` ("identity", "tiny", "full" or None), `departs` (from the paper or its code, and why).
+
+    Example:
+        >>> len(papers())
+        119
+    """
+    records, here = _proofs.read(), set(recipes())
+    found = []
+    for slug, row in known().items():
+        name = slug.replace("-", "_")
+        record = records.get(slug)
+        state = _proofs.standing(record)
+        found.append(
+            {
+                "slug": slug,
+                "title": row["title"],
+                "arxiv": row["arxiv"] or None,
+                "room": row["room"],
+                "recipe": name if name in here else None,
+                "working": state == "passing" and name in here,
+                "proof": state,
+                "scale": record["scale"] if record else None,
+                "departs": card(name).departs if name in here else "",
+            }
+        )
+    return found
+
+
+def card(name: str) -> Card:
+    """Return the card of a recipe.
+
+    Raises:
+        RequestError: an unknown recipe.
+    """
+    function = resolve(f"neurograft.recipes.{one_of(name, recipes(), what='recipe')}")
+    found: Card = getattr(function, "card", Card())
+    return found
+
+
+def cite(source: Graft | Recipe | str) -> list[str]:
+    """Return the papers behind something, one line each, the recipe's own first.
+
+    Args:
+        source: a graft (its card names its recipe and the methods that made it), a recipe, or a paper's slug.
+
+    Raises:
+        RequestError: an unknown slug.
+
+    Example:
+        >>> cite("smt")
+        ['Sparse Matrix in Large Language Model Fine-tuning. arXiv:2405.15525, ICLR 2025.']
+    """
+    if isinstance(source, str):
+        slugs: list[str | None] = [one_of(source.replace("_", "-"), known(), what="paper")]
+    elif isinstance(source, Recipe):
+        slugs = [source.paper, *_mentioned([dict(step) for step in source.steps])]
+    else:
+        slugs = [*_mentioned([source.card.get("recipe", {})]), *_mentioned([dict(source.card)])]
+    return [_line(known()[slug]) for slug in dict.fromkeys(s for s in slugs if s) if slug in known()]
+
+
+def _mentioned(value: Any) -> list[str]:
+    """Return the slugs that plain data of a card speaks of: "paper" and "citations" entries, and methods' cards."""
+    if isinstance(value, (list, tuple)):
+        return [slug for item in value for slug in _mentioned(item)]
+    if not isinstance(value, Mapping):
+        return []
+    found = []
+    for key, item in value.items():
+        if key in ("paper", "citations"):
+            found += [item] if isinstance(item, str) else [i for i in item or () if isinstance(i, str)]
+        elif key == "path" and isinstance(item, str) and item.startswith("neurograft."):
+            found += [p] if (p := getattr(resolve(item), "card", Card()).paper) else []
+        else:
+            found += _mentioned(item)
+    return found
+
+
+def _line(row: Mapping[str, str]) -> str:
+    where = ", ".join(part for part in (f"arXiv:{row['arxiv']}" if row["arxiv"] else "", row["venue"]) if part)
+    return f"{row['title'].rstrip('.')}. {where}."

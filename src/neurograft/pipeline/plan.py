@@ -1,0 +1,129 @@
+"""`plan`: what a recipe would touch and cost, before anything is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from neurograft.anatomy.sites import sites
+from neurograft.core.choose import choose
+from neurograft.core.context import Context
+from neurograft.core.errors import RequestError
+from neurograft.core.gradients import Side, route
+from neurograft.core.mount import regions_of
+from neurograft.core.region import Region
+from neurograft.core.selection import Selection
+from neurograft.pipeline.locate import select
+from neurograft.pipeline.models import Model, load_model
+from neurograft.pipeline.recipe import Recipe
+from neurograft.pipeline.run import changed
+
+VALUE = 4  # bytes of a trained value, its gradient and each moment: all float32
+
+
+def plan(
+    model: Model,
+    recipe: Recipe | str | Selection,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    tied: str = "refuse",
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Say what a recipe, or a selection, would make trainable, by which gradient route, at what cost in bytes.
+
+    Which units a locator would pick depends on data; how many and of what shape does not, so random scores stand
+    in for it. Nothing is run and nothing is changed.
+
+    Args:
+        model: a module, a folder, a Hub id or a shipped model.
+        recipe: a recipe, its name, or a selection.
+        changes: as for `run`.
+        tied: as for the adapters.
+        revision: of a Hub id.
+        dtype: load the weights so.
+
+    Returns:
+        `steps`, `units` (chosen, of), `parameters` (name, layout, numbers, route), and `bytes`: values, gradients,
+        two moments, originals, ids, and the graft's file.
+
+    Raises:
+        RequestError: as for `run`.
+    """
+    net = load_model(model, revision=revision, dtype=dtype)
+    where: Selection | None
+    if isinstance(recipe, Selection):
+        steps, where = [], recipe
+    else:
+        made = changed(recipe, changes or {})
+        steps, where = [dict(s) for s in made.steps], _stand_in(net, made)
+    if where is None:
+        numbers = sum(p.numel() for p in net.parameters())
+        return {
+            "steps": steps,
+            "units": None,
+            "parameters": "all",
+            "trainable": numbers,
+            "bytes": _bytes(numbers, 0, 4),
+        }
+    regions = regions_of(net, where, tied=tied)
+    rows = [_row(net, name, region) for name, region in regions.items()]
+    trainable = sum(r["numbers"] for r in rows)
+    width = next(net.get_parameter(n).element_size() for n in regions)
+    return {
+        "steps": steps,
+        "units": {"chosen": len(where), "of": where.total},
+        "parameters": rows,
+        "trainable": trainable,
+        "fraction": trainable / sum(p.numel() for p in net.parameters()),
+        "bytes": _bytes(trainable, sum(len(r.ids) for r in regions.values()), width),
+    }
+
+
+def _stand_in(net: nn.Module, recipe: Recipe) -> Selection | None:
+    """Return a selection of the size and shape the recipe's own would have, or None for full fine-tuning."""
+    scores = where = None
+    for step in recipe.steps:
+        if step["do"] == "locate":
+            found = sites(
+                net,
+                step.get("units", "neuron"),
+                **{k: step[k] for k in ("at", "layers", "match", "block") if k in step},
+            )
+            scores = choose("locators", "noise")(Context(net, found))
+        elif step["do"] == "select":
+            if scores is None:
+                raise RequestError("a recipe that selects before it locates", expected="scores first", do="reorder it")
+            where = select(scores, **{k: v for k, v in step.items() if k not in ("do", "as")})
+    return where
+
+
+def _row(net: nn.Module, name: str, region: Region) -> dict[str, Any]:
+    owner = net.get_submodule(name.rpartition(".")[0])
+    side: Side = "row" if type(owner).__name__ == "Conv1D" else "column"
+    if len(region.shape) != 2 or isinstance(owner, nn.Embedding):
+        how = "vector" if len(region.shape) < 2 else type(owner).__name__.lower()
+    else:
+        how = route(region, side, torch.device("cpu")).name
+    return {
+        "parameter": name,
+        "shape": list(region.shape),
+        "layout": region.layout,
+        "ids": len(region.ids),
+        "numbers": region.numel,
+        "route": how,
+    }
+
+
+def _bytes(numbers: int, ids: int, width: int) -> dict[str, int]:
+    return {
+        "values": numbers * VALUE,
+        "gradients": numbers * VALUE,
+        "moments": 2 * numbers * VALUE,
+        "originals": numbers * width,
+        "ids": 8 * ids,
+        "file": numbers * VALUE + 4 * ids,
+    }

@@ -1,0 +1,48 @@
+"""Leaving a model, and the random numbers of the process, as they were found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def rng_as_found() -> Iterator[None]:
+    """Put the global generators of Python, numpy and torch back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[nn.Module]:
+    """Give the model in evaluation mode; put modes, `requires_grad`, gradients and generators back afterwards.
+
+    Example:
+        >>> net = nn.Linear(2, 2).train()
+        >>> with as_found(net):
+        ...     net.training
+        False
+        >>> net.training
+        True
+    """
+    modes = {m: m.training for m in model.modules()}
+    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    with rng_as_found():
+        try:
+            yield model.eval()
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for parameter, (flag, grad) in flags.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = grad

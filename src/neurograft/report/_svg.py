@@ -1,0 +1,120 @@
+"""Drawing: scales, ticks, axes and shapes as SVG text; colours are the page's CSS classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+
+from neurograft.report.words import number
+
+WIDTH = 360
+Scale = Callable[[float], float]
+
+
+def scale(low: float, high: float, start: float, end: float) -> Scale:
+    """Return the straight line from [low, high] to [start, end].
+
+    Example:
+        >>> scale(0, 10, 100, 0)(2.5)
+        75.0
+    """
+    span = high - low or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Return round numbers between two ends.
+
+    Example:
+        >>> ticks(-0.013, 0.052)
+        [0.0, 0.02, 0.04]
+    """
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(i * step, 12) + 0.0 for i in range(first, last + 1)]
+
+
+def padded(values: Sequence[float], *, zero: bool = True, share: float = 0.08) -> tuple[float, float]:
+    """Return ends that hold all values, and 0 if asked for, with some room."""
+    found = [v for v in values if v is not None and math.isfinite(v)] + ([0.0] if zero else [])
+    low, high = min(found, default=0.0), max(found, default=1.0)
+    room = (high - low) * share or max(abs(high), 1e-9) * 0.5
+    return (low - room if low < 0 or not zero else low), high + room
+
+
+def f(value: float) -> str:
+    """Return a coordinate in few characters."""
+    text = f"{value:.1f}"
+    return text[:-2] if text.endswith(".0") else text
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """Draw a line."""
+    return f'<line x1="{f(x1)}" y1="{f(y1)}" x2="{f(x2)}" y2="{f(y2)}" class="{kind}"/>'
+
+
+def rect(x: float, y: float, width: float, height: float, kind: str) -> str:
+    """Draw a rectangle; nothing if it has no size."""
+    if width <= 0 or height <= 0:
+        return ""
+    return f'<rect x="{f(x)}" y="{f(y)}" width="{f(width)}" height="{f(height)}" class="{kind}"/>'
+
+
+def dot(x: float, y: float, r: float, kind: str, *, title: str = "") -> str:
+    """Draw a dot, with a title for pointers and screen readers."""
+    inner = f"<title>{escape(title)}</title>" if title else ""
+    return f'<circle cx="{f(x)}" cy="{f(y)}" r="{f(r)}" class="{kind}">{inner}</circle>'
+
+
+def words(x: float, y: float, text: str, kind: str = "t", *, anchor: str = "start") -> str:
+    """Write text."""
+    return f'<text x="{f(x)}" y="{f(y)}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def path(points: Sequence[tuple[float, float]], kind: str) -> str:
+    """Draw a line through points."""
+    return f'<path d="M{"L".join(f"{f(x)} {f(y)}" for x, y in points)}" class="{kind}"/>' if points else ""
+
+
+def drawing(body: Sequence[str], height: float, *, title: str, width: float = WIDTH) -> str:
+    """Return a picture with its description."""
+    return f'<svg viewBox="0 0 {f(width)} {f(height)}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
+
+
+def x_axis(
+    at: Scale, low: float, high: float, y: float, top: float, label: str, *, middle: float, gap: float = 13
+) -> list[str]:
+    """Draw gridlines, numbers and the name of a horizontal axis."""
+    found = []
+    for tick in ticks(low, high):
+        found += [line(at(tick), top, at(tick), y, "zero" if tick == 0 else "grid")]
+        found += [words(at(tick), y + gap, number(tick), "t s", anchor="middle")]
+    return [*found, words(middle, y + gap + 15, label, "t s", anchor="middle")]
+
+
+def y_axis(at: Scale, low: float, high: float, x: float, right: float) -> list[str]:
+    """Draw gridlines and numbers of a vertical axis."""
+    found = []
+    for tick in ticks(low, high):
+        found += [line(x, at(tick), right, at(tick), "zero" if tick == 0 else "grid")]
+        found += [words(x - 5, at(tick) + 3.5, number(tick), "t s", anchor="end")]
+    return found
+
+
+def shortened(text: str, limit: int) -> str:
+    """Return a text cut in the middle.
+
+    Example:
+        >>> shortened("a long name of something", 11)
+        'a lon…thing'
+    """
+    if len(text) <= limit:
+        return text
+    half = (limit - 1) // 2
+    return f"{text[: limit - 1 - half]}…{text[-half:]}"

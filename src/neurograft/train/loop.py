@@ -1,0 +1,162 @@
+"""A small training loop for worlds, demonstrations and rehearsals: no Trainer, the same laws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from neurograft.core.choose import choose
+from neurograft.core.context import IGNORE, Batch, Step, shifts
+from neurograft.core.errors import RequestError
+from neurograft.core.graft import Graft
+from neurograft.core.mount import Mount
+from neurograft.core.seeds import derive, generator
+from neurograft.core.selection import Selection
+from neurograft.train.asked import Asked
+from neurograft.train.conductor import Conductor, decaying
+from neurograft.train.moved import Witness
+from neurograft.train.optimizers import built, chosen, groups_of
+from neurograft.train.steps import reference_of
+from neurograft.train.untouched import random_state
+
+
+def fit(
+    mount: Mount,
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    objective: Any = "auto",
+    anchor: Any = None,
+    optimizer: Any = "AdamW",
+    schedule: Any = None,
+    weight_decay: float = 0.0,
+    accumulate: int = 1,
+    warmup: int = 0,
+    decay: str = "constant",
+    max_norm: float | None = 1.0,
+    evaluate: Callable[[int], None] | None = None,
+    call: Callable[..., Any] | None = None,
+    seed: int = 0,
+) -> list[float]:
+    """Train what a mount holds and return the loss of every step.
+
+    Args:
+        mount: what is trained.
+        batches: collated batches on the model's device; every round has its own order.
+        steps: optimizer steps.
+        lr: learning rate.
+        objective: a choice of `objectives`, or a callable (model, batch) -> loss.
+        anchor: see `Asked.of`; its `data` are batches.
+        optimizer: a name of `torch.optim` or a choice of `optimizers`.
+        schedule: a choice of `schedules`.
+        weight_decay: of matrices, as in the Trainer.
+        accumulate: batches a step.
+        warmup: steps over which the rate rises linearly.
+        decay: "constant" or "linear" to 0 after the warm-up.
+        max_norm: gradients are clipped to it; None for no clipping.
+        evaluate: called with the number of steps made, after each.
+        call: what to call instead of the model, if it is wrapped (compiled, DDP).
+        seed: names the order and dropout; the global random state is put back.
+
+    Raises:
+        RequestError: no batches.
+        RunError: a loss that is not finite, or a tensor that did not move.
+    """
+    if not batches or steps < 1:
+        raise RequestError(
+            f"{len(batches)} batches and {steps} steps", expected="at least one of each", do="give data and steps"
+        )
+    model = mount.model
+    asked = Asked.of(objective, anchor, seed=seed)
+    parameters = mount.named_parameters()
+    conductor = Conductor(schedule, mount, freeze=call is None)
+    apart = conductor.schedule is not None
+    groups = groups_of(parameters, decay=decaying(model, mount), weight_decay=weight_decay, apart=apart)
+    moving = built(chosen(optimizer), groups, lr=lr)
+    rates = [group["lr"] for group in moving.param_groups]
+    witness, order = Witness(mount), _ordered(batches, seed)
+    modes = [(m, m.training) for m in model.modules()]
+    model.train()
+    try:
+        with random_state():
+            torch.manual_seed(derive(seed, "dropout"))
+            for step in range(steps):
+                for group, rate in zip(moving.param_groups, rates):
+                    group["lr"] = rate * _factor(step, steps, warmup, decay)
+                phase = conductor.begin(step, moving)
+                window = [next(order) for _ in range(accumulate)]
+                loss = _backward(mount, asked, window, step, steps, call)
+                witness.losses.append(witness.loss(loss, step=step + 1))
+                witness.gradients(phase.awake)
+                conductor.before_step(moving)
+                if max_norm is not None:
+                    nn.utils.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], max_norm)
+                moving.step()
+                conductor.after_step(moving)
+                mount.write()
+                moving.zero_grad(set_to_none=True)
+                if evaluate is not None:
+                    evaluate(step + 1)
+    finally:
+        conductor.end()
+        for module, mode in modes:
+            module.training = mode
+    witness.check()
+    return witness.losses
+
+
+def _backward(
+    mount: Mount, asked: Asked, window: Sequence[Batch], step: int, steps: int, call: Callable[..., Any] | None
+) -> float:
+    labels = [b.get("labels") for b in window]
+    shift = shifts(mount.model)
+    items = None
+    if all(isinstance(v, torch.Tensor) for v in labels):
+        items = sum(int((v[..., 1:] if shift else v).ne(IGNORE).sum()) for v in labels if v is not None)
+    total = 0.0
+    for i, batch in enumerate(window):
+        at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call)
+        loss = asked.loss(at, windows=len(window), draw=step * len(window) + i)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _ordered(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
+    around = 0
+    while True:
+        for i in torch.randperm(len(batches), generator=generator(seed, "order", around)).tolist():
+            yield batches[i]
+        around += 1
+
+
+def _factor(step: int, steps: int, warmup: int, decay: str) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1.0 if decay == "constant" else (steps - step) / max(1, steps - warmup)
+
+
+def rehearsal(
+    model: nn.Module, batches: Sequence[Batch], *, adapter: Any = "slice", **options: Any
+) -> Callable[[Selection | None], Graft]:
+    """Return what trains a selection for a short while and gives the graft: `Context.rehearse`.
+
+    Args:
+        model: the model; left as found.
+        batches: collated batches.
+        adapter: a choice of `adapters`; "dense" if the selection is None.
+        **options: those of `fit`.
+    """
+
+    def rehearse(where: Selection | None, **more: Any) -> Graft:
+        made = choose("adapters", "dense" if where is None else adapter)
+        with made(model, where) as mount:
+            losses = fit(mount, batches, **{**options, **more})
+            graft: Graft = mount.graft(card={"losses": losses})
+        return graft
+
+    return rehearse

@@ -1,0 +1,76 @@
+"""Did the training do what it says? Finite losses, and every awake tensor moved."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from neurograft.core.errors import RunError
+from neurograft.core.mount import Mount
+
+
+class Witness:
+    """Watches a training from its start.
+
+    Args:
+        mount: what is trained.
+    """
+
+    def __init__(self, mount: Mount) -> None:
+        self.mount = mount
+        self.start = mount.state_dict()
+        self.reached: set[str] = set()
+        self.awake: set[str] = set()
+        self.losses: list[float] = []
+
+    def loss(self, value: Tensor | float, *, step: int) -> float:
+        """Return a loss as a number.
+
+        Raises:
+            RunError: it is not finite.
+        """
+        found = float(value)
+        if not math.isfinite(found):
+            raise RunError(
+                f"the loss is {found} at step {step}; lower the learning rate, or look for overflow in half precision"
+            )
+        return found
+
+    def gradients(self, awake: frozenset[str] | None = None) -> None:
+        """Note, before a step, which tensors are awake and which got a gradient."""
+        for name, parameter in self.mount.named_parameters().items():
+            if awake is None or name in awake:
+                self.awake.add(name)
+                if parameter.grad is not None:
+                    self.reached.add(name)
+
+    def check(self) -> dict[str, int]:
+        """Return how many tensors and numbers moved.
+
+        Raises:
+            RunError: an awake tensor got no gradient, or did not move.
+        """
+        now = self.mount.named_parameters()
+        blind = sorted(self.awake - self.reached)
+        if blind or not self.awake:
+            raise RunError(
+                f"no gradient reached {_listed(blind or sorted(now))}, although trained; its module is not used by "
+                "this objective, or a custom kernel bypasses the weight"
+            )
+        moved = {n: int((now[n].detach() != self.start[n]).sum()) for n in self.awake}
+        still = sorted(n for n, count in moved.items() if not count)
+        if still:
+            raise RunError(
+                f"{_listed(still)} did not move, although trained; no example reaches it, the learning rate is too "
+                "small for its numbers, or every step was skipped"
+            )
+        lost = sorted(n for n in self.awake if not bool(torch.isfinite(now[n]).all()))
+        if lost:
+            raise RunError(f"{_listed(lost)} holds numbers that are not finite after training; lower the learning rate")
+        return {"tensors": len(moved), "numbers": sum(moved.values())}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,72 @@
+"""What happens around a Trainer's steps, and how to ask the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from neurograft.core.mount import Mount
+
+
+class StepEvents(TrainerCallback):
+    """Keeps a `GraftTrainerMixin`'s conductor, witness and window up to date.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take input gradients off again where checkpointing does not need them.
+
+        transformers turns them on with activation checkpointing; they force gradients through every layer below
+        the lowest trained one. Non-reentrant checkpointing works without.
+        """
+        reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        model = self.trainer.model
+        if args.activation_checkpointing and not reentrant and hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the schedule."""
+        self.trainer.window_loss, self.trainer.micro = None, 0
+        self.trainer.conductor.begin(state.global_step, kwargs["optimizer"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note who got a gradient; set the step's learning rates."""
+        self.trainer.witness.gradients(self.trainer.conductor.phase.awake)
+        self.trainer.conductor.before_step(kwargs["optimizer"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the scheduler's learning rates back."""
+        self.trainer.conductor.after_step(kwargs["optimizer"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the window's loss."""
+        self.trainer.witness.losses.append(float(self.trainer.window_loss))
+
+
+def reference_of(mount: Mount) -> Callable[[Callable[[], Any]], Any]:
+    """Return what runs something on the base: the change taken out, no dropout, no gradients.
+
+    The base is the trained model itself, so it costs no memory.
+    """
+
+    def run(ask: Callable[[], Any]) -> Any:
+        modes = [(m, m.training) for m in mount.model.modules()]
+        mount.model.eval()
+        ended = mount.rest()
+        try:
+            with torch.no_grad():
+                return ask()
+        finally:
+            ended()
+            for module, mode in modes:
+                module.training = mode
+
+    return run

@@ -1,0 +1,111 @@
+"""The command line: exit statuses, messages, files; the verbs themselves are tested where they live."""
+
+import json
+import sys
+
+import pytest
+
+from neurograft.cli import main
+from neurograft.cli.commands import LATER, VERBS
+from neurograft.core.selection import Scores, Selection
+from neurograft.worlds.letters import letters
+from neurograft.worlds.pico import pico
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    pico("llama").save_pretrained(path / "model")
+    letters().save_pretrained(path / "model")
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(4) for b in range(4)]
+    (path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def run(monkeypatch, capsys, *words):
+    """Run a command in this process; return its status, what it printed and what it complained."""
+    monkeypatch.setattr(sys, "argv", ["neurograft", *map(str, words)])
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code or 0
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_locate_and_select_write_what_python_would(folder, monkeypatch, capsys):
+    scores, where = folder / "s.safetensors", folder / "w.safetensors"
+    words = ("--by", "magnitude", "--units", "neuron", "--json", "-o", scores)
+    status, out, _ = run(monkeypatch, capsys, "locate", folder / "model", *words)
+    assert status == 0
+    found = json.loads(out)
+    assert found["units"] == 2 * 48
+    status, out, _ = run(monkeypatch, capsys, "select", scores, "--count", 3, "--per", "layer", "--json", "-o", where)
+    assert status == 0
+    assert json.loads(out)["chosen"] == 6
+    assert Selection.load(where).digest == Scores.load(scores).top(count=3, per="layer").digest
+
+
+def test_choices_take_options(folder, monkeypatch, capsys):
+    words = ("--by", "grad_x_act", "--layers", "0", "--limit", "4", "--json", "-o", folder / "g.safetensors")
+    status, out, err = run(monkeypatch, capsys, "locate", folder / "model", folder / "data.jsonl", *words)
+    assert status == 0, err
+    assert json.loads(out)["units"] == 48
+
+
+WRONG = {
+    "unknown model": (("locate", "nowhere/at/all", "--by", "noise"), "no folder is"),
+    "unknown kind": (("locate", "MODEL", "--by", "noise", "--units", "neurn"), "'neuron'"),
+    "unknown method": (("locate", "MODEL", "--by", "gradxact"), "grad_x_act"),
+    "unknown option of a method": (("locate", "MODEL", "--by", "noise:sed=1"), "sed"),
+    "missing data": (("locate", "MODEL"), "give data"),
+    "unknown recipe": (("run", "s2tf", "MODEL", "DATA"), "s2ft"),
+    "a recipe without a model": (("run", "s2ft"), "a model"),
+    "unknown key of a recipe": (("run", "s2ft", "MODEL", "DATA", "fractoin=0.1"), "fraction"),
+    "writing over its input": (("select", "SCORES", "-o", "SCORES"), "one of the inputs"),
+    "a graft that is none": (("export", "MODEL", "-o", "OUT"), "graft"),
+    "a verb of later": (("merge", "MODEL", "a", "b"), "not in this version"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests_exit_2_and_say_what_to_do(case, folder, monkeypatch, capsys):
+    words, expected = WRONG[case]
+    run(monkeypatch, capsys, "locate", folder / "model", "--by", "noise", "-o", folder / "n.safetensors")
+    names = {"MODEL": "model", "DATA": "data.jsonl", "SCORES": "n.safetensors", "OUT": "out"}
+    before = sorted(p.name for p in folder.iterdir())
+    status, out, err = run(monkeypatch, capsys, *[folder / names[w] if w in names else w for w in words])
+    assert status == 2, (out, err)
+    assert all(word in err for word in ("got", "expected", "to mend it")), err
+    assert expected in err
+    assert len(err.splitlines()) < 20
+    assert "Traceback" not in err
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_unknown_options_of_a_command_exit_2(folder, monkeypatch, capsys):
+    status, _, _ = run(monkeypatch, capsys, "locate", folder / "model", "--buy", "noise")
+    assert status == 2
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *LATER])
+def test_every_verb_has_a_summary_or_is_said_to_be_missing(verb, monkeypatch, capsys):
+    from neurograft.cli.commands import _summary
+
+    if verb in VERBS:
+        assert _summary(VERBS[verb][0]), f"{verb} has no function"
+        status, out, _ = run(monkeypatch, capsys, verb, "--help")
+        assert status == 0
+        assert "--help" in out
+    else:
+        assert run(monkeypatch, capsys, verb)[0] == 2
+
+
+def test_plan_names_routes_and_bytes(folder, monkeypatch, capsys):
+    status, out, err = run(monkeypatch, capsys, "plan", folder / "model", "s2ft", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["trainable"] == sum(row["numbers"] for row in found["parameters"])
+    assert {row["route"] for row in found["parameters"]} == {"thin product"}
+    assert found["bytes"]["moments"] == 8 * found["trainable"]

@@ -1,0 +1,169 @@
+"""Every operation a live weight may meet: its gradient against the dense one, and the numbers it sees."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neurograft.core import products
+from neurograft.core.errors import RunError
+from neurograft.core.live import Live
+from neurograft.core.region import Region, as_matrix
+from neurograft.core.uses import USES, tag, untag
+
+N, R, C, E = 7, 6, 8, 3
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def by_expert(x, weight, *, offs):
+    """What grouped_mm computes, in float64, which its kernel does not know."""
+    if torch.overrides.has_torch_function((weight,)):
+        return torch.overrides.handle_torch_function(by_expert, (weight,), x, weight, offs=offs)
+    edges = [0, *offs.tolist()]
+    return torch.cat([x[a:b] @ w for a, b, w in zip(edges, edges[1:], weight)])
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    monkeypatch.setitem(USES, by_expert, products.grouped)
+
+
+def grouped(x, weight):
+    return by_expert(x, weight, offs=torch.tensor([3, 3, N], dtype=torch.int32))  # the second expert gets nothing
+
+
+X, Y, TOKENS = rand(2, N, C), rand(2, N, R), torch.tensor([[0, 2, 2, 5], [1, 0, 3, 2]])
+IMAGE, LINE = rand(2, 4, 9, 9), rand(2, 4, 11)
+# name: (shape of the weight, bank or not, what is computed from it)
+OPERATIONS = {
+    "linear": ((R, C), lambda w: F.linear(X, w)),
+    "linear by keyword": ((R, C), lambda w: F.linear(input=X, weight=w)),
+    "linear of a transpose": ((C, R), lambda w: F.linear(X, w.t())),
+    "addmm": ((C, R), lambda w: torch.addmm(rand(R), X.view(-1, C), w)),
+    "matmul": ((C, R), lambda w: X @ w),
+    "matmul of T": ((R, C), lambda w: X @ w.T),
+    "mm": ((C, R), lambda w: torch.mm(X[0], w)),
+    "weight first": ((R, C), lambda w: w @ X.transpose(-1, -2)),
+    "cast, then linear": ((R, C), lambda w: F.linear(X, w.to(torch.float64).clone())),
+    "squeezed": ((R, 1, C), lambda w: F.linear(X, w.squeeze(1))),
+    "one expert": ((E, R, C), lambda w: F.linear(X, w[1]) + F.linear(X, w[torch.tensor(2)])),
+    "one transposed expert": ((E, C, R), lambda w: X @ w[1]),
+    "grouped": ((E, C, R), lambda w: grouped(X[0], w)),
+    "grouped, transposed": ((E, R, C), lambda w: grouped(X[0], w.transpose(-2, -1))),
+    "embedding": ((R, C), lambda w: F.embedding(TOKENS, w)),
+    "embedding with padding": ((R, C), lambda w: F.embedding(TOKENS, w, padding_idx=-R)),
+    "tied": ((R, C), lambda w: F.linear(F.embedding(TOKENS, w), w)),
+    "conv1d": ((6, 4, 3), lambda w: F.conv1d(LINE, w, rand(6), 2, 1)),
+    "conv2d": ((6, 4, 3, 3), lambda w: F.conv2d(IMAGE, w, None, 2, 1, 1)),
+    "grouped conv2d": ((6, 2, 3, 3), lambda w: F.conv2d(IMAGE, w, padding=1, groups=2)),
+    "depthwise conv1d": ((4, 1, 3), lambda w: torch.conv1d(LINE, w, groups=4, padding=2, dilation=2)),
+    "added": ((N, C), lambda w: X + w),
+    "added in place": ((N, C), lambda w: (X * 1.0).add_(w)),
+    "multiplied": ((N, C), lambda w: w * X),
+}  # fmt: skip
+
+
+def regions(name):
+    """Every layout that fits, with entries at both ends and in the middle."""
+    shape = OPERATIONS[name][0]
+    matrix = as_matrix(shape, bank=not name.startswith(("conv", "depthwise", "grouped conv", "squeezed")))
+    found = [Region.of(shape, "all", matrix=matrix)]
+    for layout in ("rows", "cols", "flat"):
+        total = Region.of(shape, layout, matrix=matrix).total
+        found.append(Region.of(shape, layout, {0, 1, total // 2, total - 1}, matrix=matrix))
+    if matrix[0] == 1 and len(shape) == 2 and shape[0] % 2 == shape[1] % 2 == 0:
+        found.append(Region.of(shape, "block", [0, 5], matrix=matrix, block=(2, 2)))
+    return found
+
+
+def made(name, region=None):
+    weight = nn.Parameter(rand(*OPERATIONS[name][0], seed=1), requires_grad=region is None)
+    if region is None:
+        return weight, None
+    live = Live("w", weight, region)
+    tag(live)
+    return weight, live
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradients_equal_the_dense_twin(name):
+    run = OPERATIONS[name][1]
+    twin, _ = made(name)
+    wanted = run(twin)
+    wanted.backward(rand(*wanted.shape, seed=2))
+    for region in regions(name):
+        weight, live = made(name, region)
+        found = run(weight)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+        found.backward(rand(*wanted.shape, seed=2))
+        torch.testing.assert_close(live.theta.grad, region.read(twin.grad), rtol=0, atol=1e-10)
+        assert weight.grad is None
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_invisible_write_reaches_every_use(name, grad):
+    run = OPERATIONS[name][1]
+    for region in regions(name):
+        weight, live = made(name, region)
+        live.theta.data.add_(1.0)  # raises no version counter, and no optimizer step follows
+        with torch.set_grad_enabled(grad):
+            found = run(weight).detach()
+        untag(live)
+        assert torch.equal(region.read(weight), live.theta.detach())
+        assert torch.equal(found, run(weight).detach())
+
+
+def test_an_unknown_operation_is_named_and_may_be_accepted():
+    weight, live = made("linear", Region.of((R, C), "rows", [1]))
+    with pytest.raises(RunError, match=r"w meets the operation .*einsum.*allow_dense=True"):
+        torch.einsum("nc,rc->nr", X[0], weight)
+    with pytest.raises(RunError, match="setitem"):
+        torch.zeros(R, C)[:] = weight
+    live.allow_dense = True
+    torch.einsum("nc,rc->nr", X[0], weight).sum().backward()
+    torch.testing.assert_close(live.theta.grad[0], X[0].sum(0), rtol=0, atol=1e-10)
+
+
+def test_a_backward_pass_across_a_step_is_refused():
+    for change in (lambda t: t.add_(1.0), lambda t: torch.optim.SGD([t], lr=0.1).step()):
+        weight, live = made("linear", Region.of((R, C), "cols", [1]))
+        first = F.linear(X, weight).sum()
+        live.theta.grad = torch.ones_like(live.theta)
+        with torch.no_grad():
+            change(live.theta)
+        with pytest.raises(RunError, match="between this forward pass and its backward pass"):
+            first.backward()
+
+
+def test_an_unfrozen_weight_is_refused():
+    weight, _ = made("linear", Region.of((R, C), "cols", [1]))
+    weight.requires_grad_(True)
+    with pytest.raises(RunError, match="unfrozen"):
+        F.linear(X, weight)
+
+
+def test_questions_and_snapshots_stay_plain():
+    weight, live = made("linear", Region.of((R, C), "cols", [1]))
+    assert (weight.shape, weight.dtype, weight.dim(), weight.numel()) == ((R, C), torch.float64, 2, R * C)
+    for snapshot in (weight.detach(), weight.data, torch.zeros_like(weight), weight == 0):
+        assert type(snapshot) is torch.Tensor
+    live.theta.data.zero_()
+    assert weight.detach()[:, 1].eq(0).all()
+    assert "Parameter" in repr(weight)
+    with torch.no_grad():
+        weight.mul_(2.0)  # somebody else writes: the values follow
+        weight[0, 1] = 5.0
+        F.linear(X, weight)
+    assert live.theta[0, 0] == 5.0
+
+
+def test_what_is_saved_is_the_selected_columns_only():
+    kept = []
+    weight, _ = made("linear", Region.of((R, C), "cols", [1, 4]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)), lambda t: t):
+        F.linear(X, weight)
+    assert kept == [(2, N, 2)]

@@ -1,0 +1,170 @@
+"""Data in every form a user may have it: what the model gets, worked out by hand, and every way it can be wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from neurograft.core.errors import RequestError
+from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest
+from neurograft.pipeline.models import load_model
+from neurograft.pipeline.rows import read_rows
+from neurograft.worlds.letters import letters
+from neurograft.worlds.pico import pico, pico_batch
+
+T = letters()
+ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "10+1=", "completion": "11"}]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return pico("llama")
+
+
+def test_completions_have_labels_on_the_answer_alone(llama):
+    first, second = as_dataset(ROWS, llama, processing_class=T)
+    assert T.decode(second["input_ids"]) == "10+1=11</s>"
+    assert second["labels"].tolist() == [-100] * 5 + second["input_ids"][5:].tolist()
+    (batch,) = as_batches(ROWS, llama, processing_class=T)
+    assert batch["input_ids"].shape == (2, 8)
+    assert batch["attention_mask"][0].tolist() == [1] * 6 + [0, 0]
+    assert batch["labels"][0].tolist() == [-100] * 4 + first["labels"][4:].tolist() + [-100, -100]
+
+
+def test_messages_end_with_the_answer_that_has_labels(llama):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    (made,) = as_dataset([{"messages": chat}], llama, processing_class=T)
+    assert T.decode(made["input_ids"]) == "u:hi</s>a:yo</s>"
+    assert T.decode(made["labels"][made["labels"] != -100]) == "yo</s>"
+    with pytest.raises(RequestError, match="assistant"):
+        as_dataset([{"messages": chat[:1]}], llama, processing_class=T)
+
+
+def test_text_of_a_causal_model_is_its_own_label_and_of_a_classifier_is_not(llama):
+    (made,) = as_dataset([{"text": "abc"}], llama, processing_class=T)
+    assert torch.equal(made["labels"], made["input_ids"])
+    bert = pico("bert")
+    (made,) = as_dataset([{"text": "abc", "label": 2}], bert, processing_class=T)
+    assert int(made["labels"]) == 2
+    with pytest.raises(RequestError, match="no classes"):
+        as_dataset([{"text": "abc", "label": 2}], llama, processing_class=T)
+    with pytest.raises(RequestError, match="label 'cat'"):
+        as_dataset([{"text": "abc", "label": "cat"}], bert, processing_class=T)
+    bert.config.label2id = {"cat": 1}
+    assert int(as_dataset([{"text": "abc", "label": "cat"}], bert, processing_class=T)[0]["labels"]) == 1
+
+
+def test_images_come_as_pixels_or_need_a_processor():
+    vit = pico("vit")
+    (made,) = as_batches([{"image": np.zeros((3, 16, 16), np.float32), "label": 1}] * 2, vit)
+    assert made["pixel_values"].shape == (2, 3, 16, 16)
+    with pytest.raises(RequestError, match="image processor"):
+        as_batches([{"image": np.zeros((16, 16, 3), np.uint8), "label": 1}], vit)
+
+
+def test_ready_batches_stay_whole_and_can_be_cut_into_examples(llama):
+    batch = pico_batch(llama)
+    (same,) = as_batches([batch], llama)
+    assert all(torch.equal(same[k], batch[k]) for k in batch)
+    examples = as_dataset([batch], llama)
+    assert len(examples) == 2
+    joined = collator(llama)(examples)
+    assert all(torch.equal(joined[k], batch[k]) for k in batch)
+
+
+def test_files_give_the_same_rows_as_lists(tmp_path, llama):
+    lines = tmp_path / "d.jsonl"
+    lines.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    whole = tmp_path / "d.json"
+    whole.write_text(json.dumps(ROWS))
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    pyarrow.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
+    for path in (lines, whole, tmp_path / "d.parquet"):
+        assert read_rows(path) == ROWS
+    assert read_rows(lines, limit=1) == ROWS[:1]
+    np.savez(tmp_path / "d.npz", pixel_values=np.zeros((2, 3, 16, 16)), labels=np.array([0, 1]))
+    assert as_batches(tmp_path / "d.npz", pico("vit"))[0]["pixel_values"].shape == (2, 3, 16, 16)
+    assert data_digest(as_batches(lines, llama, processing_class=T)) == data_digest(
+        as_batches(ROWS, llama, processing_class=T)
+    )
+
+
+BAD = {
+    "empty": ([], "no rows"),
+    "no such file": ("nowhere.jsonl", "no file is"),
+    "no dict": ([1], "row 0 of type int"),
+    "unknown columns": ([{"body": "x"}], "columns body"),
+    "not finite": ([{"input_ids": [3, 4], "weight": [float("nan")]}], "not finite"),
+    "foreign token": ([{"input_ids": [3, 999]}], "vocabulary of 64"),
+    "empty answer": ([{"prompt": "x" * 70, "completion": "y"}], "cut off"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_named(case, llama):
+    data, words = BAD[case]
+    with pytest.raises(RequestError, match=words) as error:
+        as_batches(data, llama, processing_class=T, max_length=64)
+    assert error.value.expected
+    assert error.value.do
+
+
+def test_raw_data_without_a_tokenizer_and_broken_files(tmp_path, llama):
+    with pytest.raises(RequestError, match="no tokenizer"):
+        as_batches(ROWS, llama)
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\nnonsense\n')
+    with pytest.raises(RequestError, match="line 2"):
+        read_rows(tmp_path / "d.jsonl")
+    np.savez(tmp_path / "d.npz", a=np.zeros(2), b=np.zeros(3))
+    with pytest.raises(RequestError, match="lengths"):
+        read_rows(tmp_path / "d.npz")
+    np.savez(tmp_path / "o.npz", a=np.array([object()], dtype=object))
+    with pytest.raises(RequestError, match="pickled objects are never read"):
+        read_rows(tmp_path / "o.npz")
+
+
+def test_masks_of_masked_language_modelling_depend_on_row_and_seed_alone():
+    mlm = pico("bert")
+    mlm.__class__ = type("BertForMaskedLM", (type(mlm),), {})
+    rows = [{"text": "the quick brown fox jumps over it"}] * 2
+    a, b = as_dataset(rows, mlm, processing_class=T), as_dataset(rows, mlm, processing_class=T)
+    assert all(torch.equal(x["input_ids"], y["input_ids"]) for x, y in zip(a, b))
+    assert not torch.equal(a[0]["labels"], a[1]["labels"])
+    assert not torch.equal(a[0]["labels"], as_dataset(rows, mlm, processing_class=T, seed=1)[0]["labels"])
+    assert int((a[0]["labels"] != -100).sum()) == round(0.15 * len(a[0]["labels"]))
+
+
+def test_models_load_from_folders_with_their_own_tokenizer(tmp_path, llama):
+    llama.save_pretrained(tmp_path / "m")
+    T.save_pretrained(tmp_path / "m")
+    found = load_model(tmp_path / "m")
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), llama.state_dict().values()))
+    assert len(as_batches(ROWS, found)) == 1
+    assert load_model(tmp_path / "m", dtype="bfloat16").dtype == torch.bfloat16
+    assert load_model(llama) is llama
+
+
+def test_models_that_cannot_be_had_are_named(tmp_path, llama):
+    llama.save_pretrained(tmp_path / "model")
+    for bad, words in {
+        str(tmp_path / "modle"): "did you mean 'model'",
+        str(tmp_path): "config.json",
+        "nobody/nothing": "Hub",
+    }.items():
+        with pytest.raises(RequestError, match=words):
+            load_model(bad)
+    with pytest.raises(RequestError, match="dtype"):
+        load_model(tmp_path / "model", dtype="int7")
+    with pytest.raises(RequestError, match="live model"):
+        load_model(llama, revision="main")
+    with pytest.raises(RequestError, match="SequenceClassification"):
+        load_model(tmp_path / "model", head="SequenceClasification")
+    made = load_model(tmp_path / "model", head="SequenceClassification", num_labels=5)
+    assert made.score.weight.shape[0] == 5
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(llama.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(RequestError, match="pickled weights are never read"):
+        load_model(tmp_path / "model")

@@ -1,0 +1,302 @@
+"""Training in a bare loop: optimizers, accumulation, checkpointing, schedules, anchors, and what is refused."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from neurograft.core.context import Phase, Step
+from neurograft.core.errors import RequestError, RunError
+from neurograft.core.expose import exposed
+from neurograft.pipeline.attach import attach
+from neurograft.pipeline.inputs import as_batches, collator
+from neurograft.train.loop import fit, rehearsal
+from neurograft.train.moved import Witness
+from neurograft.train.optimizers import built, chosen, groups_of, named
+from neurograft.train.steps import reference_of
+from neurograft.worlds.pico import pico, pico_batch
+
+# SparseAdam takes no dense gradient; LBFGS calls a closure and has its own test.
+NAMES = sorted(set(named()) - {"SparseAdam", "LBFGS"})
+MODES = ("fused", "foreach")
+
+
+def kinds():
+    import inspect
+
+    found = []
+    for name in NAMES:
+        takes = inspect.signature(named()[name]).parameters
+        found += [(name, {})] + [(name, {m: True}) for m in MODES if m in takes]
+    return found
+
+
+@pytest.mark.parametrize(("name", "mode"), kinds(), ids=lambda v: v if isinstance(v, str) else "+".join(v) or "loop")
+def test_every_optimizer_moves_only_the_selection(name, mode, llama, pick, only, unmoved):
+    where, batch, found = pick(llama), pico_batch(llama), unmoved(llama)
+    before = {k: v.clone() for k, v in llama.state_dict().items()}
+    with attach(llama, where) as live:
+        optimizer = built(
+            chosen((name, mode)),
+            groups_of(
+                live.named_parameters(), decay=live.named_parameters(), weight_decay=0.0 if "Rprop" in name else 0.1
+            ),
+            lr=1e-2,
+        )
+        for _ in range(2):
+            llama(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        only(llama, before, where)
+    found.check()
+
+
+def test_lbfgs_sees_every_move_of_its_closure(llama, pick, only):
+    where, batch = pick(llama), pico_batch(llama)
+    before = {k: v.clone() for k, v in llama.state_dict().items()}
+    seen = []
+    with attach(llama, where) as live:
+        optimizer = built(chosen("LBFGS"), groups_of(live.named_parameters()), lr=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = llama(**batch).loss
+            loss.backward()
+            seen.append(loss.item())
+            return loss
+
+        optimizer.step(closure)
+        only(llama, before, where)
+    assert len(set(seen)) > 3
+    assert seen[-1] < seen[0]
+
+
+def gradients(model, where, batches, objective="auto", **options):
+    """Return the gradient a window of batches gives each live tensor, and its loss."""
+    with attach(model, where, **options) as live:
+        from neurograft.train.asked import Asked
+        from neurograft.train.loop import _backward
+
+        loss = _backward(live, Asked.of(objective), batches, 0, 1, None)
+        return loss, {n: p.grad.clone() for n, p in live.named_parameters().items()}
+
+
+@pytest.mark.parametrize("objective", ["auto", "dft", "eaft"])
+def test_uneven_batches_accumulate_to_one_big_batch(objective, pick, examples):
+    model = pico("llama", dtype=torch.float64)
+    rows, join = examples(model, 6), collator(model)
+    parts = [join(rows[:1]), join(rows[1:4]), join(rows[4:])]
+    whole, expected = gradients(model, pick(model), [join(rows)], objective)
+    loss, found = gradients(model, pick(model), parts, objective)
+    assert abs(loss - whole) < 1e-10
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_losses_of_the_model_itself_accumulate_too(family):
+    model = pico(family, dtype=torch.float64)
+    batch = pico_batch(model, batch=5)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    parts = [{k: v[:1] for k, v in batch.items()}, {k: v[1:] for k, v in batch.items()}]
+    whole, expected = gradients(model, None, [batch])
+    loss, found = gradients(model, None, parts)
+    assert abs(loss - whole) < 1e-10
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant, llama, pick):
+    batch = pico_batch(llama)
+    _, expected = gradients(llama, pick(llama), [batch])
+    llama.train()
+    llama.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not reentrant:
+        llama.disable_input_require_grads()
+    _, found = gradients(llama, pick(llama), [batch])
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_order_other_ones(pick, examples):
+    model = pico("llama", attention_dropout=0.2)
+    batches = [collator(model)(examples(model)[i : i + 2]) for i in range(0, 16, 2)]
+
+    def run(seed):
+        torch.rand(seed + 3)  # whatever ran before
+        with attach(model, pick(model)) as live:
+            losses = fit(live, batches, steps=3, seed=seed)
+            return losses, live.state_dict()
+
+    (a, x), (b, y), (c, _) = run(0), run(0), run(1)
+    assert a == b
+    assert all(torch.equal(x[n], y[n]) for n in x)
+    assert a != c
+
+
+def test_everything_is_as_found_after_the_loop(llama, pick, unmoved, examples):
+    found = unmoved(llama)
+    batches = as_batches(examples(llama), llama, batch_size=4)
+    with attach(llama, pick(llama)) as live:
+        fit(live, batches, steps=3, weight_decay=0.1, warmup=1, decay="linear", accumulate=2)
+        graft = live.graft()
+    found.check()
+    with graft.on(llama):
+        pass
+    found.check()
+    assert rehearsal(llama, batches, steps=2)(pick(llama)).numel == graft.numel
+    found.check()
+
+
+@pytest.mark.parametrize("adapter", ["slice", ("slice", {"route": "side"}), "lora", "dense"])
+def test_the_reference_is_the_base(adapter, llama, pick, examples):
+    batch = collator(llama)(examples(llama)[:2])
+    base = llama(**batch).logits.detach()
+    with attach(llama, None if adapter == "dense" else pick(llama), adapter=adapter) as live:
+        fit(live, [batch], steps=3, lr=1e-2)
+        tuned = llama(**batch).logits.detach()
+        assert (tuned - base).abs().max() > 1e-3
+        llama.train()
+        seen = reference_of(live)(lambda: llama(**batch).logits)
+        assert torch.equal(seen, base)
+        assert all(m.training for m in llama.modules())
+        llama.eval()
+        assert torch.equal(llama(**batch).logits, tuned)
+
+
+def test_an_anchor_holds_the_model_near_the_base(llama, pick, examples):
+    rows, join = examples(llama), collator(llama)
+    batches, general = [join(rows[:4])], [join(rows[4:8]), join(rows[8:12])]
+
+    def drift(anchor):
+        with attach(llama, pick(llama)) as live:
+            fit(live, batches, steps=8, lr=2e-2, anchor=anchor)
+            step = Step(llama, general[0], reference=reference_of(live))
+            from neurograft.core.choose import choose
+
+            return choose("objectives", "kl")(step).item()
+
+    free, held = drift(None), drift(("kl", {"weight": 20.0, "data": general}))
+    assert held < 0.5 * free
+
+
+def test_a_schedule_wakes_one_part_after_the_other(llama, pick, examples):
+    batches = [collator(llama)(examples(llama)[:4])]
+    history = []
+    with attach(llama, pick(llama)) as live:
+        fit(
+            live,
+            batches,
+            steps=4,
+            weight_decay=0.1,
+            schedule=("stages", {"parts": [("*gate*", 2), ("*down*", 1), ("*up*", 1)]}),
+            evaluate=lambda step: history.append(live.state_dict()),
+        )
+    moved = [{n.split(".")[-2] for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(history)]
+    assert moved == [{"gate_proj"}, {"down_proj"}, {"up_proj"}]
+
+
+def test_phases_set_rates_and_drop_moments(llama, pick, examples):
+    batches = [collator(llama)(examples(llama)[:4])]
+    gate, up, down = pick(llama).ids
+    states = []
+
+    def phases(step, names):
+        return Phase(awake=frozenset(names) - ({gate} if step else set()), lr={up: 0.0}, moments="drop")
+
+    class Seen(torch.optim.AdamW):
+        def step(self, closure=None):
+            out = super().step(closure)
+            states.append({g["name"]: bool(self.state.get(g["params"][0])) for g in self.param_groups})
+            return out
+
+    with attach(llama, pick(llama)) as live:
+        start = live.state_dict()
+        with pytest.raises(RunError, match=up):  # awake with a rate of 0: said, not passed over
+            fit(live, batches, steps=2, schedule=phases, optimizer=Seen)
+        now = live.state_dict()
+    assert torch.equal(now[up], start[up])
+    assert not torch.equal(now[gate], start[gate])
+    assert states == [{gate: True, up: True, down: True}, {gate: False, up: True, down: True}]
+
+
+def test_refused_schedules(llama, pick, examples):
+    batches = [collator(llama)(examples(llama)[:4])]
+    with attach(llama, pick(llama)) as live:
+        for bad in (Phase(awake=frozenset()), Phase(awake=frozenset({"nobody"})), Phase(lr={"nobody": 1.0})):
+            with pytest.raises(RequestError, match="schedule"):
+                fit(live, batches, steps=1, schedule=lambda step, names, bad=bad: bad)
+        with pytest.raises(RequestError, match="stage"):
+            fit(live, batches, steps=1, schedule=("stages", {"parts": [("*nobody*", 1)]}))
+
+
+def test_protected_units_do_not_move(llama, pick, only, examples):
+    before = {k: v.clone() for k, v in llama.state_dict().items()}
+    gate, *others = pick(llama).ids
+    guarded = pick(llama, {gate: ("row", [5])})
+    with attach(llama, pick(llama), protect=guarded) as live:
+        fit(live, [collator(llama)(examples(llama)[:4])], steps=2, weight_decay=0.1)
+        left = pick(
+            llama, {gate: ("row", [1, 40]), **{n: (pick(llama).sites[n].kind, pick(llama).ids[n]) for n in others}}
+        )
+        only(llama, before, left)
+
+
+def test_what_did_not_happen_is_said(llama, pick, examples):
+    batches = [collator(llama)(examples(llama)[:4])]
+    with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="did not move"):
+        fit(live, batches, steps=1, lr=0.0)
+    with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="loss is nan at step 1"):
+        fit(live, batches, steps=1, objective=lambda model, batch: model(**batch).loss * float("nan"))
+    with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="no gradient reached"):
+        fit(live, batches, steps=1, objective=lambda model, batch: model.lm_head.weight.sum().requires_grad_())
+    with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="steps"):
+        fit(live, [], steps=1)
+
+
+class Product(torch.autograd.Function):
+    """x W' in a kernel of its own, as fused heads compute it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g @ weight, g.t() @ x if ctx.needs_input_grad[1] else None
+
+
+class Custom(nn.Linear):
+    def forward(self, x):
+        return Product.apply(x, self.weight)
+
+
+def test_a_kernel_that_bypasses_the_weight_is_noticed_and_can_be_served(pick):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6, bias=False), Custom(6, 3, bias=False))
+    where = pick(net, {"0.weight": ("row", [1]), "1.weight": ("row", [0, 2])})
+    batches = [{"x": torch.randn(5, 4)}]
+
+    def square(model, batch):
+        return model(batch["x"]).square().mean()
+
+    with attach(net, where) as live, pytest.raises(RunError, match=r"no gradient reached 1\.weight"):
+        fit(live, batches, steps=1, objective=square)
+    twin = net[1].weight.detach().clone().requires_grad_(True)
+    Product.apply(net[0](batches[0]["x"]), twin).square().mean().backward()
+    with attach(net, where) as live, exposed(net.modules()) as names:
+        assert names == ["0.weight", "1.weight"]
+        assert list(net.state_dict()) == ["0.weight", "1.weight"]
+        witness = Witness(live)
+        square(net, batches[0]).backward()
+        torch.testing.assert_close(live.trained()["1.weight"].grad, twin.grad[[0, 2]], rtol=0, atol=1e-7)
+        witness.gradients()
+        torch.optim.SGD(live.parameters(), lr=0.1).step()
+        assert witness.check() == {"tensors": 2, "numbers": 16}
+        assert torch.equal(net[1].weight.detach()[[0, 2]], live.trained()["1.weight"])
+    assert type(net[1]) is Custom
+    assert type(net[0]) is nn.Linear

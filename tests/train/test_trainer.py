@@ -1,0 +1,357 @@
+"""Training through transformers.Trainer: tune, the mixin, checkpoints, resume, best model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+
+import neurograft as ng
+from neurograft.core.delta import New
+from neurograft.pipeline.inputs import collator
+from neurograft.worlds.pico import pico, pico_batch
+
+
+class GraftTrainer(ng.GraftTrainerMixin, Trainer):
+    pass
+
+
+FAST = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+
+
+def values(graft):
+    return {n: d.tensors()["value"] for n, d in graft.deltas.items()}
+
+
+def same(a, b):
+    return a.identity == b.identity
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit"])
+def test_tune_leaves_the_model_as_it_was(family, unmoved):
+    model = pico(family)
+    found = unmoved(model)
+    data = [pico_batch(model, batch=2, seed=s) for s in range(4)]
+    graft = ng.tune(model, data, args={**FAST, "activation_checkpointing": True, "max_steps": 2})
+    found.check()
+    assert graft.card["steps"] == len(graft.card["losses"]) == 2
+    assert graft.card["moved"]["numbers"] > 1000
+    before = model(**data[0]).logits
+    with graft.on(model):
+        assert (model(**data[0]).logits - before).abs().max() > 1e-3
+    assert torch.equal(model(**data[0]).logits, before)
+    json.dumps(graft.card)
+
+
+def test_batch_statistics_belong_to_the_base(unmoved):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, layer_type="basic")
+    model = ResNetForImageClassification(config).eval()
+    found = unmoved(model)
+    data = [{"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])} for _ in range(4)]
+    found.random = torch.random.get_rng_state()
+    graft = ng.tune(model, data, args={**FAST, "max_steps": 2})
+    found.check()
+    assert all("running" not in n for n in graft.deltas)
+
+
+def test_the_graft_is_what_was_live(llama, pick, examples, only):
+    """Logits under the graft equal the last live ones bit for bit, also on a bfloat16 base with float32 masters."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = llama.to(dtype)
+        where, batch = pick(model), collator(model)(examples(model)[:4])
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        args = TrainingArguments("unused", report_to="none", save_strategy="no", use_cpu=True, **FAST)
+        with ng.attach(model, where) as live:
+            trainer = GraftTrainer(
+                model=model, args=args, mount=live, train_dataset=examples(model), data_collator=collator(model)
+            )
+            trainer.train()
+            only(model, before, where)
+            assert all(p.dtype == torch.float32 for p in live.parameters())
+            model.eval()
+            seen = model(**batch).logits.detach()
+            graft = live.graft()
+        assert all(v.dtype == torch.float32 for v in values(graft).values())
+        if dtype == torch.bfloat16:
+            assert any((v != v.bfloat16().float()).any() for v in values(graft).values())
+        with graft.on(model):
+            assert torch.equal(model(**batch).logits, seen)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("objective", ["auto", "dft"])
+def test_accumulation_equals_one_big_batch(objective, llama, pick, examples):
+    def run(size, steps):
+        args = {**FAST, "per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_grad_norm": 0.5}
+        return ng.tune(llama, examples(llama), pick(llama), objective=objective, args=args)
+
+    whole, parts = run(4, 1), run(1, 4)
+    torch.testing.assert_close(
+        torch.tensor(parts.card["losses"]), torch.tensor(whole.card["losses"]), rtol=0, atol=2e-6
+    )
+    for name, value in values(whole).items():
+        torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=2e-5)
+
+
+def test_checkpointing_changes_nothing_and_costs_no_extra_gradients(llama, pick, examples, monkeypatch):
+    kinds = [{}, {"activation_checkpointing": True}]
+    kinds += [{"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}]
+    hooks = []
+
+    def run(more):
+        step = GraftTrainer.training_step
+
+        def spied(self, *args, **kwargs):
+            hooks.append(len(getattr(self.model, "_require_grads_hooks", [])))
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(ng.GraftTrainerMixin, "training_step", spied)
+        graft = ng.tune(llama, examples(llama), pick(llama), args={**FAST, "max_steps": 2, **more})
+        monkeypatch.undo()
+        return graft
+
+    plain, light, reentrant = [run(more) for more in kinds]
+    assert same(plain, light)
+    assert same(plain, reentrant)
+    assert hooks == [0, 0, 0, 0, 1, 1]  # only the reentrant kind needs gradients at the embedding
+
+
+class Scripted:
+    """A metric that says what it was told."""
+
+    def __init__(self, values):
+        self.values = iter(values)
+
+    def __call__(self, prediction):
+        return {"score": next(self.values)}
+
+
+def test_evaluation_and_the_best_model(llama, pick, examples, tmp_path):
+    args = {**FAST, "output_dir": str(tmp_path), "eval_strategy": "steps", "save_strategy": "steps"}
+    args |= {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "score", "load_best_model_at_end": True}
+    graft = ng.tune(
+        llama,
+        examples(llama),
+        pick(llama),
+        args=args,
+        eval_dataset=examples(llama, 4),
+        compute_metrics=Scripted([0.1, 0.9, 0.3, 0.2]),
+    )
+    assert graft.card["best"] == {"metric": 0.9, "step": 2}
+    short = ng.tune(llama, examples(llama), pick(llama), args={**FAST, "lr_scheduler_type": "linear"})
+    from neurograft.train.checkpoint import tensors
+
+    kept = tensors(tmp_path / "checkpoint-2")
+    assert all(torch.equal(kept[n], v) for n, v in values(graft).items())
+    assert not same(graft, short)
+    assert len(graft.card["evaluations"]) == 4
+    assert graft.card["evaluations"][0]["eval_loss"] > 0
+
+
+def settings(folder, **more):
+    return {
+        **FAST, "max_steps": 6, "gradient_accumulation_steps": 2, "output_dir": str(folder),
+        "save_strategy": "steps", "save_steps": 2, "bf16": True, "use_cpu": True, "warmup_steps": 1, **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["slice", "lora"])
+def test_resumed_equals_uninterrupted(adapter, pick, examples, tmp_path):
+    """bfloat16 base, float32 masters, dropout, accumulation, a schedule, an anchor on data of its own."""
+    model = pico("llama", dtype=torch.bfloat16, attention_dropout=0.1)
+    parts = [("*gate*", 2), ("*", 9)]
+
+    def run(**more):
+        return ng.tune(
+            model,
+            examples(model),
+            pick(model),
+            adapter=adapter,
+            anchor=("kl", {"weight": 0.1, "data": examples(model, 10)[7:]}),
+            schedule=("stages", {"parts": parts, "moments": "drop"}),
+            args=settings(tmp_path),
+            **more,
+        )
+
+    straight = run()
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-2").iterdir()}
+    assert "model.safetensors" not in files
+    assert files["neurograft.safetensors"] < 30_000
+    resumed = run(resume_from_checkpoint=True)
+    assert resumed.card["losses"] == straight.card["losses"]
+    assert same(straight, resumed)
+    assert len(straight.card["losses"]) == 6
+    with pytest.raises(ng.RequestError, match="the same schedule"):
+        ng.tune(
+            model, examples(model), pick(model), adapter=adapter, args=settings(tmp_path), resume_from_checkpoint=True
+        )
+
+
+def test_half_written_checkpoints_are_skipped_aloud_or_refused(llama, pick, examples, tmp_path):
+    def run(resume=None, chosen=None):
+        return ng.tune(
+            llama, examples(llama), pick(llama, chosen), args=settings(tmp_path), resume_from_checkpoint=resume
+        )
+
+    with pytest.raises(ng.RequestError, match="no complete checkpoint"):
+        run(True)
+    straight = run()
+    (tmp_path / "checkpoint-6" / "neurograft.complete.json").unlink()
+    spoiled = tmp_path / "checkpoint-4" / "optimizer.pt"
+    spoiled.write_bytes(spoiled.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match=r"checkpoint-6: it was not finished") as seen:
+        resumed = run(True)
+    assert any("checkpoint-4: optimizer.pt was truncated" in str(w.message) for w in seen)
+    assert same(straight, resumed)
+    assert set(resumed.card["skipped_checkpoints"]) == {"checkpoint-4", "checkpoint-6"}
+    (tmp_path / "checkpoint-4" / "neurograft.complete.json").unlink()
+    with pytest.raises(ng.RequestError, match="not finished"):
+        run(str(tmp_path / "checkpoint-4"))
+    with pytest.raises(ng.RequestError, match=r"differs|shape"):
+        run(str(tmp_path / "checkpoint-2"), {"model.layers.0.mlp.gate_proj.weight": ("row", [2])})
+    for folder in tmp_path.iterdir():
+        (folder / "neurograft.complete.json").unlink(missing_ok=True)
+    with pytest.raises(ng.RequestError, match="no complete checkpoint"):
+        run(True)
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_complete(llama, pick, examples, tmp_path, monkeypatch):
+    from neurograft.train import checkpoint
+
+    seen = []
+    mark = checkpoint.mark
+
+    def spied(folder):
+        seen.append(sorted(p.name for p in tmp_path.iterdir()))
+        mark(folder)
+
+    monkeypatch.setattr(checkpoint, "mark", spied)
+    ng.tune(llama, examples(llama), pick(llama), args=settings(tmp_path, save_total_limit=1))
+    assert seen == [["checkpoint-2"], ["checkpoint-2", "checkpoint-4"], ["checkpoint-4", "checkpoint-6"]]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-6"]
+
+
+def test_a_stock_trainer_with_the_callback(llama, pick, examples, tmp_path):
+    """The Trainer's checkpoint is the base's format with current values; the graft lies beside it."""
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, save_steps=2, weight_decay=0.1, **FAST)
+    with ng.attach(llama, pick(llama)) as live:
+        trainer = Trainer(
+            model=llama,
+            args=args,
+            train_dataset=examples(llama),
+            data_collator=collator(llama),
+            callbacks=[ng.GraftCallback(live, card={"note": "mine"})],
+        )
+        trainer.train()
+        now = {k: v.clone() for k, v in llama.state_dict().items()}
+        graft = live.graft()
+    kept = ng.Graft.load(tmp_path / "checkpoint-4" / "graft")
+    assert same(kept, graft)
+    assert kept.card["note"] == "mine"
+    loaded, report = type(llama).from_pretrained(tmp_path / "checkpoint-4", output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(v, now[k]) for k, v in loaded.state_dict().items())
+    assert "neurograft" not in " ".join(now)
+    with pytest.raises(ng.RequestError, match="detached"):
+        Trainer(model=llama, args=args, train_dataset=examples(llama), callbacks=[ng.GraftCallback(live)]).train()
+
+
+def test_a_new_head_and_protected_units(pick, unmoved):
+    model = pico("bert")
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    where, guard = pick(model, {name: ("row", [1, 2, 3])}), pick(model, {name: ("row", [2])})
+    found = unmoved(model)
+    data = [pico_batch(model, seed=s) for s in range(4)]
+    graft = ng.tune(model, data, where, protect=guard, new=("classifier",), args={**FAST, "weight_decay": 0.1})
+    found.check()
+    assert {n for n, d in graft.deltas.items() if isinstance(d, New)} == {"classifier.weight", "classifier.bias"}
+    assert graft.deltas[name].region.ids.tolist() == [1, 3]
+    assert "classifier.weight" not in graft.base
+    assert graft.card["moved"]["tensors"] == 3
+
+
+def test_new_tokens(pick, examples):
+    base = pico("llama", vocab_size=60, tie_word_embeddings=False)
+    grown = pico("llama", vocab_size=60, tie_word_embeddings=False)
+    rows = [{k: v.clamp(max=59) for k, v in e.items()} for e in examples(base)]
+    for row in rows:
+        row["labels"][row["labels"] < 0] = -100
+        row["input_ids"][3:5] = torch.tensor([60, 61])
+        row["labels"][4:6] = torch.tensor([60, 61])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        grown.resize_token_embeddings(62)
+    added = {"model.embed_tokens.weight": 60, "lm_head.weight": 60}
+    batch = collator(grown)(rows[:2])
+    graft = ng.tune(grown, rows, pick(grown), new=added, args=FAST)
+    assert {n: d.after for n, d in graft.deltas.items() if isinstance(d, New)} == added
+    with graft.on(grown):
+        seen = grown(**batch).logits
+    with graft.on(base):
+        assert torch.equal(base(**batch).logits, seen)
+    assert base(input_ids=batch["input_ids"].clamp(max=59)).logits.shape[-1] == 60
+
+
+def test_optimizers_and_objectives_by_name(llama, pick, examples):
+    args = {**FAST, "max_steps": 2}
+
+    def run(**more):
+        return ng.tune(llama, examples(llama), pick(llama), args=args, **more)
+
+    usual, explicit = run(), run(optimizer=("AdamW", {"fused": True}), objective="likelihood")
+    assert same(usual, explicit)
+    assert explicit.card["optimizer"] == {"path": "torch.optim.AdamW", "options": {"fused": True}}
+    assert not same(usual, run(optimizer=("sgd", {"momentum": 0.9})))
+    assert not same(usual, run(objective="dft"))
+    other = run(objective=lambda model, batch: model(**batch).loss)
+    assert "lambda" in other.card["objective"]["path"]
+    assert not same(usual, run(seed=1))
+
+
+def test_requests_that_cannot_be_served(llama, pick, examples, tmp_path, unmoved):
+    rows, where, found = examples(llama), pick(llama), unmoved(llama)
+    for match, more in {
+        "learning_rates": {"args": {"learning_rates": 1}},
+        "place for them": {"args": {"save_strategy": "steps"}},
+        "optimizer 'adamx'": {"optimizer": "adamx"},
+        "momentun": {"optimizer": ("SGD", {"momentun": 0.9})},
+        "weight decay": {"optimizer": "Rprop", "args": {"weight_decay": 0.1}},
+        "objective 'dtf'": {"objective": "dtf"},
+        "alfa": {"objective": ("dft", {"alfa": 1})},
+        "adapter 'slize'": {"adapter": "slize"},
+        "no_such": {"new": ("no_such",)},
+    }.items():
+        with pytest.raises(ng.RequestError, match=match):
+            ng.tune(llama, rows, where, **{"args": FAST, **more})
+        found.check()
+    with pytest.raises(ng.RunError, match="did not move"):
+        ng.tune(llama, rows, where, args={**FAST, "learning_rate": 0.0})
+    with pytest.raises(ng.RunError, match="loss is inf"):
+        ng.tune(llama, rows, where, args=FAST, objective=lambda m, b: m(**b).loss / 0.0)
+    found.check()
+    with ng.attach(llama, where) as live:
+        pass
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ng.RequestError, match="detached"):
+        GraftTrainer(model=llama, args=args, mount=live)
+    with pytest.raises(ng.RequestError, match="another model"), ng.attach(pico("llama"), None) as other:
+        GraftTrainer(model=llama, args=args, mount=other)
+
+
+def test_a_selection_and_the_graft_survive_their_files(llama, pick, examples, tmp_path):
+    path = pick(llama).save(tmp_path / "where.safetensors")
+    graft = ng.tune(llama, examples(llama), path, args=FAST)
+    assert graft.card["selection"]["digest"] == pick(llama).digest
+    assert same(ng.Graft.load(graft.save(tmp_path / "graft")), graft)
+    with ng.attach(llama, pick(llama)) as live:
+        args = TrainingArguments(str(tmp_path / "run"), report_to="none", use_cpu=True, save_strategy="no", **FAST)
+        trainer = GraftTrainer(
+            model=llama, args=args, mount=live, train_dataset=examples(llama), data_collator=collator(llama)
+        )
+        trainer.train()
+        trainer.save_model(tmp_path / "mine")
+        assert same(ng.Graft.load(tmp_path / "mine"), live.graft())
