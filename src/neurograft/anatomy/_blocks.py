@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -100,6 +100,12 @@ class Block:
     Args:
         name: its module.
         family: whose file described it, or "structural".
+        attentions: its attentions.
+        ffns: its FFNs, experts among them.
+        mixtures: its mixtures of experts.
+        branches: its sub-layers.
+        repeated: whether it is a layer; False for a module of that kind outside of the layers.
+        dim: feature axis of its output.
     """
 
     name: str
@@ -109,7 +115,7 @@ class Block:
     mixtures: tuple[Mixture, ...] = ()
     branches: tuple[Branch, ...] = ()
     repeated: bool = True
-    notes: Mapping[str, str] = field(default_factory=dict)
+    dim: int = -1
 
 
 def read_block(
@@ -136,7 +142,9 @@ def read_block(
             branches.append(Branch(role, module, writers))
     if not branches:
         return None
-    return Block(name, family, tuple(attentions), tuple(ffns), tuple(mixtures), tuple(branches), repeated)
+    return Block(
+        name, family, tuple(attentions), tuple(ffns), tuple(mixtures), tuple(branches), repeated, entries.get("dim", -1)
+    )
 
 
 def join(*steps: str) -> str:

@@ -16,6 +16,7 @@ ffn         up and down, plus gate if it is gated; a fused `gate_up` (gate first
             experts: a fused bank `bank`, a list of modules `experts` with gate/up/down relative to each,
             `router`, `shared`. A bank stored interleaved or transposed says so itself.
 mix         other sub-layers: {role: {module: where the contribution passes, writes: [modules]}}.
+dim         feature axis of the block's output, -1 unless given.
 any entry   `classes`: {module: class name}, further conditions for it to apply.
 `blocks` may also map class names to entries of their own, `like` names a file whose entries these blocks have.
 Beside them: `extra` (class name -> entries, for modules that are no layer), `channels` (class name -> {conv,

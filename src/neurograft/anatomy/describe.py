@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,7 @@ class Anatomy:
         blocks: what is known of each block, and of modules of that kind outside of the layers.
         channels: convolutions whose feature maps leave through a norm: convolution -> norm.
         one_plus: norms that multiply by 1 + weight.
+        note: why there are no blocks, if there are none.
     """
 
     family: str
@@ -40,6 +42,7 @@ class Anatomy:
     blocks: tuple[Block, ...] = ()
     channels: Mapping[str, str] = field(default_factory=dict)
     one_plus: frozenset[str] = frozenset()
+    note: str = ""
 
 
 def anatomy(model: nn.Module) -> Anatomy:
@@ -92,6 +95,7 @@ def describe(inventory: Inventory) -> Anatomy:
     )
 
 
+@cache
 def _by_class() -> dict[str, tuple[Family, str]]:
     found: dict[str, tuple[Family, str]] = {}
     for family in families().values():

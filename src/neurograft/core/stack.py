@@ -133,7 +133,7 @@ class Stack:
         try:
             self._make_room(model, graft, handles)
             where, weights = coordinates(model), holders(model)
-            changes = self._translated(model, graft, where, weights)
+            changes = self.translated(model, graft, where, weights)
             self._refuse_overlaps(graft)
             for operation in graft.operations:
                 if not isinstance(operation, Untie):
@@ -222,7 +222,7 @@ class Stack:
             if self.guard is not None:
                 self.guard.remove()
 
-    def _translated(
+    def translated(
         self, model: nn.Module, graft: Graft, where: Coordinates, weights: dict[str, Tensor]
     ) -> dict[str, list[Change]]:
         """Check every tensor of a graft against the base and return its changes by parameter."""

@@ -44,8 +44,11 @@ def pico(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **conf
     one_of(family, families(), what="pico family")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "pico", family))
-        model = _diffusion(family, config) if family in DIFFUSERS else build(*PICO[family], **config)
-    return model.to(dtype or torch.float32).eval()
+        model: Any = _diffusion(family, config) if family in DIFFUSERS else build(*PICO[family], **config)
+    if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
+        model.set_experts_implementation("eager")  # the grouped products of banks have no float64
+    made: nn.Module = model.to(dtype or torch.float32).eval()
+    return made
 
 
 def build(name: str, fields: Any, **config: Any) -> nn.Module:
