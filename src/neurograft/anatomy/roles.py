@@ -89,3 +89,23 @@ def with_roles(model: nn.Module, sites: Mapping[str, Site], wanted: Sequence[str
             do="choose another role or kind of unit",
         )
     return found
+
+
+def in_decoder(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Return the sites that lie in the language decoder of a (multimodal) model; all of them if it has none.
+
+    Raises:
+        RequestError: none of them lies in it.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    prefix = next((n for n, m in model.named_modules() if m is decoder), "")
+    found = {n: s for n, s in sites.items() if all(p.param.startswith(prefix + ".") for p in s.parts)}
+    if not prefix:
+        return dict(sites)
+    if not found:
+        raise RequestError(
+            f"{len(sites)} sites outside of the decoder {prefix!r}",
+            expected="units of the language model",
+            do="leave language out, or choose other units",
+        )
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from neurograft.anatomy.roles import with_roles
+from neurograft.anatomy.roles import in_decoder, with_roles
 from neurograft.core.card import method
 from neurograft.core.choose import choose
 from neurograft.core.context import Context
@@ -14,7 +14,14 @@ from neurograft.core.selection import Scores
 
 
 @method(claims={"finite", "length", "permutes"})
-def within(context: Context, *, by: Any = "magnitude", roles: Sequence[str] | str = (), apart: bool = False) -> Scores:
+def within(
+    context: Context,
+    *,
+    by: Any = "magnitude",
+    roles: Sequence[str] | str = (),
+    language: bool = False,
+    apart: bool = False,
+) -> Scores:
     """Score the units of some roles by another locator, and leave the other sites out of the scores.
 
     Args:
@@ -22,6 +29,7 @@ def within(context: Context, *, by: Any = "magnitude", roles: Sequence[str] | st
         by: the other locator: a choice of `locators`.
         roles: q, k, v, o, gate, up, down, norm, embedding, head; or the groups attention, ffn, block (all of the
             seven). Empty for every site.
+        language: leave out what lies outside of the model's decoder: vision towers, projectors.
         apart: make a site of each part of the units, so that a norm's gains and shifts are units of their own.
 
     Raises:
@@ -30,6 +38,8 @@ def within(context: Context, *, by: Any = "magnitude", roles: Sequence[str] | st
     sites = dict(context.sites)
     if roles:
         sites = with_roles(context.model, sites, roles)
+    if language:
+        sites = in_decoder(context.model, sites)
     if apart:
         sites = {
             f"{name}:{part.param.rpartition('.')[2]}": replace(

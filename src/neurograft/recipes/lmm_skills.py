@@ -21,8 +21,8 @@ PARTS: Mapping[str, Sequence[str]] = {
     paper="lmm-skills",
     kinds={"module"},
     task="text-generation",
-    departs="Proved on text-only decoders. The roles also name a vision tower's projections where its anatomy is known: "
-    "restrict layers there. One skill at a time: a sequence is a sequence of runs. In families without a gate, gate_up is the first FFN matrix.",
+    departs="Proved on text-only decoders. One skill at a time: a sequence is a sequence of runs. In families without "
+    "a gate, gate_up is the first FFN matrix.",
 )
 def lmm_skills(
     *,
@@ -48,7 +48,7 @@ def lmm_skills(
     return Recipe(
         "lmm_skills",
         (
-            {"do": "locate", "by": ("within", {"by": "noise", "roles": roles}), "units": "module"},
+            {"do": "locate", "by": ("within", {"by": "noise", "roles": roles, "language": True}), "units": "module"},
             {"do": "select", "by": "top", "fraction": 1.0},
             {
                 "do": "tune",
