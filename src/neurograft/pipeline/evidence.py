@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from neurograft.audits.evidence import evidence as measure
 from neurograft.core.choose import Choice, choose
