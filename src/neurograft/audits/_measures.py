@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,9 @@ def place(paired: Paired) -> str:
 
 
 def histogram(values: Tensor, *, bins: int = BINS) -> dict[str, Any]:
-    """Return counts between equal steps, and the ends of the steps; the outermost 1 % share the end bins.
+    """Return counts between equal steps, one of them ending at 0, and the ends of the steps.
+
+    With more than 100 values the outermost 1 % on each side share the end bins.
 
     Example:
         >>> histogram(torch.tensor([0.0, 1.0, 1.0]), bins=2)["counts"]
@@ -118,9 +121,12 @@ def histogram(values: Tensor, *, bins: int = BINS) -> dict[str, Any]:
     low, high = float(ends[0]), float(ends[1])
     if high <= low:
         low, high = low - 0.5, low + 0.5
-    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    step = (high - low) / bins
+    start = -math.ceil(-low / step - 1e-9) * step if low < 0 < high else low
+    count = bins + 1 if start + bins * step < high - 1e-9 * step else bins
+    edges = start + step * torch.arange(count + 1, dtype=torch.float64)
     index = torch.bucketize(values, edges[1:-1], right=True)
-    return {"edges": edges.tolist(), "counts": torch.bincount(index, minlength=bins).tolist()}
+    return {"edges": edges.tolist(), "counts": torch.bincount(index, minlength=count).tolist()}
 
 
 def overview(runs: Runs) -> dict[str, Any]:

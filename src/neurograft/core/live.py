@@ -52,7 +52,9 @@ class Live:
         )
 
     def write(self) -> None:
-        """Bring the weight up to date with theta; rewriting equal values is harmless."""
+        """Bring the weight up to date with theta, unless it rests; rewriting equal values is harmless."""
+        if self.resting:
+            return
         if self.theta.dtype not in (torch.float32, torch.float64):
             raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
         with Plain():
@@ -89,9 +91,7 @@ class Live:
             raise RunError(
                 f"{self.name} was unfrozen while its entries are trained compactly; keep requires_grad False on it"
             )
-        if self.resting:
-            return
-        if self.weight._version != self.seen:
+        if self.weight._version != self.seen and not self.resting:
             self.reload()
         self.write()
 

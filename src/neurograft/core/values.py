@@ -54,7 +54,8 @@ class LiveValues(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for entry in self.entries:
-            entry.write()  # the base's keys share storage with the weights, so they are current now
+            if not getattr(entry, "resting", False):  # a graft taken inside the block reads the base's state
+                entry.write()  # the base's keys share storage with the weights, so they are current now
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         for entry in self.entries:

@@ -87,13 +87,15 @@ def drawing(body: Sequence[str], height: float, *, title: str, width: float = WI
     return f'<svg viewBox="0 0 {f(width)} {f(height)}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
 
 
-def x_axis(at: Scale, low: float, high: float, y: float, top: float, label: str, *, middle: float) -> list[str]:
+def x_axis(
+    at: Scale, low: float, high: float, y: float, top: float, label: str, *, middle: float, gap: float = 13
+) -> list[str]:
     """Draw gridlines, numbers and the name of a horizontal axis."""
     found = []
     for tick in ticks(low, high):
         found += [line(at(tick), top, at(tick), y, "zero" if tick == 0 else "grid")]
-        found += [words(at(tick), y + 13, number(tick), "t s", anchor="middle")]
-    return [*found, words(middle, y + 28, label, "t s", anchor="middle")]
+        found += [words(at(tick), y + gap, number(tick), "t s", anchor="middle")]
+    return [*found, words(middle, y + gap + 15, label, "t s", anchor="middle")]
 
 
 def y_axis(at: Scale, low: float, high: float, x: float, right: float) -> list[str]:

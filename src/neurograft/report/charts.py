@@ -22,7 +22,7 @@ from neurograft.report._svg import (
     x_axis,
     y_axis,
 )
-from neurograft.report.words import interval, number
+from neurograft.report.words import MINUS, interval, number
 
 Data = Mapping[str, Any]
 LEVELS = 5
@@ -86,7 +86,7 @@ def distribution(found: Data, unit: str) -> str:
     left, right, top, bottom = 12, WIDTH - 12, 8, 110
     at_x, at_y = scale(*ends, left, right), scale(0, max(counts), bottom, top)
     change = found["measures"]["loss"]["change"]
-    body = x_axis(at_x, *ends, bottom, top, f"change of loss, {unit}", middle=WIDTH / 2)
+    body = x_axis(at_x, *ends, bottom, top, f"change of loss, {unit}", middle=WIDTH / 2, gap=21)
     for low, high, count in zip(edges, edges[1:], counts):
         kind = "bar bad" if low + high > 0 else "bar good"
         kind = "bar null" if low <= 0 <= high and edges[0] == -0.5 else kind
@@ -94,7 +94,7 @@ def distribution(found: Data, unit: str) -> str:
     body += [line(at_x(0), top, at_x(0), bottom, "zero strong")]
     mean = at_x(min(max(change["value"], ends[0]), ends[1]))
     body += [f'<path d="M{f(mean)} {f(bottom + 1)}l-5 8h10z" class="mean"/>']
-    return drawing(body, 144, title=f"Change of the loss by item: mean {number(change['value'], sign=True)}")
+    return drawing(body, 152, title=f"Change of the loss by item: mean {number(change['value'], sign=True)}")
 
 
 def neuron_map(parameters: Sequence[Data], layers: Sequence[str]) -> str:
@@ -187,7 +187,7 @@ def drift_lines(domains: Mapping[str, Data], key: str) -> str:
             body.append(dot(at_x(j), at_y(layer[key]["value"]), 2.5, f"mark c{i % 4}", title=told))
     every = -(-count // 12)
     body += [words(at_x(j), bottom + 13, str(j), "t s", anchor="middle") for j in range(0, count, every)]
-    name = "1 − CKA" if key == "cka_drift" else "1 − cosine"
+    name = f"1 {MINUS} " + ("CKA" if key == "cka_drift" else "cosine")
     body.append(words((left + right) / 2, bottom + 28, f"layer; {name} of its output", "t s", anchor="middle"))
     return drawing(body, bottom + 34, title=f"Representation drift by layer, {name}")
 

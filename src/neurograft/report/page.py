@@ -17,15 +17,8 @@ Data = Mapping[str, Any]
 def page(data: Data) -> str:
     """Return the page of a report's data; the same data give the same bytes."""
     verdict = data["verdict"]
-    sections = [
-        _head(data),
-        _tradeoff(data),
-        _items(data),
-        _where(data),
-        _predictions(data),
-        _decided(data),
-        _made(data),
-    ]
+    parts = (_head, _tradeoff, _where, _predictions, _decided, _made)
+    sections = [part(data) for part in parts]
     style = files("neurograft.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -50,10 +43,10 @@ def _head(data: Data) -> str:
     )
 
 
-def figure(title: str, picture: str, caption: str = "", key: str = "") -> str:
+def figure(title: str, picture: str, caption: str = "", key: str = "", *, kind: str = "one") -> str:
     """Return a captioned picture."""
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f"<figure><h3>{escape(title)}</h3>{picture}{key}{below}</figure>\n"
+    return f'<figure class="{kind}"><h3>{escape(title)}</h3>{picture}{key}{below}</figure>\n'
 
 
 def section(title: str, lead: str, *content: str) -> str:
@@ -68,33 +61,31 @@ def _grid(figures: Sequence[str]) -> str:
 
 def _tradeoff(data: Data) -> str:
     gain, domains, judged = data["gain"], data["domains"], data["verdict"]["domains"]
-    content = []
+    pictures, tables = [], []
     if gain and domains:
         key = (
             '<ul class="key"><li><i class="allowed"></i>accepted loss</li>'
             '<li><i class="null"></i>random changes of the same size</li></ul>'
         )
         caption = "Right is a better task, down a smaller loss. Whiskers are intervals over items."
-        content.append(_grid([figure("Gain against loss", charts.tradeoff(gain, domains, judged), caption, key)]))
+        pictures.append(figure("Gain against loss", charts.tradeoff(gain, domains, judged), caption, key, kind="tall"))
+    pictures += [_items(name, domain["loss"]) for name, domain in domains.items()]
     if gain:
-        content.append(gain_table(gain, data["verdict"]["gain"]))
+        tables.append(gain_table(gain, data["verdict"]["gain"]))
     if domains:
-        content.append(loss_table(domains, judged))
-    lead = "Base and changed model answered the same items; every number is a difference on the same item."
-    return section("Gain and loss", lead, *content)
+        tables.append(loss_table(domains, judged))
+    lead = (
+        "Base and changed model answered the same items; every number is a difference on the same item. The small "
+        "pictures count items by how their loss changed: right of the line an item got worse, the triangle is the mean."
+    )
+    return section("Gain and loss", lead, _grid(pictures), *tables)
 
 
-def _items(data: Data) -> str:
-    found = []
-    for name, domain in data["domains"].items():
-        loss = domain["loss"]
-        unit = loss["measures"]["loss"]["unit"]
-        worse = sum(c for e, c in zip(loss["histogram"]["edges"][1:], loss["histogram"]["counts"]) if e > 0)
-        caption = f"{loss['items']} items; middle half from {number(loss['quantiles']['0.25'], sign=True)} to "
-        caption += f"{number(loss['quantiles']['0.75'], sign=True)}. The triangle is the mean."
-        found.append(figure(name, charts.distribution(loss, unit), caption if worse else f"{loss['items']} items."))
-    lead = "How the loss of single items changed. Right of the line an item got worse."
-    return section("Item by item", lead, _grid(found))
+def _items(name: str, loss: Data) -> str:
+    unit, middle = loss["measures"]["loss"]["unit"], loss["quantiles"]
+    half = f"{number(middle['0.25'], sign=True)} to {number(middle['0.75'], sign=True)}"
+    caption = f"{loss['items']} items, the middle half from {half}"
+    return figure(f"Items of {name}", charts.distribution(loss, unit), caption)
 
 
 def _where(data: Data) -> str:
@@ -144,9 +135,9 @@ def _decided(data: Data) -> str:
         listed.append((name.replace("_", " "), str(shown)))
     lead = (
         "It ships if the gain's interval lies above zero and above its noise floor, and every kept domain's loss "
-        "interval ends below noise floor + tolerance. It does not ship if a domain's interval lies beyond that, corrected "
-        "for the number of domains. The noise floor is what running the base again, or drawing another random change of "
-        "the same size, moves."
+        "interval ends below noise floor + tolerance. It does not ship if a domain's interval lies beyond that, "
+        "corrected for the number of domains. The noise floor is what running the base again, or drawing another "
+        "random change of the same size, moves."
     )
     return section("How this was decided", lead, decided_table(data["verdict"]), facts(listed))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from neurograft.report._svg import padded
 from neurograft.report.charts import interval_bar
-from neurograft.report.words import interval, number
+from neurograft.report.words import DASH, interval, number
 
 Data = Mapping[str, Any]
 
@@ -46,16 +46,16 @@ def gain_table(gain: Data, judged: Data) -> str:
         rows.append(
             [
                 f"{label}<br><small>{escape(m['unit'])}</small>",
+                state(status) if decides else "",
                 number(m["base"]),
                 number(m["changed"]),
                 number(m["change"]["value"], sign=True),
                 interval(m["change"]),
                 interval_bar(m["change"], floor, ends, status.replace(" ", "-")),
                 number(floor),
-                state(status) if decides else "",
             ]
         )
-    head = ["task", "base", "changed", "change", "interval", "", "noise floor", "verdict"]
+    head = ["task", "verdict", "base", "changed", "change", "interval", "", "noise floor"]
     return table("What was gained on the task", head, rows)
 
 
@@ -74,6 +74,7 @@ def loss_table(domains: Data, judged: Data) -> str:
         rows.append(
             [
                 f"{escape(name)}<br><small>{found['items']} items, {escape(m['unit'])}</small>",
+                state(status),
                 number(m["base"]),
                 number(m["changed"]),
                 number(m["change"]["value"], sign=True),
@@ -81,10 +82,9 @@ def loss_table(domains: Data, judged: Data) -> str:
                 interval_bar(m["change"], test["limit"], ends, status.replace(" ", "-")),
                 number(test["floor"]),
                 number(test["limit"]),
-                state(status),
             ]
         )
-    head = ["kept domain", "base", "changed", "change of loss", "interval", "", "noise floor", "limit", "verdict"]
+    head = ["kept domain", "verdict", "base", "changed", "change of loss", "interval", "", "noise floor", "limit"]
     return table("What was lost on kept domains", head, rows)
 
 
@@ -107,7 +107,7 @@ def prediction_table(places: Mapping[str, Data]) -> str:
         cells = [escape(name)]
         for audit, key, _ in columns:
             if audit not in found:
-                cells.append("–")
+                cells.append(DASH)
                 continue
             change = found[audit]["measures"][key]["change"]
             signed = key in ("ece", "brier")
@@ -122,10 +122,10 @@ def decided_table(verdict: Data) -> str:
     for name, domain in verdict["domains"].items():
         for key, test in domain["tests"].items():
             told = [number(test[k]) for k in ("accepted", "excused", "limit", "p", "p_adjusted", "null_mean")]
-            rows.append([f"{escape(name)}: {escape(key)}", *told, state(test["status"])])
+            rows.append([f"{escape(name)}: {escape(key)}", state(test["status"]), *told])
     if not rows:
         return ""
-    head = ["test", "tolerance", "+ noise", "= limit", "p", "p, corrected", "mean of random changes", "verdict"]
+    head = ["test", "verdict", "tolerance", "+ noise", "= limit", "p", "p, corrected", "mean of random changes"]
     return table("Every test behind the verdict", head, rows)
 
 
@@ -152,7 +152,8 @@ def tiles(data: Data) -> str:
         share = 100 * weights["entries"] / max(1, weights["total"])
         made.append(("numbers touched", f"{weights['entries']:,}", f"{share:.3g} % of {weights['total']:,}"))
     cells = "".join(
-        f'<div class="tile"><dt>{escape(a)}</dt><dd class="big">{escape(b)}</dd><dd class="small">{escape(c)}</dd></div>\n'
+        f'<div class="tile"><dt>{escape(a)}</dt><dd class="big">{escape(b)}</dd>'
+        f'<dd class="small">{escape(c)}</dd></div>\n'
         for a, b, c in made
     )
     return f'<dl class="tiles">\n{cells}</dl>\n'

@@ -169,9 +169,10 @@ def _gain_words(gain: Mapping[str, Any] | None, level: str, rules: Mapping[str, 
     if change["n"] < rules["min_items"]:
         return f"the task's {by} changed by {told}, but {change['n']} items are too few to decide"
     if gain["status"] == GAINED:
-        return f"the task's {by} rose by {told}"
+        rose = signed_interval(change, gain["unit"], level, sign=False)
+        return f"the task's {by} rose by {rose}"
     if gain["status"] == WORSE:
-        return f"the task's {by} fell: it changed by {told}"
+        return f"the task's {by} changed by {told}, for the worse"
     limit = f"a gain above {number(gain['limit'])}" if gain["limit"] else "a gain"
     return f"the task's {by} changed by {told}, which does not show {limit}"
 
