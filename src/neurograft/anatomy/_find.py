@@ -171,7 +171,9 @@ def _separate_attention(
     module = common(o, query, key, value)
     paths = {w: relative(module, n) for w, n in (("q", query), ("k", key), ("v", value), ("o", o))}
     others = {"also": [relative(module, n) for n in more]} if more else {}
-    return _attention_entry(probe, o, {"module": module, **paths, **others}, width)
+    crosses = probe.read[key] != probe.read[query] and probe.read[key] == probe.read[value]
+    role = {"role": "cross_attention"} if crosses else {}
+    return _attention_entry(probe, o, {"module": module, **role, **paths, **others}, width)
 
 
 def _attention_entry(probe: Probe, o: str, entry: Entry, width: int) -> Entry:

@@ -27,6 +27,8 @@ class Probe:
 
     Attributes:
         order: linear layers and pointwise convolutions in the order of their first call.
+        leading: shape of their output then, without its features.
+        read: which tensor they read then.
     """
 
     def __init__(self, inventory: Inventory, batch: Mapping[str, Any]) -> None:
@@ -41,12 +43,16 @@ class Probe:
         }
         self.order: list[str] = []
         self.leading: dict[str, tuple[int, ...]] = {}
-        self._run(dict.fromkeys(self.matrices, self._note))
+        self.read: dict[str, tuple[int, ...]] = {}
+        self._run(dict.fromkeys(self.matrices, self._note), dict.fromkeys(self.matrices, self._note_input))
 
     def _note(self, name: str, y: Tensor) -> None:
         if name not in self.leading:
             self.order.append(name)
             self.leading[name] = tuple(self._last(name, y).shape[:-1])
+
+    def _note_input(self, name: str, x: Tensor) -> None:
+        self.read.setdefault(name, (x.data_ptr(), *x.shape))
 
     def _last(self, name: str, x: Tensor) -> Tensor:
         """Bring the feature axis of a module's tensor to the end."""
