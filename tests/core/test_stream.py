@@ -125,6 +125,10 @@ def test_observe_pools_by_example_and_ignores_padding_and_batching():
             assert torch.allclose(seen.mean, hand.double(), atol=1e-6)
 
 
+def everywhere(batch):
+    return torch.ones_like(batch["input_ids"])
+
+
 def test_exemplars_name_the_example_over_batches():
     model = pico("llama")
     batches = [pico_batch(model, seed=s) for s in range(3)]
@@ -132,7 +136,9 @@ def test_exemplars_name_the_example_over_batches():
     for unit in (0, 17):
         for value, (example, position) in zip(seen.values[:, unit], seen.places[:, unit].tolist()):
             raw = []
-            with watch(model, sites(), lambda n, x: raw.append(x), mask=lambda b: torch.ones_like(b["input_ids"])):
+            with watch(
+                model, sites(), lambda n, x, raw=raw: raw.append(x), mask=lambda b: torch.ones_like(b["input_ids"])
+            ):
                 model(**batches[example // 2])
             first = 8 * (example % 2)
             assert raw[0][first + position, unit].item() == pytest.approx(value.item(), abs=1e-6)

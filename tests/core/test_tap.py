@@ -225,15 +225,17 @@ def test_an_error_inside_the_block_is_the_one_that_comes_out():
     assert trace(model) == trace(pico("llama"))
 
 
-def test_in_place_change_after_a_tap_is_noticed():
+def test_a_model_may_change_a_tapped_activation_in_place():
     class Rude(nn.Module):
         def forward(self, x):
-            return x.add_(1.0) * 1.0
+            return x.mul_(3.0) * 1.0
 
-    net = nn.Sequential(nn.Linear(2, 3), nn.Identity(), Rude())
-    with pytest.raises(RunError, match="in place"):
-        with gradients(net, {"a": Site("a", "neuron", 3, tap=Tap("1"))}, lambda *a: None):
-            net(torch.ones(2, 2)).sum().backward()
+    net, found = nn.Sequential(nn.Linear(2, 3), nn.Identity(), Rude()), {}
+    plain = net[0](torch.ones(2, 2)).detach()
+    with gradients(net, {"a": Site("a", "neuron", 3, tap=Tap("1"))}, lambda n, x, g, rows: found.update(x=x, g=g)):
+        net(torch.ones(2, 2)).sum().backward()
+    assert torch.equal(found["x"], plain)
+    assert found["g"].tolist() == [[3.0] * 3] * 2
 
 
 def test_tuple_and_mapping_outputs_and_keyword_inputs():

@@ -89,11 +89,22 @@ class SliceMount(Mount):
         self.by_theta = {id(live.theta): live for live in self.lives}
         register_values(model, self.lives)
         for live in self.lives:
+            self._prepare(live)
             tag(live)
         self.handles = [
             register_optimizer_step_post_hook(self._stepped),
             model.register_forward_pre_hook(_Guard(self)),
         ]
+
+    def _prepare(self, live: Live) -> None:
+        """Choose the routes of the plain cases now, so that a compiler meets no search for them."""
+        for name, key in self.found.alias.items():
+            if key == live.name and live.region.matrix[0] == 1 and len(live.region.shape) == 2:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                if isinstance(owner, nn.Embedding):
+                    live.looked_up()
+                else:
+                    live.local(0, "row" if type(owner).__name__ == "Conv1D" else "column")
 
     @property
     def whole(self) -> set[str]:

@@ -212,10 +212,32 @@ def simplified(view: View) -> View:
         >>> simplified(copied)
         View(source='w', shape=(2,), stride=(3,), start=7)
     """
-    while isinstance(view.source, View) and view.source.plain:
-        view = View(view.source.source, view.shape, view.stride, view.start + view.source.start)
-    whole = isinstance(view.source, View) and view.plain and view.start == 0 and view.shape == view.source.shape
-    if whole:
-        assert isinstance(view.source, View)
-        return simplified(view.source)
+    while isinstance(view.source, View):
+        copied = view.source
+        if copied.plain:
+            view = View(copied.source, view.shape, view.stride, view.start + copied.start)
+            continue
+        part = _one_of(view, copied)
+        if part is None:
+            return view
+        view = part
     return view
+
+
+def _one_of(view: View, copied: View) -> View | None:
+    """Return a view as a part of what was copied, if it is one of the neighbours along the outer axes."""
+    if not view.plain or view.start % max(view.numel, 1):
+        return None
+    for axis in range(len(copied.shape) + 1):
+        inner = copied.shape[axis:]
+        if math.prod(inner) != view.numel:
+            continue
+        at, rest = copied.start, view.start // view.numel
+        for size, stride in zip(reversed(copied.shape[:axis]), reversed(copied.stride[:axis])):
+            at, rest = at + rest % size * stride, rest // size
+        part = View(copied.source, inner, copied.stride[axis:], at)
+        if inner == view.shape:
+            return part
+        if part.plain:
+            return View(copied.source, view.shape, view.stride, at)
+    return None

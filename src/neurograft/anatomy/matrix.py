@@ -7,7 +7,7 @@ where GPT-2's transposed Conv1D, convolution kernels and banks of experts stop b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -271,9 +271,44 @@ class Inventory:
             return Bank(Matrix(found, second, first, flipped=True, bias=bias), experts)
         return Bank(Matrix(found, first, second, bias=bias), experts)
 
-    def banks(self, name: str) -> dict[str, Bank]:
-        """Return the fused banks a module holds, by parameter name."""
-        names: Iterable[str] = (n for n, _ in self.own(name) if not n.endswith("bias"))
-        if not hasattr(self.modules[name], "down_proj"):
-            return {}
-        return {n: b for n in names if (b := self.bank(name, n)) is not None}
+    def matrices(self, name: str) -> dict[str, Matrix | Bank]:
+        """Return the matrices a module holds itself, by short parameter name: fused banks, or plain ones.
+
+        Besides `weight` these are the packed projections of torch's own attention and recurrent layers.
+        """
+        own = dict(self.own(name))
+        if hasattr(self.modules[name], "down_proj"):
+            return {n: b for n in own if not n.endswith("bias") and (b := self.bank(name, n)) is not None}
+        found: dict[str, Matrix | Bank] = {}
+        for short, param in own.items():
+            if short == "weight":
+                matrix = self.find_matrix(name)
+            elif "weight" in short and len(self.shape(param)) == 2:
+                high, wide = self.shape(param)
+                matrix = Matrix(param, high, wide, bias=own.get(short.replace("weight", "bias")))
+            else:
+                continue
+            if matrix is not None:
+                found[short] = matrix
+        return found
+
+    def owners(self, param: str) -> list[str]:
+        """Return the modules that hold a parameter, under all its names."""
+        names = (n for n, first in self.parameters.alias.items() if first == param)
+        return [n.rpartition(".")[0] for n in names]
+
+
+def norm_dim(module: nn.Module) -> int:
+    """Return the feature axis of a norm."""
+    first = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
+    return 1 if first or getattr(module, "data_format", "") == "channels_first" else -1
+
+
+def taps_itself(module: nn.Module) -> bool:
+    """Say whether a matrix's module returns exactly its product: a linear layer or a convolution.
+
+    The output projection of torch's own attention is a linear layer that never runs.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"

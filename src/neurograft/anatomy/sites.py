@@ -30,16 +30,34 @@ and not rows, columns or weights. A tap whose site has no `writes` is for readin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from neurograft.anatomy._builders import AT, BUILDERS, Reading
+from neurograft.anatomy import _block_units, _matrix_units, _stream_units
+from neurograft.anatomy._reading import AT, Reading
 from neurograft.anatomy.describe import describe
 from neurograft.anatomy.matrix import Inventory
 from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.units import KINDS, Site
+
+BUILDERS: Mapping[str, Callable[[Reading], Iterator[Site]]] = {
+    "weight": _matrix_units.weights,
+    "row": _matrix_units.rows,
+    "column": _matrix_units.columns,
+    "block": _matrix_units.blocks,
+    "neuron": _block_units.neurons,
+    "head": _block_units.heads,
+    "expert": _block_units.experts,
+    "channel": _stream_units.channels,
+    "layer": _stream_units.layers,
+    "module": _matrix_units.modules,
+    "norm": _matrix_units.norms,
+    "bias": _matrix_units.biases,
+    "token": _matrix_units.tokens,
+}
 
 
 def sites(
@@ -77,31 +95,43 @@ def sites(
     if block is not None and units != "block":
         raise RequestError(f"block={block} for units={units!r}", expected="units='block'", do="leave block out")
     inventory = Inventory(model)
-    reading = Reading(inventory, describe(inventory), _checked_at(units, at), block)
-    found = {site.name: site for site in BUILDERS[units](reading)}
+    reading = Reading(inventory, describe(inventory), block=block)
+    return _matching(_in_layers(of_kind(reading, units, at=at), reading, layers), match)
+
+
+def of_kind(reading: Reading, units: str, *, at: str | None = None) -> dict[str, Site]:
+    """Return every site of a kind in a model that has been read; see `sites`."""
+    asked = replace(reading, at=_checked(units, at), offered=[])
+    found = {site.name: asked.untied(site) for site in BUILDERS[units](asked)}
     if not found:
-        raise _nothing(model, units, reading)
-    chosen = _in_layers(found, reading, layers)
-    return _matching(chosen, match)
+        raise _nothing(asked, units)
+    return found
 
 
-def _checked_at(units: str, at: str | None) -> str | None:
-    if at is None or units not in AT:
+def _checked(units: str, at: str | None) -> str | None:
+    known = [a for a in AT.get(units, ()) if a]
+    if at is None or units not in AT or units == "layer":
         return at
-    known = [a for a in AT[units] if a]
     if not known:
         raise RequestError(f"at={at!r} for units={units!r}", expected="no at", do="leave at out")
-    return one_of(at, known, what=f"at of kind {units}") if units != "layer" else at
+    return one_of(at, known, what=f"at of kind {units}")
 
 
-def _nothing(model: nn.Module, units: str, reading: Reading) -> RequestError:
-    have = [kind for kind in KINDS if next(iter(BUILDERS[kind](Reading(reading.inventory, reading.anatomy))), None)]
-    at = f" at {reading.at!r}" if reading.at else ""
-    offered = reading.offered
+def _nothing(reading: Reading, units: str) -> RequestError:
+    name = type(reading.inventory.model).__name__
+    if reading.at is not None and reading.offered:
+        return RequestError(
+            f"at={reading.at!r} for units={units!r} of {name}",
+            expected=f"one of {', '.join(reading.offered)}, or no at",
+            do=near(reading.at, reading.offered),
+        )
+    anything = replace(reading, at=None)
+    have = [kind for kind in KINDS if next(iter(BUILDERS[kind](anything)), None)]
+    unknown = f" (its blocks could not be read: {reading.anatomy.note})" if reading.anatomy.note else ""
     return RequestError(
-        f"units={units!r}{at} for {type(model).__name__}, which has none",
-        expected=f"one of {', '.join(have)}" if units not in have else f"at one of {', '.join(offered)}",
-        do=near(reading.at, offered) if reading.at and offered else "choose a kind that this model has",
+        f"units={units!r} for {name}, which has none{unknown}",
+        expected=f"one of {', '.join(have)}",
+        do="choose a kind that this model has",
     )
 
 
@@ -145,11 +175,3 @@ def _matching(found: dict[str, Site], match: Iterable[str] | str | None) -> dict
                 do=near(pattern, found),
             )
     return {n: s for n, s in found.items() if any(fnmatchcase(n, p) for p in patterns)}
-
-
-def by_layer(found: Mapping[str, Site]) -> dict[int | None, list[str]]:
-    """Return the names of the sites of each layer, None for those outside of layers."""
-    groups: dict[int | None, list[str]] = {}
-    for name, site in found.items():
-        groups.setdefault(site.layer, []).append(name)
-    return groups

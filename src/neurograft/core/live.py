@@ -9,6 +9,7 @@ output adds the compact gradient. What was tried and what was measured: docs/dec
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Live:
         self.resting = False
         self.seen = weight._version
         self.routes: dict[tuple[int, Side], tuple[Route, int, int]] = {}
+        self.rows: Lookup | None = None
 
     def __reduce__(self) -> Any:
         raise RunError(
@@ -50,7 +52,9 @@ class Live:
         )
 
     def write(self) -> None:
-        """Bring the weight up to date with theta; rewriting equal values is harmless."""
+        """Bring the weight up to date with theta, unless it rests; rewriting equal values is harmless."""
+        if self.resting:
+            return
         if self.theta.dtype not in (torch.float32, torch.float64):
             raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
         with Plain():
@@ -58,8 +62,11 @@ class Live:
 
     @property
     def moment(self) -> int:
-        """Number that grows whenever the values are stepped or written in a way that can be seen."""
-        return self.epoch + self.theta._version
+        """Number that grows whenever the values are stepped or written in a way that can be seen.
+
+        Always 0 in a compiled graph, which would be compiled anew for every other number.
+        """
+        return 0 if torch.compiler.is_compiling() else self.epoch + self.theta._version
 
     def reload(self) -> None:
         """Take over what somebody else wrote into the weight (`load_state_dict`, an initialiser)."""
@@ -72,6 +79,7 @@ class Live:
         self.theta.data = self.theta.data.to(device)
         self.region, self.original = self.region.to(device), self.original.to(device)
         self.routes.clear()
+        self.rows = None
         self.seen = self.weight._version
 
     def sync(self) -> None:
@@ -83,9 +91,7 @@ class Live:
             raise RunError(
                 f"{self.name} was unfrozen while its entries are trained compactly; keep requires_grad False on it"
             )
-        if self.resting:
-            return
-        if self.weight._version != self.seen:
+        if self.weight._version != self.seen and not self.resting:
             self.reload()
         self.write()
 
@@ -114,6 +120,39 @@ class Live:
             self.routes[key] = (route(local, side, self.weight.device), lo, hi)
         return self.routes[key]
 
+    def looked_up(self) -> Lookup:
+        """Return where the gradient of a lookup in this weight goes, prepared once."""
+        if self.rows is None:
+            _, rows, columns = self.region.matrix
+            ids, layout = self.region.ids, self.region.layout
+            touched, at = ids, None
+            if layout == "all":
+                touched = torch.arange(rows, device=ids.device)
+            elif layout != "rows":
+                flat = self.region.flat()
+                touched, row = (flat // columns).unique(return_inverse=True)
+                at = row * columns + flat % columns
+            slots = torch.full((rows,), len(touched), device=ids.device)
+            self.rows = Lookup(
+                slots.index_copy_(0, touched, torch.arange(len(touched), device=ids.device)), len(touched), at
+            )
+        return self.rows
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a table with trained entries.
+
+    Args:
+        slots: for every row of the table, its number among the rows with trained entries, or `count`.
+        count: how many rows have trained entries.
+        at: where each value stands in the [count, C] gradient of these rows; None if the values are the rows.
+    """
+
+    slots: Tensor
+    count: int
+    at: Tensor | None
+
 
 def handed(y: Tensor) -> Tensor:
     """Return y as a new tensor on the same storage that autograd does not call a view.
@@ -128,11 +167,11 @@ class Tap(torch.autograd.Function):
     """Identity on an operation's output whose backward yields the gradient of theta."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, chosen: Route, live: Live | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, chosen: Route, live: Live) -> Tensor:
         kept = x if chosen.keep is None else x.index_select(-1, chosen.keep)
         ctx.save_for_backward(kept)
         ctx.chosen, ctx.live, ctx.shape, ctx.dtype = chosen, live, theta.shape, theta.dtype
-        ctx.epoch = 0 if live is None else live.moment
+        ctx.epoch = live.moment
         return handed(y)
 
     @staticmethod
@@ -159,9 +198,9 @@ class Alias(torch.autograd.Function):
         return None, ctx.live.region.read(g.contiguous()).to(ctx.dtype), None
 
 
-def check_epoch(live: Live | None, epoch: int) -> None:
+def check_epoch(live: Live, epoch: int) -> None:
     """Refuse a backward pass through a weight that was rewritten after the forward pass."""
-    if live is not None and live.moment != epoch:
+    if not torch.compiler.is_compiling() and live.moment != epoch:
         raise RunError(
             f"the entries of {live.name} were stepped between this forward pass and its backward pass; "
             "run backward before the optimizer step"

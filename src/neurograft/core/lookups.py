@@ -29,18 +29,14 @@ class _EmbeddingTap(torch.autograd.Function):
         tokens, g = tokens.reshape(-1), g.reshape(-1, g.shape[-1])
         if ctx.skip >= 0:
             g = g.masked_fill((tokens == ctx.skip)[:, None], 0.0)
-        _, rows, columns = region.matrix
         if region.layout == "cols":
+            rows = region.matrix[1]
             out = g.new_zeros(rows, len(region.ids)).index_add_(0, tokens, g.index_select(1, region.ids)).t()
-            return g, None, out.to(ctx.dtype), None, None
-        touched = region.ids if region.layout == "rows" else (region.flat() // columns).unique()
-        slot = tokens.new_full((rows,), -1).index_copy_(0, touched, torch.arange(len(touched), device=tokens.device))
-        mine = slot[tokens]
-        hit = mine >= 0
-        out = g.new_zeros(len(touched), columns).index_add_(0, mine[hit], g[hit])
-        if region.layout != "rows":
-            flat = region.flat()
-            out = out[slot[flat // columns], flat % columns]
+            return grads[0], None, out.to(ctx.dtype), None, None
+        lookup = ctx.live.looked_up()
+        out = g.new_zeros(lookup.count + 1, g.shape[1]).index_add_(0, lookup.slots[tokens], g)[:-1]
+        if lookup.at is not None:
+            out = out.reshape(-1).index_select(0, lookup.at)
         return grads[0], None, out.reshape(ctx.shape).to(ctx.dtype), None, None
 
 
@@ -58,6 +54,15 @@ def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     y = func(*args, **kwargs)
     tapped = _EmbeddingTap.apply(y, given["input"], live.theta, live, skip)
     return tapped
+
+
+def gathered(y: Tensor, weight: Any, index: Any) -> Any:
+    """`weight[index]` with a tensor of row numbers: a lookup (tables of positions); not of whole experts."""
+    rows = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool
+    if not rows or hasattr(weight, "shift") or weight.neurograft.region.matrix[0] != 1 or y.dim() != index.dim() + 1:
+        return NotImplemented
+    live: Live = weight.neurograft
+    return _EmbeddingTap.apply(y, index.remainder(live.region.matrix[1]), live.theta, live, -1)
 
 
 class _ConvTap(torch.autograd.Function):

@@ -47,7 +47,7 @@ def _product(y: Tensor, x: Tensor, weight: Any, side: Side) -> Tensor | None:
     if hi == lo:
         return y
     theta = live.theta if hi - lo == live.theta.shape[0] else live.theta[lo:hi]
-    return Tap.apply(y, x, theta, chosen, None if torch.compiler.is_compiling() else live)
+    return Tap.apply(y, x, theta, chosen, live)
 
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, at: int, side: Side) -> Any:

@@ -269,10 +269,9 @@ def _convolved(a: list[float], b: list[float]) -> list[float]:
 def _save(
     path: Path, kind: str, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], card: Mapping[str, Any]
 ) -> Path:
+    # One key only: safetensors writes its metadata in random order, and the same seed gives the same bytes.
     meta = {
-        "neurograft": kind,
-        "sites": json.dumps([s.as_dict() for s in sites.values()]),
-        "card": json.dumps(dict(card)),
+        "neurograft": json.dumps({"kind": kind, "sites": [s.as_dict() for s in sites.values()], "card": dict(card)})
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata=meta)
@@ -284,17 +283,17 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Site], dict[str, Tensor], di
         raise RequestError(f"the path {path}, where no file is", expected=f"a {kind} file", do="check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
+            meta = json.loads((file.metadata() or {}).get("neurograft", "{}"))
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise RequestError(
             f"{path}, which is no safetensors file ({error})", expected=f"a {kind} file", do="write it again"
         ) from error
-    if meta.get("neurograft") != kind:
+    if meta.get("kind") != kind:
         raise RequestError(
-            f"{path}, a {meta.get('neurograft') or 'foreign'} file",
+            f"{path}, a {meta.get('kind') or 'foreign'} file",
             expected=f"a {kind} file",
             do=f"give a file written by {kind}.save",
         )
-    sites = [Site.from_dict(s) for s in json.loads(meta["sites"])]
-    return {s.name: s for s in sites}, tensors, json.loads(meta["card"])
+    sites = [Site.from_dict(s) for s in meta["sites"]]
+    return {s.name: s for s in sites}, tensors, meta["card"]

@@ -37,7 +37,7 @@ def save(graft: Graft, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(tensors, work / TENSORS, metadata={"format": "pt", "neurograft": str(FORMAT)})
+        save_file(tensors, work / TENSORS, metadata={"format": "pt"})  # one key: their order is random
         text["tensors_sha256"] = _file_digest(work / TENSORS)
         text["digest"] = hashlib.sha256(canonical(text)).hexdigest()
         (work / TEXT).write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")

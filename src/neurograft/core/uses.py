@@ -100,6 +100,8 @@ def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         out = func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return out
+        if func is _T.__getitem__:
+            return lookups.gathered(out, source, args[1])
     found = [_follow(o, source) for o in (out if isinstance(out, (tuple, list)) else (out,))]
     if any(o is None for o in found):
         return NotImplemented
@@ -122,12 +124,11 @@ def _follow(out: Tensor, source: Any) -> Any:
 
 def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that has no compact gradient here: harmless ones as they are, others on a dense alias."""
-    name = getattr(func, "__name__", "")
-    if func in HARMLESS or name in HARMLESS_NAMES:
+    if func in HARMLESS:
         if func in READS:
             sync(args, kwargs)
         return func(*args, **kwargs)
-    if _writes(name):
+    if func in WRITES:
         if isinstance(args[0], Watched):
             return func(*args, **kwargs)  # into the weight itself: `Live.sync` takes it over
     else:
@@ -140,11 +141,6 @@ def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return func(*args, **kwargs)
     dense = [alias(a, func, free=func in BROADCAST) for a in args]
     return func(*dense, **{k: alias(v, func) for k, v in kwargs.items()})
-
-
-def _writes(name: str) -> bool:
-    """Say whether an operation changes its first argument: `add_`, `__iadd__`, `__setitem__`."""
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in INPLACE
 
 
 _T: Any = Tensor
@@ -175,9 +171,15 @@ BROADCAST = frozenset({
 
 READS = frozenset({_T.detach, torch.detach, _T.data.__get__, _T.numpy})
 HARMLESS = READS | frozenset({
-    _T.grad.__get__, _T.requires_grad_, _T.__deepcopy__, _T.__repr__,
+    _T.data.__set__, _T.grad.__get__, _T.grad.__set__, _T.grad.__delete__, _T.requires_grad.__set__, _T.requires_grad_,
+    _T.__deepcopy__, _T.__reduce_ex__, _T.__repr__, _T.as_subclass,
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
     _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor,
 })  # fmt: skip
-HARMLESS_NAMES = frozenset({"__set__", "__delete__", "__reduce_ex__", "as_subclass"})
-INPLACE = frozenset({f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")})
+
+# Operations that change their first argument: `add_`, `__iadd__`, `__setitem__`.
+WRITES = frozenset(
+    getattr(_T, n)
+    for n in dir(_T)
+    if n == "__setitem__" or (n.endswith("_") and not n.endswith("__")) or (n[:3] == "__i" and "__" + n[3:] in dir(_T))
+) - {_T.requires_grad_}

@@ -63,7 +63,7 @@ def backward(scalar: Tensor) -> None:
     """
     if scalar.dim() != 0 or not bool(torch.isfinite(scalar)):
         raise RequestError(
-            f"a loss or target of {float(scalar) if scalar.dim() == 0 else f'shape {tuple(scalar.shape)}'}",
+            f"a loss or target of {scalar.item() if scalar.dim() == 0 else f'shape {tuple(scalar.shape)}'}",
             expected="one finite number",
             do="check the data for NaN, or let the target return a scalar",
         )

@@ -17,7 +17,7 @@ from neurograft.locators._parts import norms
 STATISTICS = ("mean_abs", "mean", "rms", "std", "rate", "max", "quantile")
 
 
-@method(needs={"batches", "taps"}, claims={"finite", "length", "permutes"})
+@method(needs={"batches", "taps"}, claims={"finite", "length", "permutes", "planted"})
 def activation(
     context: Context,
     *,

@@ -20,7 +20,7 @@ from neurograft.locators._common import need_batches, scored
 STATISTICS = ("mean", "rate")
 
 
-@method(needs={"batches", "taps", "contrast"}, claims={"finite", "length", "permutes"})
+@method(needs={"batches", "taps"}, claims={"finite", "length", "permutes", "planted"})
 def contrast(
     context: Context,
     *,

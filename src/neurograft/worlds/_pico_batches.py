@@ -6,13 +6,13 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import generator
 
 
-def batch_for(model: nn.Module, *, batch: int, length: int, seed: int) -> dict[str, Tensor]:
+def batch_for(model: Any, *, batch: int, length: int, seed: int) -> dict[str, Tensor]:
     """Return random inputs; see `neurograft.worlds.pico.pico_batch`."""
     taken = inspect.signature(model.forward).parameters
     rng, dtype = generator(seed, "pico_batch"), next(model.parameters()).dtype
@@ -38,7 +38,7 @@ def _field(config: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
-def _texts(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
+def _texts(model: Any, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
     config, name = model.config, type(model).__name__
     vocabulary = _field(config, "vocab_size", default=64)
     image = _field(config, "image_token_id", "image_token_index")
@@ -51,7 +51,7 @@ def _texts(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> d
     return {**made, **_labels(model, name, tokens, attention, rng)}
 
 
-def _labels(model: nn.Module, name: str, tokens: Tensor, attention: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+def _labels(model: Any, name: str, tokens: Tensor, attention: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
     taken = inspect.signature(model.forward).parameters
     if "labels" not in taken:
         return {"decoder_input_ids": tokens} if "decoder_input_ids" in taken else {}
@@ -62,14 +62,14 @@ def _labels(model: nn.Module, name: str, tokens: Tensor, attention: Tensor, rng:
     return {"labels": tokens.masked_fill(attention == 0, -100)}
 
 
-def _pixels(model: nn.Module, batch: int, rng: torch.Generator) -> Tensor:
+def _pixels(model: Any, batch: int, rng: torch.Generator) -> Tensor:
     config = getattr(model.config, "vision_config", None) or model.config
     size = _field(config, "image_size", default=16)
     high, wide = size if isinstance(size, (list, tuple)) else (size, size)
     return torch.randn(batch, _field(config, "num_channels", default=3), high, wide, generator=rng)
 
 
-def _images(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
+def _images(model: Any, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
     taken = inspect.signature(model.forward).parameters
     pixels = _pixels(model, batch, rng)
     if "input_ids" not in taken:
@@ -91,7 +91,7 @@ def _images(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> 
     return made
 
 
-def _sounds(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
+def _sounds(model: Any, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
     config, name = model.config, type(model).__name__
     if hasattr(config, "num_mel_bins") and hasattr(config, "frequency_stride"):
         shape: tuple[int, ...] = (batch, config.max_length, config.num_mel_bins)
@@ -108,7 +108,7 @@ def _sounds(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> 
     return made
 
 
-def _spectra(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
+def _spectra(model: Any, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
     config = model.config
     frames = 2 * getattr(config, "max_source_positions", 4 * length)
     made = {"input_features": torch.randn(batch, config.num_mel_bins, frames, generator=rng)}
@@ -118,7 +118,7 @@ def _spectra(model: nn.Module, batch: int, length: int, rng: torch.Generator) ->
     return {**made, **_labels(model, type(model).__name__, tokens, attention, rng)}
 
 
-def _episodes(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
+def _episodes(model: Any, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
     config = model.config
     sizes = {"states": config.state_dim, "actions": config.act_dim, "rewards": 1, "returns_to_go": 1}
     made = {name: torch.randn(batch, length, size, generator=rng) for name, size in sizes.items()}
@@ -127,7 +127,7 @@ def _episodes(model: nn.Module, batch: int, length: int, rng: torch.Generator) -
     return {**made, "timesteps": torch.arange(length).expand(batch, -1).clone(), "attention_mask": attention}
 
 
-def _noisy(model: nn.Module, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
+def _noisy(model: Any, batch: int, length: int, rng: torch.Generator) -> dict[str, Tensor]:
     config = model.config
     shape = (batch, config["in_channels"], config["sample_size"], config["sample_size"])
     steps = torch.randint(0, 1000, (batch,), generator=rng)
