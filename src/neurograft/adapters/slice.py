@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from neurograft.adapters._settled import Settled, packed, unpacked
 from neurograft.adapters._side import SideMount
 from neurograft.core.card import method
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError, one_of
-from neurograft.core.live import Live
-from neurograft.core.mount import Mount, regions_of
+from neurograft.core.live import Live, Plain
+from neurograft.core.mount import Mount, matrix_of, regions_of
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 from neurograft.core.uses import LiveWeight, tag, untag
@@ -64,7 +65,8 @@ def slice(
         regions[name] = grown
     if route == "side":
         return SideMount(model, regions, new=new)
-    return SliceMount(model, regions, new=new, allow_dense=allow_dense)
+    rules = {"protect": protect, "tied": tied}
+    return SliceMount(model, regions, new=new, allow_dense=allow_dense, rules=rules)
 
 
 class SliceMount(Mount):
@@ -77,6 +79,7 @@ class SliceMount(Mount):
         *,
         new: Iterable[str] | Mapping[str, int] = (),
         allow_dense: bool = False,
+        rules: Mapping[str, Any] | None = None,
     ) -> None:
         names = {n: self._checked(n, dict(model.named_parameters(remove_duplicate=False))[n]) for n in regions}
         super().__init__(model, new=new)
@@ -86,11 +89,10 @@ class SliceMount(Mount):
             if live.name in self.stack.ledgers:
                 self.start[live.name] = self.stack.unrounded(live.name, live.weight, live.region)
                 live.theta.data.copy_(self.start[live.name])
-        self.by_theta = {id(live.theta): live for live in self.lives}
-        register_values(model, self.lives)
-        for live in self.lives:
-            self._prepare(live)
-            tag(live)
+        self.allow_dense, self.rules = allow_dense, dict(rules or {})
+        self.first, self.turned = self.lives, False
+        self.past: dict[str, Settled] = {}
+        self._tag(self.lives)
         self.handles = [
             register_optimizer_step_post_hook(self._stepped),
             model.register_forward_pre_hook(_Guard(self)),
@@ -155,6 +157,10 @@ class SliceMount(Mount):
                 base = self.stack.original(live.name, self._at_rest(live), live.region.to("cpu")).to(values.dtype)
                 values = torch.where(now == base, values, base + (values - now))
             found[live.name] = Slice(live.region.to("cpu"), values)
+        for name, past in self.past.items():
+            mine = next((v for v in self.lives if v.name == name), None)
+            whole = past if mine is None else past.joined(Settled.of(mine))
+            found[name] = Slice(whole.region, whole.values)
         return found
 
     @staticmethod
@@ -168,16 +174,102 @@ class SliceMount(Mount):
         if not self.attached:
             return lambda: None
         for live in self.lives:
-            live.resting = True  # a forward pass meanwhile must not write the values back
+            live.resting = True  # neither a forward pass nor reading the state may write the values back
             live.restore()
-            live.resting = True  # reading the weight must not write the trained values back
+        self._leave(base=True)
 
         def ended() -> None:
+            self._leave(base=False)
             for live in self.lives:
                 live.resting = False
                 live.write()
 
         return ended
+
+    def regions(self) -> dict[str, Region]:
+        """Return which entries of which weights are trained."""
+        return {live.name: live.region for live in self.lives}
+
+    def reselect(self, ask: Callable[[], Selection]) -> dict[str, nn.Parameter]:
+        """Turn to other units: the values of those left behind stay in the model and stop moving.
+
+        Args:
+            ask: names the units; called while the model is plain, with the values trained so far.
+
+        Returns:
+            The trainable tensors from before, by name, for carrying an optimizer's state over.
+
+        Raises:
+            RequestError: the model carries grafts or new parameters, or the selection touches nothing.
+        """
+        if self.start or self.new:
+            raise RequestError(
+                "another selection on a model with grafts or new parameters",
+                expected="a plain base",
+                do="merge the grafts into a base of their own first",
+            )
+        before, old = self.trained(), self.lives
+        self._untag()
+        try:
+            regions = regions_of(self.model, ask(), **self.rules)
+            weights = {n: self._checked(n, self.found.by_name[n]) for n in regions}
+        except Exception:
+            self._tag(old)
+            raise
+        for live in old:
+            now = Settled.of(live)
+            self.past[live.name] = self.past[live.name].joined(now) if live.name in self.past else now
+        self._tag([Live(n, weights[n], r, allow_dense=self.allow_dense) for n, r in regions.items()])
+        self.turned = True
+        return before
+
+    def _untag(self) -> None:
+        for live in self.lives:
+            live.write()
+            untag(live)
+        unregister_values(self.model)
+
+    def _tag(self, lives: list[Live]) -> None:
+        self.lives, self.by_theta = lives, {id(live.theta): live for live in lives}
+        for live in lives:
+            if live.name in self.past:
+                self.past[live.name].overlay(live)
+        register_values(self.model, lives)
+        for live in lives:
+            self._prepare(live)
+            tag(live)
+
+    def _leave(self, *, base: bool) -> None:
+        """Write the entries left behind: the base's numbers, or the values they were left with."""
+        for name, past in self.past.items():
+            with Plain():
+                past.region.write_(self.found.by_name[name], past.original if base else past.values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the trainable tensors, and after a turn to other units what was left behind."""
+        found = super().state_dict()
+        return found | packed(self.past, self.regions()) if self.turned else found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a checkpoint's tensors, also of other units if the training had turned to them."""
+        if any(key.startswith("live::") for key in state) or self.turned:
+            shapes = {n: (tuple(p.shape), self._matrix(n)) for n, p in self.found.by_name.items()}
+            regions, left = unpacked(state, shapes)
+            self._untag()
+            for live in self.lives:
+                live.restore()
+            self._leave(base=True)
+            self.past = {n: Settled(r, r.read(self.found.by_name[n]).cpu(), v) for n, (r, v) in left.items()}
+            regions = regions or {v.name: v.region for v in self.first}
+            lives = [Live(n, self.found.by_name[n], r, allow_dense=self.allow_dense) for n, r in regions.items()]
+            self._leave(base=False)
+            self._tag(lives)
+            self.turned = bool(left)
+            state = {k: v for k, v in state.items() if k.partition("::")[0] not in ("live", "left", "values")}
+        super().load_state_dict(state)
+
+    def _matrix(self, name: str) -> tuple[int, int, int]:
+        return matrix_of(self.model, name, tuple(self.found.by_name[name].shape))
 
     def unmount(self) -> None:
         """Make every weight plain again, with its original numbers."""
@@ -187,6 +279,7 @@ class SliceMount(Mount):
             live.restore()
             untag(live)
         unregister_values(self.model)
+        self._leave(base=True)
 
     def check(self) -> None:
         """Raise if something took a live weight out of the model behind our back.
