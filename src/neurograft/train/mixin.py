@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from neurograft.core.context import Step, shifts
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.expose import exposed
 from neurograft.core.mount import Mount
+from neurograft.core.selection import Selection
 from neurograft.train import checkpoint
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
@@ -40,6 +42,7 @@ class GraftTrainerMixin:
             Trainer's own loss alone.
         anchor: a second objective with a weight, or a list of them; see `Asked.of`.
         schedule: a choice of `schedules`.
+        reselect: (model, step) -> Selection, for schedules that turn to other units.
         optimizer: an optimizer of `torch.optim` by name, a choice of `optimizers`, or None for the Trainer's.
         **kwargs: the Trainer's.
 
@@ -58,6 +61,7 @@ class GraftTrainerMixin:
         objective: Any = None,
         anchor: Any = None,
         schedule: Any = None,
+        reselect: Callable[[torch.nn.Module, int], Selection] | None = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -84,7 +88,9 @@ class GraftTrainerMixin:
                 do="launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES",
             )
         self.witness = Witness(mount)
-        self.conductor = Conductor(schedule, mount, freeze=trainer.args.world_size == 1)
+        self.conductor = Conductor(
+            schedule, mount, freeze=trainer.args.world_size == 1, reselect=reselect, witness=self.witness
+        )
         trainer.add_callback(StepEvents(self))
         if is_trl(self):
             check_head(model, mount)
@@ -178,7 +184,8 @@ class GraftTrainerMixin:
         with exposed(heads(trainer.model) if is_trl(self) else ()):
             out = super().train(str(found) if found else None, *args, **kwargs)  # type: ignore[misc]
         self.conductor.end()
-        self.moved = self.witness.check()
+        nothing_left = found is not None and not self.witness.awake  # resumed at the end of a run that had turned
+        self.moved = {"tensors": 0, "numbers": 0} if nothing_left else self.witness.check()
         return out
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -259,8 +266,13 @@ class GraftTrainerMixin:
                 expected="the same schedule",
                 do="resume with the schedule the run began with",
             )
+        if self.witness.start.keys() != self.mount.named_parameters().keys() or any(
+            self.witness.start[n].shape != p.shape for n, p in self.mount.named_parameters().items()
+        ):
+            self.witness.restart()  # the training had turned to other units
+        else:
+            self.witness.reached, self.witness.awake = set(state["reached"]), set(state["awake"])
         self.witness.losses = list(state["losses"])
-        self.witness.reached, self.witness.awake = set(state["reached"]), set(state["awake"])
 
     def _load_best_model(self) -> None:
         trainer: Any = self
