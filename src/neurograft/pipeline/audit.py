@@ -99,7 +99,7 @@ def audit(
         for name in progress(names, "kept domains") if progress else names:
             measured["domains"][name] = _domain(net, change, domains[name], asked, options)
         for probe in asked:
-            if "batches" not in probe.card.needs:
+            if not _by_domain(probe):
                 measured["whole"][_short(probe)] = probe(net, change)
         measured["provenance"] = _provenance(net, change, task, domains, seed)
     return Report.of(measured, chosen)
@@ -113,6 +113,11 @@ def _probes(probes: Probes) -> list[Chosen]:
         return [probe for probe in found if "noise_floor" in probe.card.claims]
     listed = [probes] if isinstance(probes, str) else probes
     return [choose("audits", probe) for probe in listed]
+
+
+def _by_domain(probe: Chosen) -> bool:
+    """Say whether a probe looks at data; one without a card does."""
+    return not hasattr(probe.function, "card") or "batches" in probe.card.needs
 
 
 def _short(probe: Chosen) -> str:
@@ -151,7 +156,7 @@ def _domain(
     measured = runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
     found = {"loss": measure_loss(model, change, batches, measured=measured, **options)}
     for probe in probes:
-        if probe.card.needs & {"batches"} or not getattr(probe.function, "card", None):
+        if _by_domain(probe):
             found[_short(probe)] = _run(probe, model, change, batches, measured, options)
     return found
 
