@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from _tables import TASK, A, B, BigramForCausalLM, rows_graft, target, text
+from _tables import TASK, A, B, BigramForCausalLM, Table, rows_graft, target, text
 
 import neurograft as ng
 from neurograft.core.errors import RequestError
@@ -126,6 +126,17 @@ def test_a_callable_decides_where_there_are_no_classes(data):
     assert report.data["gain"]["by"] == "sure"
     assert report.verdict == "ship"
     assert set(report.data["domains"]["a"]) == {"loss", "divergence"}
+
+
+def test_a_metric_stands_in_where_outputs_are_no_classes():
+    model = Table([[0.0, 0.0], [0.0, 0.0]])
+    rows = [{"states": torch.zeros(9, 1, 1), "rows": torch.tensor([r] * 9)} for r in (0, 1)]
+    value = lambda net, batch: net(batch["rows"])[:, 0]  # noqa: E731
+    graft = rows_graft(model, [1], [[-1.0, 0.0]])
+    report = ng.audit(model, graft, gain=rows[:1], keep={"b": rows[1:]}, metrics=value, probes="none")
+    assert report.verdict == "do not ship"
+    with pytest.raises(RequestError, match="metrics=callable"):
+        ng.audit(model, graft, gain=rows[:1])
 
 
 def test_probes_may_be_ones_own(data):
