@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ LOCATED = "located neurons"
 # contender: learning rates, lowest first. A rate suits a budget and a shape, so each has its own range.
 RATES = {
     LOCATED: (5e-3, 1e-2, 2e-2),
-    "random neurons, same layers": (5e-3, 1e-2, 2e-2),
-    "random neurons, all layers": (5e-3, 1e-2, 2e-2),
+    "random neurons of these layers": (5e-3, 1e-2, 2e-2),
+    "random neurons anywhere": (5e-3, 1e-2, 2e-2),
     "LoRA r=3 on FFN": (5e-3, 1e-2, 2e-2),
     "LoRA r=2 on all": (5e-3, 1e-2, 2e-2),
     "full fine-tuning": (3e-4, 5e-4, 1e-3),
@@ -92,7 +93,7 @@ def chosen(contender: str, scores: Scores, *, units: int, seed: int) -> Selectio
     located = select(scores, "top", count=units, per="layer")
     if contender == LOCATED:
         return located
-    if contender == "random neurons, same layers":
+    if contender == "random neurons of these layers":
         return located.random_like(seed)
     return select(scores, "random", count=len(located), per="global", seed=seed)
 
@@ -119,7 +120,7 @@ def train(
         clock.append(time.perf_counter())
 
     fit(mount, batches, steps=steps, lr=rate, warmup=max(1, steps // 6), decay="linear", evaluate=watch, seed=seed)
-    laps = [b - a for a, b in zip(clock, clock[1:])]
+    laps = [b - a for a, b in pairwise(clock)]
     return half[0], statistics.median(laps)
 
 
