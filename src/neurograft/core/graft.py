@@ -183,7 +183,7 @@ class Graft:
         for name, delta in self.deltas.items():
             if isinstance(delta, New):
                 continue
-            stack._check(name, self, model, where)
+            stack.check(name, self, model, where)
             whole = everything(delta.shape, as_matrix(delta.shape))
             found[name] = stack.numbers(name, delta.region if isinstance(delta, Slice) else whole, model, where)
         return replace(self, originals=found)

@@ -231,7 +231,7 @@ class Stack:
         untying = {n for o in graft.operations if isinstance(o, Untie) for n in o.names}
         for tensor, delta in graft.deltas.items():
             if not isinstance(delta, New):
-                self._check(tensor, graft, model, where)
+                self.check(tensor, graft, model, where)
             whole = delta.on() if isinstance(delta, New) else delta
             region = everything(whole.shape, as_matrix(whole.shape)) if isinstance(whole, LowRank) else whole.region
             for piece in where.to_module(tensor, region):
@@ -251,11 +251,16 @@ class Stack:
                 changes.setdefault(piece.name, []).append(change)
         return changes
 
-    def _check(self, tensor: str, graft: Graft, model: nn.Module, where: Coordinates) -> None:
+    def check(self, tensor: str, graft: Graft, model: nn.Module, where: Coordinates) -> None:
+        """Raise unless a tensor of the base is the one a graft was made on.
+
+        Raises:
+            RequestError: another shape or other numbers.
+        """
         shape = where.shape(tensor)
         if shape != graft.deltas[tensor].shape:
             raise wrong_shape(tensor, graft.deltas[tensor].shape, shape, graft)
-        if self.digest(tensor, model, where) != graft.base[tensor]:
+        if self.digest(tensor, model, where) != graft.base.get(tensor):
             origin = graft.card.get("base", {})
             name, revision = origin.get("name") or "it was made on", origin.get("revision") or "any"
             raise RequestError(
