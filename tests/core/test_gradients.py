@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from neurograft.core import gradients
 from neurograft.core.gradients import route, sampled_product
 from neurograft.core.region import Region
 
@@ -20,7 +21,8 @@ def cases():
     return {
         "thin product rows": Region.of(shape, "rows", some(ROWS, 5)),
         "thin product cols": Region.of(shape, "cols", some(COLUMNS, 7)),
-        "blocks": Region.of(shape, "block", [0, 7, 11], block=(6, 10)),
+        "blocks": Region.of(shape, "block", [0, 7, 11], block=(4, 4)),
+        "dense chunks of blocks": Region.of(shape, "block", [0, 7, 11], block=(6, 10)),
         "loop": Region.of(shape, "flat", one_per_row),
         "sampled product": Region.of(shape, "flat", some(ROWS * COLUMNS, 60)),
         "dense chunks": Region.of(shape, "flat", some(ROWS * COLUMNS, 400)),
@@ -29,8 +31,10 @@ def cases():
 
 
 @pytest.mark.parametrize("side", ["column", "row"])
+@pytest.mark.parametrize("chunk", [256, 12])
 @pytest.mark.parametrize("name", cases())
-def test_the_routes_equal_the_dense_gradient(name, side):
+def test_the_routes_equal_the_dense_gradient(name, side, chunk, monkeypatch):
+    monkeypatch.setattr(gradients, "CHUNK", chunk)
     region = cases()[name]
     a, b = torch.randn(TOKENS, ROWS, dtype=torch.float64), torch.randn(TOKENS, COLUMNS, dtype=torch.float64)
     dense = a.t() @ b
@@ -42,11 +46,12 @@ def test_the_routes_equal_the_dense_gradient(name, side):
     torch.testing.assert_close(found, region.read(dense), rtol=0, atol=1e-10)
 
 
-def test_input_side_units_keep_only_their_features():
+def test_input_side_units_keep_only_their_features(monkeypatch):
     columns = Region.of((ROWS, COLUMNS), "cols", [3, 9])
     assert route(columns, "column", torch.device("cpu")).keep.tolist() == [3, 9]
     assert route(columns, "row", torch.device("cpu")).keep is None
     blocks = Region.of((ROWS, COLUMNS), "block", [0, 4], block=(6, 10))
+    monkeypatch.setattr(gradients, "BLOCKS", 1.0)
     assert route(blocks, "column", torch.device("cpu")).keep.tolist() == list(range(10))
 
 

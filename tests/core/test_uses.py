@@ -55,6 +55,7 @@ OPERATIONS = {
     "grouped, transposed": ((E, R, C), lambda w: grouped(X[0], w.transpose(-2, -1))),
     "embedding": ((R, C), lambda w: F.embedding(TOKENS, w)),
     "embedding with padding": ((R, C), lambda w: F.embedding(TOKENS, w, padding_idx=-R)),
+    "rows by number": ((R, C), lambda w: w[torch.tensor([[0, -1], [2, 2]])]),
     "tied": ((R, C), lambda w: F.linear(F.embedding(TOKENS, w), w)),
     "conv1d": ((6, 4, 3), lambda w: F.conv1d(LINE, w, rand(6), 2, 1)),
     "conv2d": ((6, 4, 3, 3), lambda w: F.conv2d(IMAGE, w, None, 2, 1, 1)),

@@ -136,7 +136,8 @@ def _targets(
 ) -> list[str]:
     found = Parameters.of(model)
     linear = {n for n, m in model.named_modules() if _is_linear(m)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
     if where is not None:
         chosen = [n.rpartition(".")[0] for n in regions_of(model, where)]
         odd = [n for n in regions_of(model, where) if n.rpartition(".")[0] not in linear or not n.endswith(".weight")]
@@ -185,11 +186,12 @@ def _inject(model: nn.Module, linears: Mapping[str, nn.Module], *, r: int, scale
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
+    alpha: Any = scale * r  # PEFT computes alpha / r, also of a fraction
     for transposed in (False, True):
         mine = [n for n, m in linears.items() if (type(m).__name__ == "Conv1D") is transposed]
         if mine:
             config = LoraConfig(
-                r=r, lora_alpha=scale * r, lora_dropout=dropout, target_modules=mine, fan_in_fan_out=transposed
+                r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=mine, fan_in_fan_out=transposed
             )
             held = dict(vars(model))
             inject_adapter_in_model(config, model, adapter_name=NAME)

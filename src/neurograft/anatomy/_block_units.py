@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from neurograft.anatomy._blocks import Attention, Ffn
 from neurograft.anatomy._reading import AT, Reading, inside, label, parts_of, tap, whole
+from neurograft.anatomy._types import Attention, Ffn
 from neurograft.anatomy.matrix import Bank
 from neurograft.core.units import Part, Site, Tap
 

@@ -2,120 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from neurograft.anatomy._types import Attention, Block, Branch, Ffn, Mixture, Slot
 from neurograft.anatomy.matrix import Bank, Inventory, Matrix, Span
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Like units along one side of the matrix of a module."""
-
-    module: str
-    matrix: Matrix
-    span: Span
-
-
-@dataclass(frozen=True)
-class Attention:
-    """An attention: where the queries, keys and values of its heads are made and what reads the heads' outputs.
-
-    Args:
-        module: its module.
-        role: "attention" or "cross_attention".
-        made: query, key, value and further projections by letter, each cut into heads; keys and values have
-            fewer heads where queries share them.
-        o: the output projection, its input cut into heads.
-    """
-
-    module: str
-    role: str
-    made: Mapping[str, Slot]
-    o: Slot
-
-
-@dataclass(frozen=True)
-class Ffn:
-    """A pair of linear layers with an activation between them, gated or plain; or one expert of that shape.
-
-    Args:
-        module: its module.
-        role: name of its branch.
-        up: makes the hidden neurons.
-        down: reads them.
-        gate: makes their gates, or None.
-        expert: its number, if it is an expert of a fused bank; `down.module` is then the bank's module.
-    """
-
-    module: str
-    role: str
-    up: Slot
-    down: Slot
-    gate: Slot | None = None
-    expert: int | None = None
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The experts of a block.
-
-    Args:
-        module: the module that routes and joins them.
-        experts: module of each expert, or the one module of a fused bank.
-        banks: the fused bank's parameters, up (and gate) first, `down_proj` last; empty for separate modules.
-        router: module whose first output is the routing logits, or None.
-    """
-
-    module: str
-    experts: tuple[str, ...]
-    banks: tuple[Bank, ...] = ()
-    router: str | None = None
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A sub-layer whose contribution is added to the residual stream.
-
-    Args:
-        role: "attention", "cross_attention", "ffn" or the family's word.
-        module: its output is the contribution before residual and norm.
-        writers: modules that write it; without their numbers the contribution is zero.
-        banks: fused banks that write it.
-    """
-
-    role: str
-    module: str
-    writers: tuple[str, ...] = ()
-    banks: tuple[Bank, ...] = ()
-
-
-@dataclass(frozen=True)
-class Block:
-    """What is known of one block.
-
-    Args:
-        name: its module.
-        family: whose file described it, or "structural".
-        attentions: its attentions.
-        ffns: its FFNs, experts among them.
-        mixtures: its mixtures of experts.
-        branches: its sub-layers.
-        repeated: whether it is a layer; False for a module of that kind outside of the layers.
-        dim: feature axis of its output.
-    """
-
-    name: str
-    family: str
-    attentions: tuple[Attention, ...] = ()
-    ffns: tuple[Ffn, ...] = ()
-    mixtures: tuple[Mixture, ...] = ()
-    branches: tuple[Branch, ...] = ()
-    repeated: bool = True
-    dim: int = -1
 
 
 def read_block(
@@ -142,9 +37,25 @@ def read_block(
             branches.append(Branch(role, module, writers))
     if not branches:
         return None
-    return Block(
-        name, family, tuple(attentions), tuple(ffns), tuple(mixtures), tuple(branches), repeated, entries.get("dim", -1)
-    )
+    distinct, dim = tuple(_distinct(branches, mixtures)), entries.get("dim", -1)
+    return Block(name, family, tuple(attentions), tuple(ffns), tuple(mixtures), distinct, repeated, dim)
+
+
+def _distinct(branches: list[Branch], mixtures: list[Mixture]) -> list[Branch]:
+    """Fold FFNs that a mixture adds to its experts into its branch, and number roles that come twice."""
+    routed = {m.module for m in mixtures}
+    added = [b for b in branches if any(b.module.startswith(f"{m}.") for m in routed)]
+    count: Counter[str] = Counter()
+    found = []
+    for branch in branches:
+        if branch in added:
+            continue
+        count[branch.role] += 1
+        role = branch.role if count[branch.role] == 1 else f"{branch.role}_{count[branch.role]}"
+        inside = [b for b in added if branch.module in routed and b.module.startswith(f"{branch.module}.")]
+        writers = dict.fromkeys(w for b in (branch, *inside) for w in b.writers)
+        found.append(replace(branch, role=role, writers=tuple(writers)))
+    return found
 
 
 def join(*steps: str) -> str:
@@ -168,7 +79,8 @@ def _attention(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> At
     held = inventory.get(module)
     assert held is not None
     o = _slot(inventory, join(module, entry["o"]))
-    said = int(attribute(held, entry["width"] if "width" in entry else entry["heads"]))
+    said = entry["width"] if "width" in entry else entry["heads"]
+    said = said if isinstance(said, int) else int(attribute(held, said))
     width = said if "width" in entry else o.matrix.wide // said
     heads = o.matrix.wide // width
     made = dict(_made(inventory, module, entry, heads, width))
@@ -182,9 +94,13 @@ def _attention(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> At
 def _applies(inventory: Inventory, module: str, paths: Iterable[str], entry: Mapping[str, Any]) -> bool:
     """Say whether an entry's modules exist and have the classes it asks for."""
     named = {join(module, path): cls for path, cls in entry.get("classes", {}).items()}
-    return all(join(module, p) in inventory for p in paths) and all(
-        type(inventory.get(path)).__name__ == cls for path, cls in named.items()
-    )
+    if not all(join(module, p) in inventory for p in paths):
+        return False
+    if "shape" in entry:
+        last = inventory.matrix(join(module, entry["o"] if "o" in entry else entry["down"]))
+        if [last.high, last.wide] != list(entry["shape"]):
+            return False
+    return all(type(inventory.get(path)).__name__ == cls for path, cls in named.items())
 
 
 def _made(
@@ -249,7 +165,8 @@ def _ffn(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> Ffn | No
     down = inventory.matrix(paths["down"])
     read = Slot(paths["down"], down, Span.of(down.wide))
     if "gate_up" in paths:
-        gate, up = _halves(inventory.matrix(paths["gate_up"]), paths["gate_up"], interleaved=False)
+        mixed = entry.get("interleaved", False)
+        gate, up = _halves(inventory.matrix(paths["gate_up"]), paths["gate_up"], interleaved=mixed)
         if entry.get("order") == "up_gate":
             gate, up = up, gate
         return Ffn(module, role, up, read, gate)

@@ -10,14 +10,15 @@
 Paths of an entry are relative to its `module`, that one to the block ("" is the block itself).
 attention   q k v o, or a fused `qkv` with `layout: stacked` (all q, all k, all v) or `grouped` (for each
             key/value head: its q heads, k, v), or a fused `kv`; `also`: more projections cut like q;
-            `width` or `heads`: attribute that holds the features of a head, or their number; `role`:
-            "attention" unless given.
-ffn         up and down, plus gate if it is gated; a fused `gate_up` (gate first unless `order: up_gate`); or
-            experts: a fused bank `bank`, a list of modules `experts` with gate/up/down relative to each,
-            `router`, `shared`. A bank stored interleaved or transposed says so itself.
+            `width` or `heads`: the features of a head or the number of heads, or the attribute that holds
+            them; `role`: "attention" unless given.
+ffn         up and down, plus gate if it is gated; a fused `gate_up` (gate above up unless `order: up_gate`,
+            one by one if `interleaved`); or experts: a fused bank `bank`, a list of modules `experts` with
+            gate/up/down relative to each, `router`, `shared`. A bank stored interleaved or transposed says so
+            itself.
 mix         other sub-layers: {role: {module: where the contribution passes, writes: [modules]}}.
 dim         feature axis of the block's output, -1 unless given.
-any entry   `classes`: {module: class name}, further conditions for it to apply.
+any entry   `classes`: {module: class name}, `shape`: [out, in] of `o` or `down`: conditions for it to apply.
 `blocks` may also map class names to entries of their own, `like` names a file whose entries these blocks have.
 Beside them: `extra` (class name -> entries, for modules that are no layer), `channels` (class name -> {conv,
 norm}: a convolution whose feature maps leave through a norm), `one_plus` (norm classes that multiply by

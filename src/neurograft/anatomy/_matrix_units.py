@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
-from neurograft.anatomy._reading import AT, Reading, label, norm_dim, whole
-from neurograft.anatomy.matrix import Bank, Matrix
+from neurograft.anatomy._reading import AT, Reading, label, whole
+from neurograft.anatomy.matrix import Bank, Matrix, norm_dim, taps_itself
 from neurograft.core.errors import RequestError
 from neurograft.core.units import Part, Site, Tap
 
@@ -29,16 +27,6 @@ def modules(reading: Reading) -> Iterator[Site]:
         if passes is not None and name not in reading.anatomy.one_plus:
             writes = tuple(range(len(parts)))
         yield Site(label(name, "module"), "module", 1, parts, passes, reading.layer(name), "", writes)
-
-
-def taps_itself(module: nn.Module) -> bool:
-    """Say whether a matrix's module returns exactly its product: a linear layer or a convolution.
-
-    The output projection of torch's own attention is a linear layer that never runs.
-    """
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
 
 
 def norms(reading: Reading) -> Iterator[Site]:

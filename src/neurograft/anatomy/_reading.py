@@ -8,8 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from neurograft.anatomy._blocks import Slot
-from neurograft.anatomy.describe import Anatomy
+from neurograft.anatomy._types import Anatomy, Slot
 from neurograft.anatomy.matrix import Inventory
 from neurograft.core.units import Part, Site, Tap
 
@@ -117,9 +116,3 @@ def inside(reading: Reading, module: str) -> list[str]:
 def whole(reading: Reading, param: str) -> Part:
     """Return a parameter as one unit."""
     return Part.whole(param, reading.inventory.parameters.by_name[param].numel())
-
-
-def norm_dim(module: nn.Module) -> int:
-    """Return the feature axis of a norm."""
-    first = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
-    return 1 if first or getattr(module, "data_format", "") == "channels_first" else -1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from neurograft.anatomy._blocks import Block, Branch
-from neurograft.anatomy._reading import AT, Reading, inside, label, norm_dim, whole
-from neurograft.anatomy.matrix import Matrix
+from neurograft.anatomy._reading import AT, Reading, inside, label, whole
+from neurograft.anatomy._types import Block, Branch
+from neurograft.anatomy.matrix import Matrix, norm_dim
 from neurograft.core.units import Part, Site, Tap
 
 

@@ -2,67 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
-from neurograft.anatomy._blocks import Block, read_block
+from neurograft.anatomy._blocks import read_block
 from neurograft.anatomy._data import Family, families
+from neurograft.anatomy._types import Anatomy, Block
 from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.structural import structural
+from neurograft.core.errors import RequestError
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """Where the parts of a model are.
-
-    Args:
-        family: names of the families its blocks belong to, joined by "+"; "structural" for blocks found by
-            shape and dataflow.
-        layers: modules of its repeated blocks, in the order of the model.
-        branches: for each layer, role -> the module whose output is that sub-layer's contribution before the
-            residual and its norm.
-        embedding: module of the token embedding, or None.
-        head: module of the output head, or None.
-        norms: modules of all norms.
-        blocks: what is known of each block, and of modules of that kind outside of the layers.
-        channels: convolutions whose feature maps leave through a norm: convolution -> norm.
-        one_plus: norms that multiply by 1 + weight.
-        note: why there are no blocks, if there are none.
-    """
-
-    family: str
-    layers: list[str]
-    branches: list[dict[str, str]]
-    embedding: str | None
-    head: str | None
-    norms: list[str]
-    blocks: tuple[Block, ...] = ()
-    channels: Mapping[str, str] = field(default_factory=dict)
-    one_plus: frozenset[str] = frozenset()
-    note: str = ""
-
-
-def anatomy(model: nn.Module) -> Anatomy:
-    """Describe a model by its family's file.
+def anatomy(model: nn.Module, *, batch: Mapping[str, Any] | None = None) -> Anatomy:
+    """Describe a model by its family's file, or an unknown one by what its dataflow shows.
 
     Args:
-        model: a model of a known family, bare or with any head.
+        model: a model of a known family, bare or with any head; or any other that runs.
+        batch: a small batch for a model of an unknown family; made up from its signature if None.
+
+    Raises:
+        RequestError: an unknown family that does not run on the given batch.
 
     Example:
         >>> from neurograft.worlds.pico import pico
         >>> anatomy(pico("llama")).branches[0]
         {'attention': 'model.layers.0.self_attn.o_proj', 'ffn': 'model.layers.0.mlp.down_proj'}
     """
-    return describe(Inventory(model))
+    return describe(Inventory(model), batch=batch)
 
 
-def describe(inventory: Inventory) -> Anatomy:
+def describe(inventory: Inventory, *, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """Describe a model whose modules have been read; see `anatomy`."""
     known = _by_class()
-    blocks, channels, one_plus = [], {}, set()
+    blocks: list[Block] = []
+    channels: dict[str, str] = {}
+    one_plus: set[str] = set()
     for name, module in inventory.modules.items():
         for cls in (c.__name__ for c in type(module).__mro__):
             if cls not in known:
@@ -76,11 +55,21 @@ def describe(inventory: Inventory) -> Anatomy:
             else:
                 repeated = what == "blocks"
                 entries = (family.blocks if repeated else family.extra)[cls]
-                found = read_block(inventory, name, entries, family.name, repeated=repeated)
-                if found is None:
+                block = read_block(inventory, name, entries, family.name, repeated=repeated)
+                if block is None:
                     continue
-                blocks.append(found)
+                blocks.append(block)
             break
+    note = ""
+    if not blocks:
+        try:
+            found = structural(inventory, batch)
+            blocks, note = found.blocks, "; ".join(found.notes)
+            one_plus = {n for n, m in inventory.modules.items() if is_norm(m) and is_one_plus(m)}
+        except RequestError as refusal:
+            if batch is not None:
+                raise
+            note = str(refusal)  # its matrices are known all the same; only units of blocks are not
     layers = [b.name for b in blocks if b.repeated]
     return Anatomy(
         family=_family_name(inventory.model, blocks),
@@ -92,6 +81,7 @@ def describe(inventory: Inventory) -> Anatomy:
         blocks=tuple(blocks),
         channels=channels,
         one_plus=frozenset(one_plus),
+        note=note,
     )
 
 
@@ -116,6 +106,22 @@ def is_norm(module: nn.Module) -> bool:
     """Say whether a module is a normalization with a gain."""
     gain = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and gain is not None and gain.dim() == 1
+
+
+def is_one_plus(module: nn.Module) -> bool:
+    """Say whether a norm of an unknown class multiplies by 1 + weight: whether it passes something with weight 0."""
+    if type(module).__module__.startswith("torch.nn"):
+        return False
+    probe = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.zero_()
+        width = probe.weight.shape[0]  # type: ignore[union-attr,index]
+        x = torch.arange(2.0 * width).sin().view(1, 2, width).to(probe.weight)  # type: ignore[arg-type]
+        try:
+            return bool(probe(x).any())
+        except (RuntimeError, TypeError, ValueError):
+            return True  # it takes something else; then its weights are not claimed to silence it
 
 
 def embedding_of(inventory: Inventory) -> str | None:

@@ -296,3 +296,19 @@ class Inventory:
         """Return the modules that hold a parameter, under all its names."""
         names = (n for n, first in self.parameters.alias.items() if first == param)
         return [n.rpartition(".")[0] for n in names]
+
+
+def norm_dim(module: nn.Module) -> int:
+    """Return the feature axis of a norm."""
+    first = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
+    return 1 if first or getattr(module, "data_format", "") == "channels_first" else -1
+
+
+def taps_itself(module: nn.Module) -> bool:
+    """Say whether a matrix's module returns exactly its product: a linear layer or a convolution.
+
+    The output projection of torch's own attention is a linear layer that never runs.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"

@@ -108,11 +108,16 @@ def runs(
     Raises:
         RequestError: no batches, no labels, NaN, or labels that are no classes.
     """
+    return paired(model, switches_of(model, change, nulls=nulls, seed=seed), batches, budget=budget)
+
+
+def switches_of(model: nn.Module, change: object, *, nulls: int, seed: int) -> dict[str, Switch]:
+    """Return what is run beside the base: the change, the base again, random changes of the same size."""
     made = as_change(model, change)
-    switches: dict[str, Switch] = {"change": made, "rerun": Rerun(model)}
+    found: dict[str, Switch] = {"change": made, "rerun": Rerun(model)}
     if made.weights and not made.empty:
-        switches |= {f"null/{i}": Null(made, seed * 1000 + i) for i in range(nulls)}
-    return paired(model, switches, batches, budget=budget)
+        found |= {f"null/{i}": Null(made, seed * 1000 + i) for i in range(nulls)}
+    return found
 
 
 def paired(model: nn.Module, switches: Mapping[str, Switch], batches: Sequence[Batch], *, budget: int = BUDGET) -> Runs:

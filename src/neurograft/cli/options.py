@@ -49,7 +49,7 @@ def options_of(function: Callable[..., Any], *, skip: Iterable[str] = ()) -> lis
 
 def typed_back(default: Any) -> str | None:
     """Return a default as it would be typed."""
-    if default is None or default is inspect.Parameter.empty:
+    if default is None or default is inspect.Parameter.empty or default == ():
         return None
     return default if isinstance(default, str) else ",".join(map(str, default))
 
@@ -97,8 +97,9 @@ def typed(name: str, text: Any, annotation: str) -> Any:
         return (head, pairs(name, tail.split(","))) if colon and not text.startswith("{") else text
     if annotation.startswith("str"):
         return text
-    if "Sequence" in annotation or "tuple" in annotation:
-        return [value(part) for part in text.strip("[]()").split(",")]
+    if any(word in annotation for word in ("Sequence", "Iterable", "tuple")):
+        words = text.strip("[]()").split(",")
+        return pairs(name, words) if "Mapping" in annotation and "=" in text else [value(w) for w in words]
     return value(text)
 
 
@@ -156,12 +157,13 @@ def command_of(
         )
         for name, annotation in arguments.items()
     ]
-    # options are read after words, whatever their order here
     parameters = [*words, *options_of(function, skip=[*arguments, *without]), *extra]
+    own = {p.name for p in (*words, *extra)}
     known = {n: str(p.annotation) for n, p in inspect.signature(function).parameters.items()}
 
     def command(**given: Any) -> None:
-        body({n: typed(n, v, known.get(n, "")) for n, v in given.items()})
+        # what was not typed is left to the verb's own default
+        body({n: typed(n, v, known.get(n, "")) for n, v in given.items() if n in own or v not in (None, [])})
 
     command.__doc__ = (function.__doc__ or "").split("\n\n")[0]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ class Bank:
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.parameters, args)), **kwargs}
-        index = given.get("top_k_index")
+        index = given.get("top_k_index", given.get("router_indices"))
         if not isinstance(index, Tensor) or index.dim() != 2:
             raise RunError(
                 f"{self.name} was not told its tokens' experts as top_k_index [tokens, k]; it cannot be tapped"

@@ -18,9 +18,9 @@ from neurograft.core.region import Region
 
 Side = Literal["row", "column"]
 
-# Below LOOP entries in every row a gather per entry wins; above DENSE of the weight, dense products over
-# chunks of rows win; sampled products in between (ratios measured on CPU; `benchmarks/routes.py`).
-LOOP, DENSE, CHUNK, GATHER = 3, 0.2, 256, 1 << 24
+# Up to LOOP entries in every row a gather per entry wins; above DENSE of the weight (BLOCKS of it for blocks),
+# dense products over chunks of rows win; sampled products in between (measured on CPU by `benchmarks/routes.py`).
+LOOP, DENSE, BLOCKS, CHUNK, GATHER = 2, 0.15, 0.1, 256, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Route:
         if layout == "all":
             return (a.t() @ b).view(self.region.shape)
         if layout == "block":
-            return self._blocks(a, b)
+            return self._block_chunks(a, b) if self.bounds else self._blocks(a, b)
         return {"loop": self._loop, "sampled product": self._sampled, "dense chunks": self._chunks}[self.name](a, b)
 
     def _blocks(self, a: Tensor, b: Tensor) -> Tensor:
@@ -65,6 +65,18 @@ class Route:
         step = max(1, GATHER // (len(a) * (high + wide)))  # the gathered copies stay bounded whatever k is
         parts = [left.index_select(0, p) @ right.index_select(0, q) for p, q in zip(i.split(step), j.split(step))]
         return torch.cat(parts)
+
+    def _block_chunks(self, a: Tensor, b: Tensor) -> Tensor:
+        assert self.region.block is not None
+        (high, wide), (i, j), out = self.region.block, self.index, []
+        strips = max(1, CHUNK // high)
+        for chunk, (lo, hi) in enumerate(zip(self.bounds, self.bounds[1:])):
+            if hi > lo:
+                first = chunk * strips
+                dense = a[:, first * high : (first + strips) * high].t() @ b
+                grid = dense.view(-1, high, b.shape[1] // wide, wide).transpose(1, 2)
+                out.append(grid[i[lo:hi] - first, j[lo:hi]])
+        return torch.cat(out)
 
     def _loop(self, a: Tensor, b: Tensor) -> Tensor:
         (columns,) = self.index  # [R, k]
@@ -156,6 +168,11 @@ def _block_route(region: Region, side: Side) -> Route:
     assert region.block is not None
     (high, wide), across = region.block, region.matrix[2] // region.block[1]
     i, j = region.ids // across, region.ids % across
+    if len(region.ids) > BLOCKS * region.total:
+        strips = max(1, CHUNK // high)
+        grid_rows = region.matrix[1] // high
+        edges = torch.arange(0, grid_rows + strips, strips, device=i.device).clamp(max=grid_rows)
+        return Route("dense chunks", side, None, region, (i, j), tuple(torch.searchsorted(i, edges).tolist()))
     mine, size = (i, high) if side == "row" else (j, wide)
     distinct, local = mine.unique(return_inverse=True)
     keep = (distinct[:, None] * size + torch.arange(size, device=distinct.device)).reshape(-1)

@@ -56,6 +56,15 @@ def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tapped
 
 
+def gathered(y: Tensor, weight: Any, index: Any) -> Any:
+    """`weight[index]` with a tensor of row numbers: a lookup (tables of positions); not of whole experts."""
+    rows = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool
+    if not rows or hasattr(weight, "shift") or weight.neurograft.region.matrix[0] != 1 or y.dim() != index.dim() + 1:
+        return NotImplemented
+    live: Live = weight.neurograft
+    return _EmbeddingTap.apply(y, index.remainder(live.region.matrix[1]), live.theta, live, -1)
+
+
 class _ConvTap(torch.autograd.Function):
     """`Tap` for a convolution: filters and input channels by index, anything else by bounded chunks of filters."""
 

@@ -24,7 +24,9 @@ class Operation(Protocol):
     `from_parts(meta, tensors)`.
     """
 
-    scalable: bool
+    @property
+    def scalable(self) -> bool:
+        """Whether it has a strength."""
 
     def meta(self) -> dict[str, Any]:
         """Return plain data, with "type": the dotted name of the class."""

@@ -75,11 +75,18 @@ class Pass:
         return self.batch
 
     def mask(self, positions: Positions, *, decoder: bool = False) -> Tensor | None:
-        """Return which tokens count, bool [B, T], or None for a pass without tokens."""
+        """Return which tokens count, bool [B, T], or None for a pass without tokens.
+
+        Beyond the words of `token_mask`, "generated" means tokens that a cache puts behind the first pass.
+        """
         key = (positions, decoder)
         if key not in self.masks:
             batch = self.current()
-            self.masks[key] = None if batch is None else token_mask(_told(batch, decoder), positions)
+            word = "all" if positions == "generated" else positions
+            flags = None if batch is None else token_mask(_told(batch, decoder), word)
+            if positions == "generated" and flags is not None and self.offset == 0:
+                flags = torch.zeros_like(flags)
+            self.masks[key] = flags
         return self.masks[key]
 
 

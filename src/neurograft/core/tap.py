@@ -237,4 +237,4 @@ def _seated(board: Board, guest: Guest, found: Watch, why: str = "") -> Iterator
 def _routed(site: Site) -> bool:
     """Say whether a tap lies inside an expert, which may rightly see no token."""
     tap = site.tap
-    return tap is not None and (tap.expert is not None or re.search(r"\bexperts\.\d+\b", tap.module) is not None)
+    return tap is not None and (tap.expert is not None or re.search(r"\bexperts\.\w*\d+\b", tap.module) is not None)

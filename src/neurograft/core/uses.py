@@ -100,6 +100,8 @@ def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         out = func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return out
+        if func is _T.__getitem__:
+            return lookups.gathered(out, source, args[1])
     found = [_follow(o, source) for o in (out if isinstance(out, (tuple, list)) else (out,))]
     if any(o is None for o in found):
         return NotImplemented

@@ -15,6 +15,7 @@ from neurograft.core.card import Card
 from neurograft.core.choose import Choice, choose, option_names
 from neurograft.core.context import IGNORE, Batch, Context, Step
 from neurograft.core.errors import RequestError
+from neurograft.core.examples import row_digests
 from neurograft.core.graft import describe
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline.inputs import as_batches, data_digest, processor_for
@@ -111,6 +112,7 @@ def locate(
         "positions": positions if isinstance(positions, str) else "callable",
         "data": data_digest(batches) if batches else None,
         "contrast": data_digest(contrast) if contrast else None,
+        "examples": row_digests([*batches, *contrast]),
         "model": describe(net),
         "seed": seed,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from neurograft.core.card import method
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._training import training
 
 
 @method(
@@ -26,11 +27,5 @@ def dft(*, alpha: float = 1.0, lr: float = 5e-5, epochs: float = 1.0, batch: int
         batch: examples in a batch.
         warmup: share of the steps.
     """
-    args = {
-        "learning_rate": lr,
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": warmup,
-    }
+    args = training(lr=lr, epochs=epochs, batch=batch, warmup=warmup, schedule="cosine")
     return Recipe("dft", ({"do": "tune", "objective": ("dft", {"alpha": alpha}), "args": args},), paper="dft")

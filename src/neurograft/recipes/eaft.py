@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from neurograft.core.card import method
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._training import training
 
 
 @method(
@@ -36,12 +37,6 @@ def eaft(
         batch: examples in a batch.
         warmup: share of the steps.
     """
-    args = {
-        "learning_rate": lr,
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": warmup,
-    }
+    args = training(lr=lr, epochs=epochs, batch=batch, warmup=warmup, schedule="cosine")
     objective = ("eaft", {"alpha": alpha, "top": top, "scale": scale})
     return Recipe("eaft", ({"do": "tune", "objective": objective, "args": args},), paper="eaft")

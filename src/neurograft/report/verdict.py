@@ -20,8 +20,8 @@ def verdict(data: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]
 
     "ship": the gain's interval lies above 0 and above its noise floor, and every domain's loss interval ends below
     noise floor + tolerance. "do not ship": a domain's loss interval lies beyond that limit, at a level corrected for
-    the number of domains (Holm), or the gain's interval lies below 0. "cannot tell" otherwise: an interval straddles
-    its limit, there are too few items, or gain or domains were not measured.
+    the number of domains (Holm), or the gain's interval lies as far below 0. "cannot tell" otherwise: an interval
+    straddles its limit, there are too few items, or gain or domains were not measured.
 
     Args:
         data: a report's `gain` and `domains`.
@@ -58,20 +58,22 @@ def _gain(measured: Mapping[str, Any] | None, rules: Mapping[str, Any]) -> dict[
     by = measured["by"]
     measure = measured["measures"][by]
     change, noise = measure["change"], measure["noise_floor"]
-    mean, spread = predicted(noise["nulls"], tail=TAIL)
+    mean, spread = predicted(noise["nulls"], tail=TAIL / 2)
     floor = max(noise["rerun"], mean + spread, 0.0)
     limit = max(rules["gain_above"], floor)
+    below = -max(noise["rerun"], min(spread, rules["floor_cap"]))
     status = UNSURE
     if change["n"] >= rules["min_items"] and change["low"] is not None:
-        status = GAINED if change["low"] > limit else WORSE if change["high"] < 0 else UNSURE
-    return {"by": by, "unit": measure["unit"], "change": change, "floor": floor, "limit": limit, "status": status}
+        status = GAINED if change["low"] > limit else WORSE if change["high"] < below else UNSURE
+    shown = {k: change[k] for k in ("value", "low", "high", "n")}
+    return {"by": by, "unit": measure["unit"], "change": shown, "floor": floor, "limit": limit, "status": status}
 
 
 def _domains(measured: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]:
     tests = {}
-    for name, found in measured.items():
+    for name, audits in measured.items():
         for key, accepted in {"loss": _tolerance(name, rules), **rules["limits"]}.items():
-            tests[name, key] = _test(_measure(found, key, name), accepted, len(measured), rules)
+            tests[name, key] = _test(_measure(audits, key, name), accepted, len(measured), rules)
     p = {f"{name}\x1f{key}": test["p"] for (name, key), test in tests.items()}
     adjusted = holm(p) if rules["correction"] == "holm" else p
     half = (1 - rules["level"]) / 2

@@ -1,0 +1,357 @@
+"""Interventions: activations of chosen units replaced while the model runs, and their weight changes where exact.
+
+| kind | new activation | folds into weights |
+|---|---|---|
+| zero | 0 | wherever the unit has write parts |
+| scale | value * a | the same |
+| pin, replace | value | where the tapped module has a bias to put it into |
+| add | a + value | the same |
+| rotate | a @ value | where the module is a linear map |
+
+Shape letters: k chosen units, w features of a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.board import Board, Guest, features
+from neurograft.core.context import POSITIONS, Batch
+from neurograft.core.delta import Slice
+from neurograft.core.errors import RequestError, RunError, one_of
+from neurograft.core.fingerprint import digest
+from neurograft.core.folding import folded
+from neurograft.core.passing import Seen
+from neurograft.core.units import Site
+
+KINDS = ("zero", "scale", "pin", "add", "replace", "rotate")
+PLACES = (*POSITIONS, "generated")
+Places = str | tuple[int, ...] | Callable[[dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A change of some units' activations at one site; an `Operation` of grafts.
+
+    Args:
+        site: where; it needs a tap.
+        ids: sorted unit numbers, int64 [k].
+        kind: one of `KINDS`.
+        value: scale, pin, add: a number, [k] or [k, w]. replace: [k] or [k, w], or [B, T, k] or [B, T, k, w] aligned
+            with the batch's rows (B = 1: the same for all) and positions; past its end nothing is replaced.
+            rotate: an orthogonal matrix, [w, w] for all units, [k, w, w] for each, or [k, k] among units of one
+            feature.
+        positions: "all" (padding too), "last", "answer", "prompt", "generated", positions counted from 0 (negative
+            ones from the end of the first pass), or a callable batch -> bool [B, T], which cannot be saved.
+        rows: batch elements, or None for all.
+
+    Raises:
+        RequestError: an unknown kind or position, a value of the wrong shape, a site without a tap.
+    """
+
+    site: Site
+    ids: Tensor
+    kind: str
+    value: Tensor | None = None
+    positions: Places = "all"
+    rows: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self.kind, KINDS, what="kind of intervention")
+        if isinstance(self.positions, str):
+            one_of(self.positions, PLACES, what="positions")
+        if self.site.tap is None:
+            raise RequestError(
+                f"an intervention at {self.site.name!r}, whose units have no activations",
+                expected="a site with a tap",
+                do="choose another kind of unit, or another `at`",
+            )
+        ids = self.ids.detach().to("cpu", torch.int64).reshape(-1).clone()
+        if not len(ids) or ids.min() < 0 or ids.max() >= self.site.n or len(ids.unique()) != len(ids):
+            raise RequestError(
+                f"the units {ids.tolist()[:6]} of {self.site.name!r}",
+                expected=f"distinct numbers from 0 to {self.site.n - 1}, at least one",
+                do="take the units from a selection made on this model",
+            )
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "value", self._checked(self.value))
+
+    @property
+    def width(self) -> int:
+        """Features of a unit."""
+        assert self.site.tap is not None
+        return self.site.tap.width
+
+    def _checked(self, value: Tensor | None) -> Tensor | None:
+        k, w = len(self.ids), self.width
+        if self.kind == "zero":
+            known: tuple[tuple[int, ...], ...] = ()
+        elif self.kind == "rotate":
+            known = ((k, k),) if w == 1 else ((w, w), (k, w, w))
+        else:
+            known = ((), (k,)) if w == 1 else ((), (k,), (k, w))
+        if value is None and not known:
+            return None
+        shape = None if value is None else tuple(value.shape)
+        unit = (k,) if w == 1 else (k, w)
+        aligned = self.kind == "replace" and shape is not None and len(shape) == 2 + len(unit) and shape[2:] == unit
+        if shape is None or (shape not in known and not aligned):
+            raise RequestError(
+                f"{self.kind} with a value of shape {shape} for {k} units of {w} features",
+                expected=" or ".join(map(str, known)) or "no value",
+                do="give one value for all units, or one for each",
+            )
+        assert value is not None
+        if not bool(torch.isfinite(value).all()):
+            raise RequestError(f"{self.kind} with values that are not finite", expected="numbers", do="check the value")
+        value = value.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+        if self.kind == "rotate":
+            off = (value @ value.mT - torch.eye(value.shape[-1])).abs().max()
+            if off > 1e-4:
+                raise RequestError(
+                    f"a matrix that is no rotation (off by {float(off):.2g})",
+                    expected="R @ R.T = 1",
+                    do="make it orthogonal, e.g. torch.linalg.qr(R).Q",
+                )
+        return value
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the value stands at batch rows and positions."""
+        return self.kind == "replace" and self.value is not None and self.value.dim() > (1 if self.width == 1 else 2)
+
+    @property
+    def scalable(self) -> bool:
+        """Whether it has a strength."""
+        return self.kind in ("zero", "scale", "add")
+
+    def scaled(self, s: float) -> Intervention:
+        """Return it at strength s: activations move s times as far; itself at 1.
+
+        Raises:
+            RequestError: it has no strength.
+        """
+        if s == 1.0:
+            return self
+        if not self.scalable:
+            raise RequestError(
+                f"a strength of {s} for {self.describe()}", expected="zero, scale or add", do="leave it at strength 1"
+            )
+        if self.kind == "add":
+            assert self.value is not None
+            return replace(self, value=s * self.value)
+        factor = torch.zeros(()) if self.value is None else self.value
+        return replace(self, kind="scale", value=1 + s * (factor - 1))
+
+    def meta(self) -> dict[str, Any]:
+        """Return plain data.
+
+        Raises:
+            RequestError: the positions are a callable.
+        """
+        if callable(self.positions):
+            raise RequestError(
+                "an intervention at positions given by a callable, in a file",
+                expected="positions by name or number",
+                do="use it live, or name the positions",
+            )
+        return {"type": "neurograft.core.intervene.Intervention", **self._meta(), "positions": self.positions}
+
+    def _meta(self) -> dict[str, Any]:
+        return {"site": self.site.as_dict(), "kind": self.kind, "rows": self.rows}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors."""
+        return {"ids": self.ids} | ({} if self.value is None else {"value": self.value})
+
+    @staticmethod
+    def from_parts(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
+        """Read what `meta` and `tensors` wrote."""
+        rows, positions = meta["rows"], meta["positions"]
+        return Intervention(
+            Site.from_dict(meta["site"]),
+            tensors["ids"],
+            meta["kind"],
+            tensors.get("value"),
+            positions if isinstance(positions, str) else tuple(positions),
+            None if rows is None else tuple(rows),
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """Order among operations on one activation, whoever came first."""
+        return digest(self._meta(), str(self.positions), self.tensors())
+
+    def mount(self, model: nn.Module) -> Mounted:
+        """Put it on.
+
+        Raises:
+            RequestError: the model has no such tap.
+        """
+        board = Board.of(model)
+        guest = Guest({self.site.name: self.site}, self.visit, key=self.key, again=True)
+        board.join(guest)
+        return Mounted(board, guest)
+
+    def fold(self, model: nn.Module) -> dict[str, Slice]:
+        """Return it as weight changes by parameter.
+
+        Raises:
+            RequestError: there are no such weights, with the reason.
+        """
+        if self.positions != "all" or self.rows is not None or self.aligned:
+            raise RequestError(
+                f"{self.describe()} at chosen positions or rows, as a weight change",
+                expected="an intervention at every token",
+                do="keep it as an operation of the graft",
+            )
+        return folded(model, self.site, self.ids, self.kind, self.value)
+
+    def clashes(self, other: object) -> bool:
+        """Say whether both meet at an activation and their order would matter."""
+        if not isinstance(other, Intervention) or not self._meets(other):
+            return False
+        kinds = {self.kind, other.kind}
+        return not (kinds <= {"zero", "scale"} or kinds == {"add"})
+
+    def _meets(self, other: Intervention) -> bool:
+        mine, theirs = self.site.tap, other.site.tap
+        assert mine is not None
+        assert theirs is not None
+        if any(getattr(mine, f) != getattr(theirs, f) for f in ("module", "side", "index", "expert")):
+            return False
+        if self.rows is not None and other.rows is not None and not set(self.rows) & set(other.rows):
+            return False
+        a, b = features(mine, self.site.n)[self.ids], features(theirs, other.site.n)[other.ids]
+        return bool(torch.isin(a, b).any())
+
+    def describe(self) -> str:
+        """Return a few words for messages."""
+        return f"{self.kind} of {len(self.ids)} units at {self.site.name}"
+
+    def visit(self, name: str, x: Tensor, seen: Seen) -> Tensor:
+        """Return the activations [..., n] or [..., n, w] with those of the chosen units changed."""
+        axis = len(seen.lead)
+        ids = self.ids.to(x.device)
+        old = x.index_select(axis, ids)
+        new, flags = self._new(old, seen), self._where(seen)
+        if flags is not None:
+            new = torch.where(flags.to(x.device).reshape(*seen.lead, *[1] * (x.dim() - axis)), new, old)
+        return x.index_copy(axis, ids, new.to(x.dtype))
+
+    def _new(self, old: Tensor, seen: Seen) -> Tensor:
+        if self.kind == "zero":
+            return torch.zeros_like(old)
+        assert self.value is not None
+        value = self.value.to(old.device, old.dtype if old.dtype == torch.float64 else torch.float32)
+        if self.kind == "rotate":
+            turned = old.to(value.dtype)[..., None, :] @ value if value.dim() == 3 else old.to(value.dtype) @ value
+            return turned.squeeze(-2) if value.dim() == 3 else turned
+        if self.aligned:
+            rows, at = seen.place()
+            length = value.shape[1]
+            return value[rows % value.shape[0], at.clamp(max=length - 1)]
+        if self.width > 1 and value.dim() == 1:
+            value = value[:, None]
+        if self.kind == "scale":
+            return old * value
+        return old + value if self.kind == "add" else value.expand_as(old)
+
+    def _where(self, seen: Seen) -> Tensor | None:
+        """Return which activations change, bool shaped like their leading axes; None for all."""
+        flags: Tensor | None = None
+        if isinstance(self.positions, tuple):
+            wanted = [p if p >= 0 else p + seen.now.first for p in self.positions]
+            flags = torch.isin(seen.place()[1], torch.tensor(wanted))
+        elif self.positions != "all":
+            flags = seen.mask(self.positions)
+        if self.rows is not None:
+            mine = torch.isin(seen.place()[0], torch.tensor(self.rows))
+            flags = mine if flags is None else flags.cpu() & mine
+        if self.aligned:
+            assert self.value is not None
+            rows, at = seen.place()
+            if self.value.shape[0] > 1 and int(rows.max()) >= self.value.shape[0]:
+                raise RunError(
+                    f"{self.describe()} from {self.value.shape[0]} rows met a batch of {int(rows.max()) + 1}; "
+                    "give as many rows, or one for all"
+                )
+            inside = at < self.value.shape[1]
+            flags = inside if flags is None else flags.cpu() & inside
+        return flags
+
+
+@dataclass(eq=False)
+class Mounted:
+    """An intervention on a model.
+
+    Args:
+        board: the model's taps.
+        guest: its seat.
+    """
+
+    board: Board
+    guest: Guest
+
+    @property
+    def fired(self) -> int:
+        """How often it changed something."""
+        return sum(self.guest.fired.values())
+
+    def remove(self) -> None:
+        """Take it off without a trace."""
+        self.board.leave(self.guest)
+
+
+def interventions(
+    sites: Mapping[str, Site], ids: Mapping[str, Tensor], kind: str, values: Mapping[str, Tensor] | None, **how: Any
+) -> tuple[Intervention, ...]:
+    """Return one intervention for each site that has chosen units.
+
+    Raises:
+        RequestError: nothing is chosen.
+    """
+    found = tuple(
+        Intervention(sites[n], chosen, kind, None if values is None else values[n], **how)
+        for n, chosen in ids.items()
+        if len(chosen)
+    )
+    if not found:
+        raise RequestError("an intervention on no unit", expected="at least one unit", do="select some units")
+    return found
+
+
+def capture(model: nn.Module, sites: Mapping[str, Site], batch: Batch) -> dict[str, Tensor]:
+    """Run one batch and return its activations at each site, [B, T, n] or [B, T, n, w], on the CPU.
+
+    Raises:
+        RequestError: a site inside an expert, which does not see every token.
+    """
+    found: dict[str, Tensor] = {}
+
+    def visit(name: str, x: Tensor, seen: Seen) -> None:
+        if len(seen.lead) != 2:
+            raise RequestError(
+                f"the activations of {name!r}, shaped {tuple(x.shape)}",
+                expected="one for each token of each row",
+                do="choose sites outside of experts and pooled outputs",
+            )
+        found[name] = x.detach().to("cpu", torch.float32, copy=True)
+
+    board, guest = Board.of(model), Guest(sites, visit)
+    board.join(guest)
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        board.leave(guest)
+    missing: Sequence[str] = [n for n in sites if n not in found]
+    if missing:
+        raise RunError(f"the tap of {missing[0]} never fired")
+    return found

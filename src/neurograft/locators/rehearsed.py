@@ -1,0 +1,65 @@
+"""Another locator, asked after the head has been trained for a moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from neurograft.anatomy.describe import anatomy
+from neurograft.core.card import method
+from neurograft.core.choose import choose
+from neurograft.core.context import Context
+from neurograft.core.errors import RequestError
+from neurograft.core.selection import Scores
+from neurograft.locators._common import backward, need_batches
+
+
+@method(needs={"batches", "labels", "gradients"}, claims={"finite", "length", "permutes"})
+def rehearsed(context: Context, *, by: Any = "fisher", steps: int = 100, lr: float = 1e-2) -> Scores:
+    """Train the head alone for a few steps, ask another locator, and put the head back.
+
+    Gradients behind a random head say nothing about the layers before it.
+
+    Args:
+        context: model, batches with labels, loss; and what the other locator needs.
+        by: the other locator: a choice of `locators`.
+        steps: of AdamW, over the batches in turn; 0 asks at once.
+        lr: their learning rate.
+
+    Raises:
+        RequestError: no data, or a model without a head.
+    """
+    need_batches(context)
+    head = anatomy(context.model).head
+    if head is None:
+        raise RequestError("a model without a head", expected="a model for a task", do="ask the other locator itself")
+    mine = dict(context.model.get_submodule(head).named_parameters())
+    original = {n: p.detach().clone() for n, p in mine.items()}
+    flags = {p: p.requires_grad for p in context.model.parameters()}
+    losses = []
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(any(parameter is p for p in mine.values()))
+        optimizer = torch.optim.AdamW(mine.values(), lr=lr, weight_decay=0.0)
+        for step in range(steps):
+            loss = context.scalar(context.batches[step % len(context.batches)])
+            backward(loss)
+            losses.append(float(loss.detach()))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        found: Scores = choose("locators", by)(context)
+    finally:
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(original[name])
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    card = {
+        **found.card,
+        "head": head,
+        "rehearsal": {"steps": steps, "lr": lr, "losses": losses[:: max(1, steps // 20)]},
+    }
+    return Scores(found.sites, found.values, card)

@@ -1,0 +1,53 @@
+"""Another locator, asked about some of the sites only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from neurograft.anatomy.roles import in_decoder, with_roles
+from neurograft.core.card import method
+from neurograft.core.choose import choose
+from neurograft.core.context import Context
+from neurograft.core.selection import Scores
+
+
+@method(claims={"finite", "length", "permutes"})
+def within(
+    context: Context,
+    *,
+    by: Any = "magnitude",
+    roles: Sequence[str] | str = (),
+    language: bool = False,
+    apart: bool = False,
+) -> Scores:
+    """Score the units of some roles by another locator, and leave the other sites out of the scores.
+
+    Args:
+        context: what the other locator needs.
+        by: the other locator: a choice of `locators`.
+        roles: q, k, v, o, gate, up, down, norm, embedding, head; or the groups attention, ffn, block (all of the
+            seven). Empty for every site.
+        language: leave out what lies outside of the model's decoder: vision towers, projectors.
+        apart: make a site of each part of the units, so that a norm's gains and shifts are units of their own.
+
+    Raises:
+        RequestError: an unknown role, one fused with others in a parameter, or no site left.
+    """
+    sites = dict(context.sites)
+    if roles:
+        sites = with_roles(context.model, sites, roles)
+    if language:
+        sites = in_decoder(context.model, sites)
+    if apart:
+        sites = {
+            f"{name}:{part.param.rpartition('.')[2]}": replace(
+                site.with_parts(i), name=f"{name}:{part.param.rpartition('.')[2]}", tap=None
+            )
+            for name, site in sites.items()
+            for i, part in enumerate(site.parts)
+        }
+    asked = choose("locators", by)
+    found: Scores = asked(replace(context, sites=sites))
+    return Scores(found.sites, found.values, {**found.card, "within": list(roles) or None, "asked": asked.as_dict()})

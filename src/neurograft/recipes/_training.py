@@ -1,0 +1,20 @@
+"""Training arguments as the papers state them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def training(
+    *, lr: float, epochs: float, batch: int, warmup: float, schedule: str = "linear", decay: float = 0.0, **more: Any
+) -> dict[str, Any]:
+    """Return fields of TrainingArguments; a warm-up below 1 is a share of the steps."""
+    return {
+        "learning_rate": lr,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch,
+        "warmup_steps": warmup,
+        "lr_scheduler_type": schedule,
+        "weight_decay": decay,
+        **more,
+    }

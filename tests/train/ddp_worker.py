@@ -1,0 +1,54 @@
+"""One of two processes: trains through the Trainer, resumes, and says what it got. Started by test_machines."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import neurograft as ng
+from neurograft.core.selection import Selection
+from neurograft.worlds.pico import pico
+
+
+def examples(n=16):
+    rng = torch.Generator().manual_seed(3)
+    made = []
+    for i in range(n):
+        tokens = torch.randint(3, 64, (8,), generator=rng)
+        labels = tokens.clone()
+        labels[: 1 + i % 5] = -100
+        made.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels})
+    return made
+
+
+def arguments(folder, size):
+    return {
+        "max_steps": 4, "per_device_train_batch_size": size, "learning_rate": 1e-3, "output_dir": str(folder),
+        "save_strategy": "steps", "save_steps": 2, "use_cpu": True, "weight_decay": 0.1,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+
+
+def main(folder):
+    rank = int(os.environ["RANK"])
+    where = Selection.load(folder / "where.safetensors")
+    model = pico("llama", seed=1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run = {"objective": "dft", "args": arguments(folder / "run", 2)}
+    graft = ng.tune(model, examples(), where, **run)
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder / "run" / "checkpoint-4")
+    dist.barrier()
+    resumed = ng.tune(model, examples(), where, resume_from_checkpoint=True, **run)
+    assert resumed.identity == graft.identity, "resumed under DDP differs"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model is not as found"
+    graft.save(folder / f"graft{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

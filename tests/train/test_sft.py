@@ -1,0 +1,166 @@
+"""Training through TRL's SFTTrainer, whose fused head reads the weight past the module."""
+
+import shutil
+
+import pytest
+import torch
+
+import neurograft as ng
+from neurograft.worlds.letters import letters
+from neurograft.worlds.pico import pico
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+HEAD = "lm_head.weight"
+CHOSEN = {
+    HEAD: ("row", [5, 6, 30]),
+    "model.layers.0.mlp.gate_proj.weight": ("row", [1, 40]),
+    "model.layers.1.mlp.down_proj.weight": ("column", [0, 7]),
+}
+
+
+class GraftSFTTrainer(ng.GraftTrainerMixin, trl.SFTTrainer):
+    pass
+
+
+def rows(n=16):
+    return datasets.Dataset.from_list([{"text": "abcdefgh"[i % 5 :] + "xyz 1"[: 1 + i % 4]} for i in range(n)])
+
+
+def model_of(**config):
+    return pico("llama", tie_word_embeddings=False, attention_dropout=0.1, **config)
+
+
+def trainer_of(model, live, folder, objective=None, **more):
+    options = {
+        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_length": 16,
+        "logging_strategy": "no", "save_strategy": "no", "max_steps": 4, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **more,
+    }  # fmt: skip
+    return GraftSFTTrainer(
+        model=model,
+        mount=live,
+        objective=objective,
+        args=trl.SFTConfig(**options),
+        train_dataset=rows(),
+        eval_dataset=rows(4) if "eval_strategy" in more else None,
+        processing_class=letters(),
+    )
+
+
+def run(pick, folder, chosen=CHOSEN, resume=None, model=None, **more):
+    model = model_of() if model is None else model
+    with ng.attach(model, pick(model, chosen)) as live:
+        trainer = trainer_of(model, live, folder, **more)
+        trainer.train(resume)
+        return trainer, live.state_dict(), live.graft()
+
+
+def test_rows_of_the_head_move_and_nothing_else(pick, tmp_path, only):
+    model = model_of()
+    where = pick(model, CHOSEN)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with ng.attach(model, where) as live:
+        trainer = trainer_of(model, live, tmp_path, weight_decay=0.1)
+        trainer.train()
+        only(model, before, where)
+        assert trainer.moved["tensors"] == 3
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_without_the_hand_over_the_head_is_missed_and_named(pick, tmp_path, monkeypatch):
+    monkeypatch.setattr("neurograft.train.mixin.heads", lambda model: [])
+    with pytest.raises(ng.RunError, match=r"no gradient reached lm_head\.weight"):
+        run(pick, tmp_path)
+
+
+def test_the_head_gets_the_dense_gradient(pick, tmp_path):
+    """Under the fused head, against a twin with a trainable head."""
+    found = {}
+    for kind in ("slice", "dense"):
+        model = pico("llama", tie_word_embeddings=False)
+        chosen = {HEAD: CHOSEN[HEAD]} if kind == "slice" else {HEAD: ("row", range(64))}
+        with ng.attach(model, pick(model, chosen), adapter=kind) as live:
+            trainer = trainer_of(model, live, tmp_path, bf16=False, max_steps=1, max_grad_norm=0.0)
+            kept = []
+            trainer.add_callback(_Grab(live, kept))
+            trainer.train()
+            found[kind] = kept[0]
+    torch.testing.assert_close(found["slice"], found["dense"][CHOSEN[HEAD][1]], rtol=0, atol=1e-7)
+
+
+from transformers import TrainerCallback  # noqa: E402
+
+
+class _Grab(TrainerCallback):
+    def __init__(self, live, kept):
+        self.live, self.kept = live, kept
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.kept.append(self.live.trained()[HEAD].grad.clone())
+
+
+def test_objectives_run_on_the_fused_fields(pick, tmp_path):
+    own, theirs, _ = run(pick, tmp_path)
+    ours, mine, _ = run(pick, tmp_path, objective="auto")
+    close = {"rtol": 0, "atol": 1e-5}  # padding is left out of our sum and zero in TRL's: another rounding
+    torch.testing.assert_close(torch.tensor(ours.witness.losses), torch.tensor(own.witness.losses), **close)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=1e-3)
+    theirs, _, _ = run(pick, tmp_path, loss_type="dft")
+    dft, _, _ = run(pick, tmp_path, objective="dft")
+    torch.testing.assert_close(torch.tensor(dft.witness.losses), torch.tensor(theirs.witness.losses))
+    eaft, _, _ = run(pick, tmp_path, objective=("eaft", {"top": None, "scale": 6.0}))
+    assert 0.6 * sum(own.witness.losses) < sum(eaft.witness.losses) < 0.75 * sum(own.witness.losses)  # ln 64 / 6
+    with pytest.raises(ng.RequestError, match="fused head"):
+        run(pick, tmp_path, objective="eaft")
+    with pytest.raises(ng.RequestError, match="loss_type beside"):
+        run(pick, tmp_path, objective="auto", loss_type="dft")
+    metrics = [h for h in ours.state.log_history if "entropy" in h or "mean_token_accuracy" in h]
+    assert metrics or "entropy" in ours._metrics["train"]
+
+
+def test_resumed_equals_uninterrupted_and_the_best_model_is_loaded(pick, tmp_path):
+    """bfloat16 autocast and activation checkpointing are TRL's defaults."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_total_limit": 9,
+    }
+    base = {"model": None, "objective": ("dft", {"alpha": 0.5}), **options}
+    straight, ends, graft = run(pick, tmp_path / "a", **base)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-4")
+    resumed, again, regraft = run(pick, tmp_path / "a", resume=True, **base)
+    assert straight.witness.losses == resumed.witness.losses
+    assert all(torch.equal(ends[n], again[n]) for n in ends)
+    assert graft.identity == regraft.identity
+    best, kept, _ = run(
+        pick, tmp_path / "b", **{**base, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+                                "greater_is_better": False},
+    )  # fmt: skip
+    from neurograft.train.checkpoint import tensors
+
+    folder = best.state.best_model_checkpoint
+    assert folder.endswith("checkpoint-2")  # this loss rises with the probability
+    assert all(torch.equal(kept[n], v) for n, v in tensors(tmp_path / "b" / "checkpoint-2").items())
+    assert not torch.equal(kept[HEAD], ends[HEAD])
+
+
+def test_an_adapter_around_the_head_is_refused(pick, tmp_path):
+    model = model_of()
+    with (
+        ng.attach(model, adapter="lora", targets=["lm_head"]) as live,
+        pytest.raises(ng.RequestError, match="fused head"),
+    ):
+        trainer_of(model, live, tmp_path)
+    side = pick(model, {HEAD: ("row", [3])})
+    with ng.attach(model, side, route="side") as live, pytest.raises(ng.RequestError, match="fused head"):
+        trainer_of(model, live, tmp_path)
+    with ng.attach(model, pick(model), adapter="lora") as live:
+        trainer = trainer_of(model, live, tmp_path, objective="likelihood")
+        trainer.train()
+        assert trainer.moved["tensors"] == 6
