@@ -28,10 +28,10 @@ FORWARD, MOMENTS, EVERYTHING = "forward", "mean, variance, rate", "every statist
 BACKWARD, ATTRIBUTION = "forward and backward", "grad x act"
 
 
-def base() -> nn.Module:
+def base(layers: int) -> nn.Module:
     """Return the model, the same for everyone."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=LENGTH,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -94,9 +94,10 @@ def main(words: list[str] | None = None) -> int:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu for a busy machine")
     parser.add_argument("--batches", type=int, default=2, help="batches in a round (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer for a slow machine (default: %(default)s)")
     given = parser.parse_args(words)
     torch.set_num_threads(given.threads)
-    where, model = environment(), base()
+    where, model = environment(), base(given.layers)
     batches = []
     for i in range(max(4, given.batches)):
         tokens = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator(given.seed, "batch", i))
@@ -105,7 +106,7 @@ def main(words: list[str] | None = None) -> int:
     times = interleave(made, rounds=given.rounds, warmups=given.warmups, seed=given.seed)
     reached = targets(times, given.clock)
     memory = {n: held(model, batches[:n]) for n in (2, 4)}
-    shape = {"hidden": HIDDEN, "ffn": FFN, "layers": LAYERS, "vocabulary": VOCABULARY, "tokens": [ROWS, LENGTH]}
+    shape = {"hidden": HIDDEN, "ffn": FFN, "layers": given.layers, "vocabulary": VOCABULARY, "tokens": [ROWS, LENGTH]}
     payload = {
         "benchmark": "stream", "environment": where, "model": shape, "dtype": "float32", "batches": given.batches,
         "rounds": given.rounds, "warmups": given.warmups, "clock": given.clock, "targets": reached,
