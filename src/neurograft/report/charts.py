@@ -148,7 +148,7 @@ def _label(name: str, layer: str, layers: Sequence[str]) -> str:
 def weight_bars(found: Sequence[Data], layers: Sequence[str]) -> str:
     """Draw the relative size of the change in every layer."""
     rows = [(_label("", r["name"], layers), r["relative"], f"{r['entries']:,} numbers") for r in found]
-    return _columns(rows, "norm of the change / norm of the touched parameters", "Weight drift by layer")
+    return _columns(rows, "norm of the change / of the parameters", "Weight drift by layer")
 
 
 def _columns(rows: Sequence[tuple[str, float, str]], unit: str, title: str) -> str:
@@ -164,7 +164,7 @@ def _columns(rows: Sequence[tuple[str, float, str]], unit: str, title: str) -> s
         body.append(f"<g><title>{label}: {number(value)}, {more}</title>{shape}</g>")
         if i % every == 0:
             body.append(words(x + width / 2, bottom + 13, shortened(label, 8), "t s", anchor="middle"))
-    body.append(words((left + right) / 2, bottom + 28, f"layer; {unit}", "t s", anchor="middle"))
+    body.append(words((left + right) / 2, bottom + 28, f"{unit}, by layer", "t s", anchor="middle"))
     return drawing(body, bottom + 34, title=title)
 
 
@@ -188,7 +188,7 @@ def drift_lines(domains: Mapping[str, Data], key: str) -> str:
     every = -(-count // 12)
     body += [words(at_x(j), bottom + 13, str(j), "t s", anchor="middle") for j in range(0, count, every)]
     name = f"1 {MINUS} " + ("CKA" if key == "cka_drift" else "cosine")
-    body.append(words((left + right) / 2, bottom + 28, f"layer; {name} of its output", "t s", anchor="middle"))
+    body.append(words((left + right) / 2, bottom + 28, f"{name} of the output, by layer", "t s", anchor="middle"))
     return drawing(body, bottom + 34, title=f"Representation drift by layer, {name}")
 
 
@@ -203,7 +203,8 @@ def damage_bars(found: Data, layers: Sequence[str], *, most: int = 16) -> str:
         y, change = 8 + i * height + height / 2, part["change"]
         kind = "bad" if change["value"] > 0 else "good"
         x = sorted((at(0), at(change["value"])))
-        label = _label(part["name"] if part["name"] not in layers else "", _layer_in(part["name"], layers), layers)
+        layer = _layer_in(part["name"], layers)
+        label = f"layer {layers.index(layer)}" if part["name"] in layers else _label(part["name"], layer, layers)
         body += [words(left - 6, y + 4, shortened(label, 16), "t s", anchor="end")]
         body += [rect(x[0], y - 5, x[1] - x[0], 10, f"bar {kind}")]
         body += [line(at(_low(change)), y, at(_high(change)), y, "whisker")]

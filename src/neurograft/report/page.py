@@ -93,7 +93,7 @@ def _where(data: Data) -> str:
     layers = weights["layer_names"] if weights else []
     if weights and weights["parameters"]:
         share = f"{weights['entries']:,} of {weights['total']:,} numbers"
-        caption = f"{share} in {len(weights['parameters'])} parameters. Darker: a larger change."
+        caption = f"{share} in {len(weights['parameters'])} parameters. Stronger colour: a larger change."
         found.append(figure("Neuron map", charts.neuron_map(weights["parameters"], layers), caption))
         found.append(figure("Weights, by layer", charts.weight_bars(weights["layers"], layers)))
     drifts = {n: d["representation_drift"] for n, d in data["domains"].items() if "representation_drift" in d}
