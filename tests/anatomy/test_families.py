@@ -189,6 +189,16 @@ def test_a_wrong_request_is_answered_with_what_would_have_been_right(options, wo
         sites(model_of("llama"), **options)
 
 
+def test_a_model_under_peft_keeps_its_anatomy():
+    peft = pytest.importorskip("peft")
+    model, batch = pico("llama", dtype=torch.float64), pico_batch("llama")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).double()
+    (site,) = sites(wrapped, "neuron", layers=1).values()
+    assert site.name == "base_model.model.model.layers.1.mlp/neuron"
+    assert site.parts[-1].param == "base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"
+    assert {row.status for row in verify(wrapped, batch, kinds=["neuron", "head"])} == {"equal"}
+
+
 def test_plain_ffns_have_no_gate_and_say_so():
     with pytest.raises(RequestError, match="one of act, up"):
         sites(model_of("gpt2"), "neuron", at="gate")
