@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from _tables import TASK, A, B, BigramForCausalLM, rows_graft, target, text
+from _tables import TASK, A, B, BigramForCausalLM, Table, rows_graft, target, text
 
 import neurograft as ng
 from neurograft.core.errors import RequestError
@@ -128,6 +128,17 @@ def test_a_callable_decides_where_there_are_no_classes(data):
     assert set(report.data["domains"]["a"]) == {"loss", "divergence"}
 
 
+def test_a_metric_stands_in_where_outputs_are_no_classes():
+    model = Table([[0.0, 0.0], [0.0, 0.0]])
+    rows = [{"states": torch.zeros(9, 1, 1), "rows": torch.tensor([r] * 9)} for r in (0, 1)]
+    value = lambda net, batch: net(batch["rows"])[:, 0]  # noqa: E731
+    graft = rows_graft(model, [1], [[-1.0, 0.0]])
+    report = ng.audit(model, graft, gain=rows[:1], keep={"b": rows[1:]}, metrics=value, probes="none")
+    assert report.verdict == "do not ship"
+    with pytest.raises(RequestError, match="metrics=callable"):
+        ng.audit(model, graft, gain=rows[:1])
+
+
 def test_probes_may_be_ones_own(data):
     def rows(model, change, batches, *, seed=0):
         return {"measures": {}, "rows": sum(len(b["input_ids"]) for b in batches)}
@@ -168,4 +179,10 @@ def test_reports_survive_their_file(data, tmp_path):
     assert again.as_dict() == json.loads(json.dumps(report.as_dict())) == report.as_dict()
     assert again.html() == page.read_text(encoding="utf-8")
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json"]
+    graft = report.recorded(improved(model))
+    assert graft.save(tmp_path / "graft")
+    assert Graft.load(tmp_path / "graft").card["audit"]["verdict"] == "ship"
+    assert graft.identity == improved(model).identity
+    with pytest.raises(RequestError, match="the graft that was audited"):
+        report.recorded(harmed(model))
     assert again.judged({"tolerance": 0.0, "gain_above": 99.0}).verdict == "cannot tell"

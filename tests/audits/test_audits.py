@@ -91,8 +91,12 @@ def test_metrics_decide_when_given():
     graft = rows_graft(model, [0], [[1.0, 0.0]])
     found = gain(model, graft, four_items(), metrics={"margin": lambda m, b: m(b["rows"])[:, 0]}, nulls=3)
     assert found["by"] == "margin"
+    assert set(found["measures"]) == {"margin"}
     assert found["measures"]["margin"]["change"]["value"] == pytest.approx(1.0)
     assert len(found["measures"]["margin"]["noise_floor"]["nulls"]) == 3
+    lost = loss(model, graft, four_items(), metric=lambda m, b: m(b["rows"])[:, 0], nulls=3)
+    assert lost["measures"]["loss"]["change"]["value"] == pytest.approx(-1.0)
+    assert (lost["items"], sum(lost["histogram"]["counts"])) == (4, 4)
     rows = [{"rows": torch.zeros(4, dtype=torch.long)}]
     assert gain(model, graft, rows, metrics=lambda m, b: m(b["rows"])[:, 0])["by"] == "metric"
     with pytest.raises(RequestError, match="margin"):

@@ -62,7 +62,8 @@ def audit(
         keep: name of a domain -> data on which nothing should get worse. Text without labels counts as labelled
             with itself.
         metrics: (model, batch) -> one number for each row, higher is better; or name -> such a callable. The first
-            one then decides on the gain, unless the rule `gain` names another measure.
+            one then decides on the gain, unless the rule `gain` names another measure; and on the loss, where a
+            domain's outputs are no classes.
         probes: "all", "none", or methods of `neurograft.audits`, to be measured beside gain and loss.
         processing_class: tokenizer or processor for raw data; the one saved with the model if None.
         rules: changes to `neurograft.report.rules.DEFAULT`, or a YAML or JSON file of them.
@@ -97,7 +98,7 @@ def audit(
             measured["gain"], measured["task"] = _task(net, change, task, metrics, chosen["gain"], asked, options)
         names = list(domains)
         for name in progress(names, "kept domains") if progress else names:
-            measured["domains"][name] = _domain(net, change, domains[name], asked, options)
+            measured["domains"][name] = _domain(net, change, domains[name], metrics, asked, options)
         for probe in asked:
             if not _by_domain(probe):
                 measured["whole"][_short(probe)] = probe(net, change)
@@ -142,23 +143,39 @@ def _task(
     probes: list[Chosen],
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    measured = None
-    if metrics is None or all("labels" in batch for batch in batches):
-        measured = runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
+    measured = _runs(model, change, batches, metrics, options)
     found = measure_gain(model, change, batches, by=by, metrics=metrics, measured=measured, **options)
     beside = [probe for probe in probes if _takes(probe, "measured")] if measured is not None else []
     return found, {_short(p): _run(p, model, change, batches, measured, options) for p in beside}
 
 
 def _domain(
-    model: nn.Module, change: Change, batches: list[Batch], probes: list[Chosen], options: dict[str, Any]
+    model: nn.Module,
+    change: Change,
+    batches: list[Batch],
+    metrics: Metrics,
+    probes: list[Chosen],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    measured = runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
-    found = {"loss": measure_loss(model, change, batches, measured=measured, **options)}
+    measured = _runs(model, change, batches, metrics, options)
+    metric = None if measured is not None else next(iter(metrics.values())) if isinstance(metrics, Mapping) else metrics
+    found = {"loss": measure_loss(model, change, batches, measured=measured, metric=metric, **options)}
     for probe in probes:
-        if _by_domain(probe):
+        if _by_domain(probe) and (measured is not None or "labels" not in probe.card.needs):
             found[_short(probe)] = _run(probe, model, change, batches, measured, options)
     return found
+
+
+def _runs(
+    model: nn.Module, change: Change, batches: list[Batch], metrics: Metrics, options: dict[str, Any]
+) -> Runs | None:
+    """Return the paired runs; None where the outputs are no classes and a metric stands in for them."""
+    try:
+        return runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
+    except RequestError:
+        if metrics is None:
+            raise
+        return None
 
 
 def _run(

@@ -20,10 +20,14 @@ class Witness:
 
     def __init__(self, mount: Mount) -> None:
         self.mount = mount
-        self.start = mount.state_dict()
+        self.losses: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew with the tensors the mount has now."""
+        self.start = {n: p.detach().clone() for n, p in self.mount.named_parameters().items()}
         self.reached: set[str] = set()
         self.awake: set[str] = set()
-        self.losses: list[float] = []
 
     def loss(self, value: Tensor | float, *, step: int) -> float:
         """Return a loss as a number.
