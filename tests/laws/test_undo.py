@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from neurograft.adapters.slice import SliceMount
+from neurograft.adapters.slice import slice as slice_adapter
 from neurograft.core.coordinates import coordinates, everything
 from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError, RunError
@@ -14,8 +15,9 @@ from neurograft.core.fingerprint import same_bits
 from neurograft.core.graft import Graft
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
+from neurograft.core.selection import Selection
 from neurograft.core.stack import ATTRIBUTE
-from neurograft.core.units import Parameters
+from neurograft.core.units import Parameters, Part, Site
 from neurograft.core.untie import Untie
 from neurograft.worlds.pico import families, pico, pico_batch
 
@@ -312,3 +314,32 @@ def test_every_permutation_of_three():
             graft.remove(model)
         assert equal(bits(model), base)
     assert all(equal(r, reached[0]) for r in reached)
+
+
+@pytest.mark.parametrize("use", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_one_use_of_a_tied_weight_is_trained_alone(use, tmp_path):
+    model = pico("llama", tie_word_embeddings=True)
+    base, shared = bits(model), model.lm_head.weight
+    other = ({"lm_head.weight", "model.embed_tokens.weight"} - {use}).pop()
+    site = Site("rows", "row", 64, (Part.rows(use, (64, 32)),))
+    where = Selection({"rows": site}, {"rows": torch.tensor([4, 7])})
+    with pytest.raises(RequestError, match="tied='untie'"):
+        slice_adapter(model, where)
+    with pytest.raises(RequestError, match="no parameter"):
+        slice_adapter(model, where, tied="untie", protect=where)
+    assert model.lm_head.weight is shared
+    with slice_adapter(model, where, tied="untie") as live:
+        optimizer = torch.optim.AdamW(live.parameters(), lr=0.1)
+        model(**pico_batch(model)).loss.backward()
+        optimizer.step()
+        on = bits(model)
+        inside = live.graft()
+    assert model.lm_head.weight is model.model.embed_tokens.weight is shared
+    assert equal(bits(model), base)
+    assert torch.equal(on[other], base[other])
+    assert (on[use] != base[use]).any(-1).nonzero().reshape(-1).tolist() == [4, 7]
+    graft = Graft.load(live.graft().save(tmp_path / "g"))
+    assert graft.identity == inside.identity
+    with graft.on(model):
+        assert equal(bits(model), on)
+    assert equal(bits(model), base)
