@@ -15,7 +15,7 @@ from neurograft.core.card import method
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.live import Live, Plain
-from neurograft.core.mount import Mount, matrix_of, regions_of
+from neurograft.core.mount import Mount, matrix_of, regions_of, untied
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 
@@ -27,7 +27,7 @@ def slice(
     *,
     new: Iterable[str] | Mapping[str, int] = (),
     protect: Selection | None = None,
-    tied: Literal["refuse", "both"] = "refuse",
+    tied: Literal["refuse", "both", "untie"] = "refuse",
     route: Literal["in-place", "side"] = "in-place",
     allow_dense: bool = False,
 ) -> Mount:
@@ -38,7 +38,8 @@ def slice(
         where: the units.
         new: parameters the base's checkpoint lacks, trained whole (patterns), or name -> rows the base has.
         protect: units whose numbers must not move; their overlap with `where` is left out.
-        tied: what to do with a parameter that has two names: "refuse", or train it for "both".
+        tied: what to do with a parameter that has two names: "refuse", train it for "both", or "untie" it, so that
+            only the selected use changes; the graft then unties it wherever it is put on.
         route: "in-place" writes the values into the base's weight; "side" leaves it alone and adds
             x @ (values - base).T beside it, for quantized or sharded bases.
         allow_dense: accept a dense gradient where an operation on a selected weight is not known.
@@ -49,6 +50,28 @@ def slice(
         RequestError: the selection touches nothing, or a tied parameter.
     """
     one_of(route, ("in-place", "side"), what="route")
+    one_of(tied, ("refuse", "both", "untie"), what="rule for tied weights")
+    ties = untied(model, where) if tied == "untie" else None
+    try:
+        mount = _mounted(model, where, new=new, protect=protect, tied=tied, route=route, allow_dense=allow_dense)
+    except BaseException:
+        if ties is not None:
+            ties.remove()
+        raise
+    mount.ties = ties
+    return mount
+
+
+def _mounted(
+    model: nn.Module,
+    where: Selection,
+    *,
+    new: Iterable[str] | Mapping[str, int],
+    protect: Selection | None,
+    tied: str,
+    route: str,
+    allow_dense: bool,
+) -> Mount:
     regions = regions_of(model, where, protect=protect, tied=tied)
     appended = dict(new) if isinstance(new, Mapping) else {}
     for name, rows in appended.items():
@@ -63,7 +86,7 @@ def slice(
         regions[name] = grown
     if route == "side":
         return SideMount(model, regions, new=new)
-    rules = {"protect": protect, "tied": tied}
+    rules = {"protect": protect, "tied": "both" if tied == "both" else "refuse"}  # of a turn to other units
     return SliceMount(model, regions, new=new, allow_dense=allow_dense, rules=rules)
 
 

@@ -62,6 +62,10 @@ class CheckpointMap:
         """Return a checkpoint tensor's shape."""
         return self.views[self.resolve(tensor)].shape
 
+    def modules(self, tensor: str) -> list[str]:
+        """Return the parameters that hold a checkpoint tensor."""
+        return self.views[self.resolve(tensor)].leaves()
+
     def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
         """Return where entries of a parameter lie in the checkpoint.
 

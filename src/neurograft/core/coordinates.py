@@ -63,6 +63,9 @@ class Coordinates(Protocol):
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Return a checkpoint tensor's shape."""
 
+    def modules(self, tensor: str) -> list[str]:
+        """Return the parameters that hold a checkpoint tensor."""
+
     def resolve(self, tensor: str) -> str:
         """Return the checkpoint's name of a tensor that may be named otherwise; RequestError if there is none."""
 
@@ -98,6 +101,10 @@ class Same:
     def names(self) -> dict[str, tuple[int, ...]]:
         """Return the parameters and buffers with their shapes."""
         return {n: tuple(p.shape) for n, p in {**self.parameters.by_name, **self.buffers}.items()}
+
+    def modules(self, tensor: str) -> list[str]:
+        """Return the parameter."""
+        return [self.resolve(tensor)]
 
     def resolve(self, tensor: str) -> str:
         """Return the first name of a parameter."""

@@ -14,9 +14,10 @@ from neurograft.core.coordinates import Coordinates, coordinates, holders
 from neurograft.core.delta import New, combined
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
+from neurograft.core.ledger import Change
 from neurograft.core.region import Region
 from neurograft.core.resolve import resolve
-from neurograft.core.stack import Change, Stack
+from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 
 

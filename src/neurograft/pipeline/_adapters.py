@@ -15,7 +15,7 @@ from neurograft.core.coordinates import Coordinates, everything
 from neurograft.core.delta import Delta, LowRank, New, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
-from neurograft.core.graft import Graft
+from neurograft.core.graft import Graft, versions
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.skeleton import skeleton
 from neurograft.pipeline._narrow import narrow_change
@@ -83,9 +83,16 @@ def adapter_graft(
     config: Any = next(iter(wrapped.peft_config.values()))  # type: ignore[union-attr, operator]
     if source_folder is not None:
         config = PeftConfig.from_pretrained(str(source_folder))
-    card = {"base": base, "made_by": "diff", "tuned": _name(tuned), "peft_type": str(config.peft_type.value)}
-    if config.is_prompt_learning or config.peft_type.value in ("ADAPTION_PROMPT", "CARTRIDGE"):
-        raise _no_weights(str(config.peft_type.value))
+    kind = str(config.peft_type.value)
+    card = {
+        "base": base,
+        "versions": versions(),
+        "made_by": "diff",
+        "tuned": _name(tuned),
+        "peft_type": kind,
+    }
+    if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "CARTRIDGE"):
+        raise _no_weights(kind)
     if _only_lora(wrapped, config):
         deltas, digests = _layers(wrapped, source, where)
         return Graft(dict(sorted(deltas.items())), (), digests, card)

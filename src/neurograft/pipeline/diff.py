@@ -14,7 +14,7 @@ from neurograft.core.coordinates import Coordinates, everything
 from neurograft.core.delta import Delta, New
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
-from neurograft.core.graft import Graft
+from neurograft.core.graft import Graft, versions
 from neurograft.core.mount import matrix_of
 from neurograft.core.operation import Operation
 from neurograft.core.region import as_matrix
@@ -77,7 +77,9 @@ def diff(
         for name, shared in home.items():
             mine.known.setdefault(name, mine.known.get(shared, []))
         made = _compared(model, mine, theirs, where, progress)
-        card = {"base": described(model, mine), "made_by": "diff", "tuned": _name(tuned), **made[2]}
+        known_as = {n: where.modules(n) for n in made[1] if where.modules(n) != [n]}
+        card: dict[str, Any] = {"base": described(model, mine), "versions": versions(), "modules": known_as}
+        card |= {"made_by": "diff", "tuned": _name(tuned), **made[2]}
         operations: tuple[Operation, ...] = () if apart is None else (apart,)
         return Graft(made[0], operations, made[1], card)
 
