@@ -1,13 +1,17 @@
 """The command line: exit statuses, messages, files; the verbs themselves are tested where they live."""
 
 import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 
+from neurograft.anatomy.sites import sites
 from neurograft.cli import main
 from neurograft.cli.commands import LATER, VERBS
 from neurograft.core.selection import Scores, Selection
+from neurograft.pipeline.attach import attach
 from neurograft.worlds.letters import letters
 from neurograft.worlds.pico import pico
 
@@ -57,31 +61,81 @@ def test_choices_take_options(folder, monkeypatch, capsys):
 WRONG = {
     "unknown model": (("locate", "nowhere/at/all", "--by", "noise"), "no folder is"),
     "unknown kind": (("locate", "MODEL", "--by", "noise", "--units", "neurn"), "'neuron'"),
+    "unknown site": (("locate", "MODEL", "--by", "noise", "--match", "*.mpl/neuron"), "mlp/neuron"),
     "unknown method": (("locate", "MODEL", "--by", "gradxact"), "grad_x_act"),
     "unknown option of a method": (("locate", "MODEL", "--by", "noise:sed=1"), "sed"),
     "missing data": (("locate", "MODEL"), "give data"),
+    "empty data": (("locate", "MODEL", "EMPTY"), "no rows"),
+    "not a number": (("locate", "MODEL", "NAN"), "not finite"),
+    "no labels": (("tune", "MODEL", "BARE", "-o", "OUT"), "label"),
+    "a selection of nothing": (("tune", "MODEL", "DATA", "--where", "NOTHING", "-o", "OUT"), "touches no parameter"),
+    "a selection of another model": (("tune", "MODEL", "DATA", "--where", "FOREIGN", "-o", "OUT"), "this model"),
+    "tied weights": (("tune", "TIED", "DATA", "--where", "TOKENS", "-o", "OUT"), "tied"),
+    "unknown training argument": (("tune", "MODEL", "DATA", "--args", "learning_rat=1", "-o", "OUT"), "learning_rate"),
     "unknown recipe": (("run", "s2tf", "MODEL", "DATA"), "s2ft"),
     "a recipe without a model": (("run", "s2ft"), "a model"),
     "unknown key of a recipe": (("run", "s2ft", "MODEL", "DATA", "fractoin=0.1"), "fraction"),
     "writing over its input": (("select", "SCORES", "-o", "SCORES"), "one of the inputs"),
     "a graft that is none": (("export", "MODEL", "-o", "OUT"), "graft"),
+    "a graft for another base": (("apply", "OTHER", "GRAFT", "-o", "OUT"), "base"),
+    "a truncated graft": (("apply", "MODEL", "SHORT", "-o", "OUT"), "truncated or changed"),
+    "a second apply": (("apply", "MODEL", "GRAFT", "GRAFT", "-o", "OUT"), "second apply"),
+    "unknown anatomy": (("anatomy", "STRANGE"), "anatomy"),
     "a verb of later": (("merge", "MODEL", "a", "b"), "not in this version"),
 }
+NAMES = {
+    "MODEL": "model", "DATA": "data.jsonl", "SCORES": "n.safetensors", "OUT": "out", "EMPTY": "empty.jsonl",
+    "NAN": "nan.npz", "BARE": "bare.npz", "NOTHING": "nothing.safetensors", "FOREIGN": "foreign.safetensors",
+    "TIED": "gpt2", "TOKENS": "tokens.safetensors", "OTHER": "other", "GRAFT": "graft", "SHORT": "short",
+    "STRANGE": "strange",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spoiled(folder):
+    """Fill the folder with everything that can be wrong."""
+    (folder / "empty.jsonl").write_text("")
+    tokens = np.full((2, 4), 5)
+    np.savez(folder / "nan.npz", input_ids=tokens, labels=tokens, weight=np.full((2, 1), np.nan))
+    np.savez(folder / "bare.npz", input_ids=tokens)
+    model, tied = pico("llama"), pico("gpt2")
+    found = sites(model, "neuron")
+    Selection.of(found, {}).save(folder / "nothing.safetensors")
+    neurons = Selection.of(found, {name: [0] for name in found})
+    other = sites(tied, "neuron")
+    Selection.of(other, {name: [0] for name in other}).save(folder / "foreign.safetensors")
+    words = sites(tied, "token")
+    Selection.of(words, {name: [3] for name in words}).save(folder / "tokens.safetensors")
+    tied.save_pretrained(folder / "gpt2")
+    letters().save_pretrained(folder / "gpt2")
+    pico("llama", seed=1).save_pretrained(folder / "other")
+    with attach(model, neurons) as live:
+        for p in live.parameters():
+            p.data.add_(0.5)
+        live.write()
+        live.graft().save(folder / "graft")
+    shutil.copytree(folder / "graft", folder / "short")
+    file = folder / "short" / "graft.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    (folder / "strange").mkdir()
+    (folder / "strange" / "config.json").write_text('{"model_type": "nobody-knows"}')
+    return folder
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_requests_exit_2_and_say_what_to_do(case, folder, monkeypatch, capsys):
+def test_wrong_requests_exit_2_and_say_what_to_do(case, spoiled, monkeypatch, capsys):
+    folder = spoiled
     words, expected = WRONG[case]
+    monkeypatch.chdir(folder)
     run(monkeypatch, capsys, "locate", folder / "model", "--by", "noise", "-o", folder / "n.safetensors")
-    names = {"MODEL": "model", "DATA": "data.jsonl", "SCORES": "n.safetensors", "OUT": "out"}
-    before = sorted(p.name for p in folder.iterdir())
-    status, out, err = run(monkeypatch, capsys, *[folder / names[w] if w in names else w for w in words])
+    before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    status, out, err = run(monkeypatch, capsys, *[folder / NAMES[w] if w in NAMES else w for w in words])
     assert status == 2, (out, err)
     assert all(word in err for word in ("got", "expected", "to mend it")), err
     assert expected in err
     assert len(err.splitlines()) < 20
     assert "Traceback" not in err
-    assert sorted(p.name for p in folder.iterdir()) == before
+    assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == before
 
 
 def test_unknown_options_of_a_command_exit_2(folder, monkeypatch, capsys):

@@ -13,6 +13,7 @@ and, where worlds are built or trained, a function `prepare()` that builds them 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -48,7 +49,8 @@ def noting() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """Replace an attribute that must exist for the length of a block."""
+    """Replace an attribute that must exist, of an object or of a module given by name, for the length of a block."""
+    owner = importlib.import_module(owner) if isinstance(owner, str) else owner
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     try:

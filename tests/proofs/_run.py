@@ -110,17 +110,24 @@ def noticed(proof: Proof, sabotage: Callable[[], AbstractContextManager[Any]], *
 
 @contextmanager
 def traced() -> Iterator[set[str]]:
-    """Collect the files of the package in which a function is called, by path inside the package."""
+    """Collect the files of the package in which a function is called, by path inside the package.
+
+    What runs while a module is imported is left out: it would depend on what was imported before.
+    """
     files: set[str] = set()
     names: dict[str, str | None] = {}
     root = str(PACKAGE) + "/"
 
     def called(frame: FrameType, event: str, arg: Any) -> None:
         path = frame.f_code.co_filename
-        if path not in names:
-            names[path] = path.removeprefix(root) if path.startswith(root) else None
-            if (name := names[path]) is not None:
-                files.add(name)
+        if path in names:
+            return
+        name = path.removeprefix(root) if path.startswith(root) else None
+        if name is not None:
+            if _importing(frame):
+                return
+            files.add(name)
+        names[path] = name
 
     before = sys.gettrace()
     sys.settrace(called)
@@ -128,3 +135,11 @@ def traced() -> Iterator[set[str]]:
         yield files
     finally:
         sys.settrace(before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            return True
+        frame = frame.f_back
+    return False

@@ -116,6 +116,8 @@ def test_objectives_run_on_the_fused_fields(pick, tmp_path):
     assert 0.6 * sum(own.witness.losses) < sum(eaft.witness.losses) < 0.75 * sum(own.witness.losses)  # ln 64 / 6
     with pytest.raises(ng.RequestError, match="fused head"):
         run(pick, tmp_path, objective="eaft")
+    with pytest.raises(ng.RequestError, match="loss_type beside"):
+        run(pick, tmp_path, objective="auto", loss_type="dft")
     metrics = [h for h in ours.state.log_history if "entropy" in h or "mean_token_accuracy" in h]
     assert metrics or "entropy" in ours._metrics["train"]
 

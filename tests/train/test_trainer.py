@@ -324,6 +324,7 @@ def test_requests_that_cannot_be_served(llama, pick, examples, tmp_path, unmoved
         "alfa": {"objective": ("dft", {"alfa": 1})},
         "adapter 'slize'": {"adapter": "slize"},
         "no_such": {"new": ("no_such",)},
+        "label_smoothing_factor beside": {"args": {"label_smoothing_factor": 0.1}},
     }.items():
         with pytest.raises(ng.RequestError, match=match):
             ng.tune(llama, rows, where, **{"args": FAST, **more})

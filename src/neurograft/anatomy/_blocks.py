@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -35,9 +37,25 @@ def read_block(
             branches.append(Branch(role, module, writers))
     if not branches:
         return None
-    return Block(
-        name, family, tuple(attentions), tuple(ffns), tuple(mixtures), tuple(branches), repeated, entries.get("dim", -1)
-    )
+    distinct, dim = tuple(_distinct(branches, mixtures)), entries.get("dim", -1)
+    return Block(name, family, tuple(attentions), tuple(ffns), tuple(mixtures), distinct, repeated, dim)
+
+
+def _distinct(branches: list[Branch], mixtures: list[Mixture]) -> list[Branch]:
+    """Fold FFNs that a mixture adds to its experts into its branch, and number roles that come twice."""
+    routed = {m.module for m in mixtures}
+    added = [b for b in branches if any(b.module.startswith(f"{m}.") for m in routed)]
+    count: Counter[str] = Counter()
+    found = []
+    for branch in branches:
+        if branch in added:
+            continue
+        count[branch.role] += 1
+        role = branch.role if count[branch.role] == 1 else f"{branch.role}_{count[branch.role]}"
+        inside = [b for b in added if branch.module in routed and b.module.startswith(f"{branch.module}.")]
+        writers = dict.fromkeys(w for b in (branch, *inside) for w in b.writers)
+        found.append(replace(branch, role=role, writers=tuple(writers)))
+    return found
 
 
 def join(*steps: str) -> str:
@@ -70,7 +88,7 @@ def _attention(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> At
         if join(module, path) in inventory:
             made[f"also{i}"] = _cut(inventory, join(module, path), heads)
     o = Slot(o.module, o.matrix, Span.of(heads, width=width))
-    return Attention(module, entry.get("role", "attention"), made, o)
+    return Attention(module, entry.get("role", "attention"), made, o, entry.get("mixed", False))
 
 
 def _applies(inventory: Inventory, module: str, paths: Iterable[str], entry: Mapping[str, Any]) -> bool:

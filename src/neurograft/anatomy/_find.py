@@ -115,7 +115,7 @@ def one_to_one(probe: Probe, reader: str, source: str, feature: int, expected: i
 
 def linear(probe: Probe, reader: str, source: str, feature: int, reached: int) -> bool:
     """Say whether what a feature reaches is a linear function of it."""
-    base = probe.input_of(reader, source)
+    base = probe.base(reader, source)
     moved = [probe.input_of(reader, source, [feature], times=t) for t in (1.0, -1.0, 2.0)]
     if base is None or any(m is None for m in moved):
         return False
@@ -171,7 +171,9 @@ def _separate_attention(
     module = common(o, query, key, value)
     paths = {w: relative(module, n) for w, n in (("q", query), ("k", key), ("v", value), ("o", o))}
     others = {"also": [relative(module, n) for n in more]} if more else {}
-    return _attention_entry(probe, o, {"module": module, **paths, **others}, width)
+    crosses = probe.read[key] != probe.read[query] and probe.read[key] == probe.read[value]
+    role = {"role": "cross_attention"} if crosses else {}
+    return _attention_entry(probe, o, {"module": module, **role, **paths, **others}, width)
 
 
 def _attention_entry(probe: Probe, o: str, entry: Entry, width: int) -> Entry:

@@ -11,10 +11,12 @@ from neurograft.core.units import Part, Site, Tap
 
 
 def modules(reading: Reading) -> Iterator[Site]:
+    seen: set[str] = set()
     for name in reading.inventory.modules:
-        params = [p for _, p in reading.inventory.own(name)]
+        params = [p for _, p in reading.inventory.own(name) if p not in seen]
+        seen.update(params)
         if not params:
-            continue
+            continue  # it holds nothing, or what another module holds already
         parts, matrix = tuple(whole(reading, p) for p in params), reading.inventory.find_matrix(name)
         module = reading.inventory.modules[name]
         passes: Tap | None = None
@@ -106,7 +108,7 @@ def weights(reading: Reading) -> Iterator[Site]:
 def blocks(reading: Reading) -> Iterator[Site]:
     for name, at, m in _matrices(reading):
         first = m.first if isinstance(m, Bank) else m
-        if first.kernel > 1:
+        if first.kernel > 1 or (reading.only is not None and label(name, "block", at) not in reading.only):
             continue
         size = block_size(reading.block, (first.high, first.wide), name)
         part = m.each_block(size) if isinstance(m, Bank) else m.blocks(size)

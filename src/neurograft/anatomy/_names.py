@@ -8,10 +8,13 @@ from neurograft.anatomy.matrix import Inventory
 
 
 def numbered(inventory: Inventory, name: str) -> bool:
-    """Say whether a module is one of several of one class in a list, as the layers of a network are."""
+    """Say whether a module is one of several of one class in a list, as the layers of a network are.
+
+    Some lists of experts are dictionaries: "expert_3".
+    """
     parent, _, last = name.rpartition(".")
     held = inventory.modules.get(parent)
-    if not last.isdigit() or not isinstance(held, (nn.ModuleList, nn.Sequential)):
+    if not last[-1:].isdigit() or not isinstance(held, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
         return False
     return len({type(child) for child in held.children()}) == 1
 

@@ -27,6 +27,8 @@ class Probe:
 
     Attributes:
         order: linear layers and pointwise convolutions in the order of their first call.
+        leading: shape of their output then, without its features.
+        read: which tensor they read then.
     """
 
     def __init__(self, inventory: Inventory, batch: Mapping[str, Any]) -> None:
@@ -41,12 +43,17 @@ class Probe:
         }
         self.order: list[str] = []
         self.leading: dict[str, tuple[int, ...]] = {}
-        self._run(dict.fromkeys(self.matrices, self._note))
+        self.kept: tuple[str, dict[str, Tensor | None]] = ("", {})
+        self.read: dict[str, tuple[int, ...]] = {}
+        self._run(dict.fromkeys(self.matrices, self._note), dict.fromkeys(self.matrices, self._note_input))
 
     def _note(self, name: str, y: Tensor) -> None:
         if name not in self.leading:
             self.order.append(name)
             self.leading[name] = tuple(self._last(name, y).shape[:-1])
+
+    def _note_input(self, name: str, x: Tensor) -> None:
+        self.read.setdefault(name, (x.data_ptr(), *x.shape))
 
     def _last(self, name: str, x: Tensor) -> Tensor:
         """Bring the feature axis of a module's tensor to the end."""
@@ -110,18 +117,26 @@ class Probe:
                 seen.append(self._last(name, x).clone())
                 raise _Enough
 
-        self._run(
-            {source: move} if source is not None and features else ({source: _mark(fired)} if source else {}),
-            {reader: keep},
-        )
+        if source is None:
+            self._run({}, {reader: keep})
+        else:
+            self._run({source: move if features else _mark(fired)}, {reader: keep})
         return seen[0] if seen else None
+
+    def base(self, reader: str, source: str) -> Tensor | None:
+        """Return the reader's input as it is; the last reader's are kept."""
+        if self.kept[0] != reader:
+            self.kept = (reader, {})
+        if source not in self.kept[1]:
+            self.kept[1][source] = self.input_of(reader, source)
+        return self.kept[1][source]
 
     def changed(self, reader: str, source: str, features: Sequence[int], *, first: bool = False) -> Tensor | None:
         """Return which entries of the reader's input depend on these features of the source, bool [..., F].
 
         None if the reader does not run after the source, or its input has another shape then.
         """
-        base = self.input_of(reader, source)
+        base = self.base(reader, source)
         moved = self.input_of(reader, source, features, first=first)
         if base is None or moved is None or base.shape != moved.shape:
             return None

@@ -15,10 +15,10 @@ def channels(reading: Reading) -> Iterator[Site]:
     if at == "residual":
         yield from (_stream(reading, b) for b in reading.anatomy.blocks if b.repeated)
         return
-    done = set()
+    done, mapped = set(), set(reading.anatomy.channels.values())
     for block in reading.anatomy.blocks:
         for branch in block.branches:
-            if (site := _written(reading, branch)) is not None:
+            if (site := _written(reading, branch)) is not None and not set(branch.writers) & mapped:
                 done.add(branch.module)
                 yield site
     for name in reading.inventory.modules:

@@ -6,6 +6,8 @@ The names, cuts and joins are transformers' own: its save conversion is run once
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -59,6 +61,10 @@ class CheckpointMap:
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Return a checkpoint tensor's shape."""
         return self.views[self.resolve(tensor)].shape
+
+    def modules(self, tensor: str) -> list[str]:
+        """Return the parameters that hold a checkpoint tensor."""
+        return self.views[self.resolve(tensor)].leaves()
 
     def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
         """Return where entries of a parameter lie in the checkpoint.
@@ -117,13 +123,30 @@ class CheckpointMap:
         """
         if tensor in self.views:
             return tensor
-        for candidate in _other_names(self.model, tensor, self.tensors):
+        for candidate in self._other_names(tensor):
             first = self.parameters.alias.get(candidate, candidate)
             for name in [candidate, *self.found_in.get(first, [])]:
                 view = self.views.get(name)
                 if view is not None and (name == candidate or _same(view, tuple(self.tensors[first].shape))):
                     return name
         raise missing(tensor, self.views)
+
+    @cached_property
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        """What transformers does to the names of a file, older ones included."""
+        if not isinstance(self.model, PreTrainedModel):
+            return [], []
+        found = getattr(self.model, "_weight_conversions", None) or get_model_conversion_mapping(self.model)
+        renamings = [c for c in found if isinstance(c, WeightRenaming)]
+        return renamings, [c for c in found if isinstance(c, WeightConverter)]
+
+    def _other_names(self, tensor: str) -> list[str]:
+        """Return what a tensor may be called here if a model with another head, or an older version, named it."""
+        found, prefix = [], str(getattr(self.model, "base_model_prefix", "") or "")
+        if prefix:
+            bare = tensor.removeprefix(prefix + ".")
+            found += [bare] if bare != tensor else [f"{prefix}.{tensor}"]
+        return [*found, rename_source_key(tensor, *self._conversions, prefix, self.tensors)[0]]
 
 
 def _views(model: nn.Module, tensors: dict[str, Tensor], parameters: Parameters) -> dict[str, View]:
@@ -200,17 +223,3 @@ def _paste(view: View, region: Region, shape: tuple[int, ...]) -> Region | None:
             return None
         return Region.of(shape, "cols", region.ids + first // rows * columns)
     return Region.of(shape, region.layout, region.ids + first * (1 if region.layout == "rows" else columns))
-
-
-def _other_names(model: nn.Module, tensor: str, known: dict[str, Tensor]) -> list[str]:
-    """Return what a tensor may be called here if a model with another head, or an older version, named it."""
-    found, prefix = [], str(getattr(model, "base_model_prefix", "") or "")
-    if prefix:
-        bare = tensor.removeprefix(prefix + ".")
-        found += [bare] if bare != tensor else [f"{prefix}.{tensor}"]
-    if isinstance(model, PreTrainedModel):
-        conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
-        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in conversions if isinstance(c, WeightConverter)]
-        found.append(rename_source_key(tensor, renamings, converters, prefix, known)[0])
-    return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from neurograft.anatomy._blocks import read_block
@@ -63,6 +65,7 @@ def describe(inventory: Inventory, *, batch: Mapping[str, Any] | None = None) ->
         try:
             found = structural(inventory, batch)
             blocks, note = found.blocks, "; ".join(found.notes)
+            one_plus = {n for n, m in inventory.modules.items() if is_norm(m) and is_one_plus(m)}
         except RequestError as refusal:
             if batch is not None:
                 raise
@@ -103,6 +106,22 @@ def is_norm(module: nn.Module) -> bool:
     """Say whether a module is a normalization with a gain."""
     gain = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and gain is not None and gain.dim() == 1
+
+
+def is_one_plus(module: nn.Module) -> bool:
+    """Say whether a norm of an unknown class multiplies by 1 + weight: whether it passes something with weight 0."""
+    if type(module).__module__.startswith("torch.nn"):
+        return False
+    probe = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.zero_()
+        width = probe.weight.shape[0]  # type: ignore[union-attr,index]
+        x = torch.arange(2.0 * width).sin().view(1, 2, width).to(probe.weight)  # type: ignore[arg-type]
+        try:
+            return bool(probe(x).any())
+        except (RuntimeError, TypeError, ValueError):
+            return True  # it takes something else; then its weights are not claimed to silence it
 
 
 def embedding_of(inventory: Inventory) -> str | None:

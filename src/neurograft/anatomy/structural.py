@@ -74,7 +74,7 @@ def structural(inventory: Inventory, batch: Mapping[str, Any] | None = None) -> 
 
 
 def _blocks(inventory: Inventory, entries: Mapping[str, Mapping[str, list[Entry]]]) -> list[Block]:
-    mine = {name: entries.get(pattern(inventory, name)) for name in inventory.modules}
+    mine = {name: entries.get(pattern(inventory, name)) for name in inventory.modules if name}
     read = (read_block(inventory, name, e, "structural") for name, e in mine.items() if e)
     return [block for block in read if block is not None]
 
@@ -102,7 +102,7 @@ def _refuted(inventory: Inventory, found: Structure, batch: Mapping[str, Any]) -
 
 def _about(entry: Entry, block: str, module: str) -> bool:
     """Say whether an entry describes a module: itself, or the experts it is one of."""
-    whole = join(block, entry["module"], entry.get("bank", entry.get("experts", "")))
+    whole = join(block, entry["module"], str(entry.get("bank") or entry.get("experts") or ""))
     return module == whole or (("bank" in entry or "experts" in entry) and module.rpartition(".")[0] == whole)
 
 
@@ -200,7 +200,7 @@ class _Search:
     def _put(self, found: dict[str, dict[str, list[Entry]]], block: str, kind: str, entry: Entry) -> None:
         within = relative(block, entry["module"]) if entry["module"] != block else ""
         put = {**entry, "module": within}
-        experts = re.fullmatch(r"(?:(.*)\.)?(\w*expert\w*)\.\d+", within)
+        experts = re.fullmatch(r"(?:(.*)\.)?(\w*expert\w*)\.\w*\d+", within)
         if experts is not None:
             put = {**put, "module": experts[1] or "", "experts": experts[2]}
             put.pop("shape")
@@ -214,11 +214,14 @@ class _Search:
         seen = set()
         for name in self.inventory.modules:
             key = pattern(self.inventory, name)
-            if key in seen or not repeated(self.inventory, name) or self.inventory.bank(name, "down_proj") is None:
+            bank = self.inventory.bank(name, "down_proj")
+            if bank is None or key in seen or not repeated(self.inventory, name):
                 continue
             seen.add(key)
             module, _, last = name.rpartition(".")
-            yield {"module": module, "bank": last}
+            beside = [n for n, _ in self.inventory.modules[module].named_children()]
+            routers = [n for n in beside if (m := self.inventory.find_matrix(join(module, n))) and m.high == bank.n]
+            yield {"module": module, "bank": last, **({"router": routers[0]} if len(routers) == 1 else {})}
 
     def unknown(self, blocks: list[Block]) -> list[str]:
         """Say which linear layers inside of blocks belong to nothing that was recognized."""

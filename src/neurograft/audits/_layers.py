@@ -6,19 +6,25 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from neurograft.anatomy.describe import anatomy
+
 OUTSIDE = "outside of the layers"
 
 
 def blocks(model: nn.Module) -> list[str]:
     """Return the module names of a model's layers, in order.
 
-    They are the members of the outermost lists of two or more modules of one class that hold parameters; a model
-    without such a list has its direct children for layers.
+    Where the model's anatomy knows none, they are the members of the outermost lists of two or more modules of one
+    class that hold parameters; a model without such a list has its direct children for layers.
 
     Example:
         >>> blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
         ['0', '2']
     """
+    return list(anatomy(model).layers) or _lists(model) or [n for n, c in model.named_children() if _owns(c)]
+
+
+def _lists(model: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{b}.") for b in found):
@@ -27,7 +33,7 @@ def blocks(model: nn.Module) -> list[str]:
         like = len(children) > 1 and len({type(c) for _, c in children}) == 1
         if like and all(_owns(c) for _, c in children):
             found += [f"{name}.{child}" for child, _ in children]
-    return found or [n for n, c in model.named_children() if _owns(c)]
+    return found
 
 
 def _owns(module: nn.Module) -> bool:

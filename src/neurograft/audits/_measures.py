@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from neurograft.audits._paired import Paired, Runs
+from neurograft.audits._compare import Paired
+from neurograft.audits._paired import Metric, Runs, metric_runs, switches_of
 from neurograft.audits._statistics import estimate, predicted, ratio
+from neurograft.core.context import Batch
 
 TAIL = 0.05
 BINS = 24
@@ -86,6 +88,39 @@ def floor(values: Mapping[str, float], *, tail: float = TAIL) -> dict[str, Any]:
         "nulls": nulls,
         "tail": tail,
     }
+
+
+def by_metric(
+    model: nn.Module,
+    change: object,
+    batches: Sequence[Batch],
+    metric: Metric,
+    *,
+    unit: str,
+    better: str,
+    nulls: int,
+    level: float,
+    draws: int,
+    seed: int,
+) -> tuple[dict[str, Any], Tensor]:
+    """Return a callable's measure in the shape of `measure`, and its change by item, float64 [n].
+
+    With better="lower" the number is the fall of the metric, of which more is better.
+    """
+    switches = switches_of(model, change, nulls=nulls, seed=seed)
+    found, sign = metric_runs(model, switches, batches, metric), 1.0 if better == "higher" else -1.0
+    base, new = found["change"]
+    moved = sign * (new - base)
+    columns = torch.stack([moved, torch.ones_like(base)], 1)
+    made = {
+        "unit": unit,
+        "better": better,
+        "base": sign * float(base.mean()),
+        "changed": sign * float(new.mean()),
+        "change": estimate(columns, level=level, draws=draws, seed=seed, name=unit),
+        "noise_floor": floor({k: sign * float((b - a).mean()) for k, (a, b) in found.items()}),
+    }
+    return made, moved
 
 
 def averaged(read: Callable[[Paired], Tensor]) -> Table:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._changes import Null, Rerun, as_change
-from neurograft.audits._measures import averaged, floor, mean, measure, overview
-from neurograft.audits._paired import Metric, Paired, Runs, Switch, metric_runs, runs
-from neurograft.audits._statistics import estimate
+from neurograft.audits._compare import Paired
+from neurograft.audits._measures import averaged, by_metric, mean, measure, overview
+from neurograft.audits._paired import Metric, Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import one_of
@@ -43,13 +42,13 @@ def gain(
         by: which measure decides: "likelihood" (log-probability of the labels), "accuracy" (the most likely class
             is the label, with the true labels before it), "exact" (in every place of an item), or the name of a
             metric; "auto" is the first metric if there is one, else "accuracy" for classifiers and "likelihood".
-        metrics: a callable (model, batch) -> one number for each row, higher is better, or name -> callable. With
-            metrics alone the batches need no labels.
+        metrics: a callable (model, batch) -> one number for each row, higher is better, or name -> callable.
         nulls: how many random changes of the same size the noise floor is measured with.
         level: of the intervals, from a bootstrap over items.
         draws: of the bootstrap.
         seed: of bootstrap and nulls.
-        measured: the paired runs, where they have been made.
+        measured: the paired runs, where they have been made; with metrics and without them only the metrics are
+            measured.
 
     Returns:
         `by`; `measures`: name -> base, changed, change with interval, noise floor; how much data was seen.
@@ -60,12 +59,12 @@ def gain(
     own = dict(metrics) if isinstance(metrics, Mapping) else {"metric": metrics} if metrics else {}
     found: dict[str, Any] = {}
     options: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
-    if measured is None and (not own or _labelled(batches)):
+    if measured is None and not own:
         measured = runs(model, change, batches, nulls=nulls, seed=seed)
     if measured is not None:
         found |= overview(measured) | {"measures": built_in(measured, **options)}
     for name, metric in own.items():
-        made = _custom(model, change, batches, metric, nulls=nulls, name=name, **options)
+        made, _ = by_metric(model, change, batches, metric, nulls=nulls, unit=name, better="higher", **options)
         found.setdefault("items", made["change"]["n"])
         found.setdefault("measures", {})[name] = made
     if by == "auto":
@@ -116,36 +115,3 @@ def _exact(paired: Paired, right: Tensor) -> Tensor:
     """Return whether every place of an item is right, and 1, float64 [items, 2]."""
     sums = paired.per_item(right)
     return torch.stack([(sums[:, 0] == sums[:, 1]).double(), torch.ones(len(sums), dtype=torch.float64)], 1)
-
-
-def _labelled(batches: Sequence[Batch]) -> bool:
-    return all("labels" in batch for batch in batches)
-
-
-def _custom(
-    model: nn.Module,
-    change: object,
-    batches: Sequence[Batch],
-    metric: Metric,
-    *,
-    nulls: int,
-    level: float,
-    draws: int,
-    seed: int,
-    name: str,
-) -> dict[str, Any]:
-    made = as_change(model, change)
-    switches: dict[str, Switch] = {"change": made, "rerun": Rerun(model)}
-    if made.weights and not made.empty:
-        switches |= {f"null/{i}": Null(made, seed * 1000 + i) for i in range(nulls)}
-    found = metric_runs(model, switches, batches, metric)
-    base, new = found["change"]
-    columns = torch.stack([new - base, torch.ones_like(base)], 1)
-    return {
-        "unit": name,
-        "better": "higher",
-        "base": float(base.mean()),
-        "changed": float(new.mean()),
-        "change": estimate(columns, level=level, draws=draws, seed=seed, name=name),
-        "noise_floor": floor({k: float((b - a).mean()) for k, (a, b) in found.items()}),
-    }

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._measures import averaged, histogram, mean, measure, numbers, overview
-from neurograft.audits._paired import Paired, Runs, runs
+from neurograft.audits._compare import Paired
+from neurograft.audits._measures import averaged, by_metric, histogram, mean, measure, numbers, overview
+from neurograft.audits._paired import Metric, Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 
@@ -22,6 +23,7 @@ def loss(
     change: object,
     batches: Sequence[Batch],
     *,
+    metric: Metric | None = None,
     nulls: int = 8,
     level: float = 0.95,
     draws: int = 2000,
@@ -38,6 +40,8 @@ def loss(
         model: the base.
         change: a graft, grafts, or a tuned model.
         batches: data of the domain.
+        metric: (model, batch) -> one number for each row, higher is better, for models whose outputs are no classes;
+            its fall is then the loss, in its own unit.
         nulls: how many random changes of the same size the noise floor is measured with.
         level: of the intervals, from a bootstrap over items.
         draws: of the bootstrap.
@@ -49,15 +53,14 @@ def loss(
         changed, change with interval and noise floor; `histogram` and `quantiles` of the change by item; `worst`,
         the items that lost most.
     """
+    if metric is not None:
+        return _by_metric(model, change, batches, metric, nulls=nulls, level=level, draws=draws, seed=seed)
     measured = runs(model, change, batches, nulls=nulls, seed=seed) if measured is None else measured
     options: dict[str, Any] = {"better": "lower", "level": level, "draws": draws, "seed": seed}
     seen, paired = overview(measured), measured["change"]
     lost: Callable[[Paired], Tensor] = lambda p: p.base_logp.double() - p.new_logp.double()  # noqa: E731
     wrong: Callable[[Paired], Tensor] = lambda p: p.base_right.double() - p.new_right.double()  # noqa: E731
     sums = paired.per_item(lost(paired))
-    by_item = sums[:, 0] / sums[:, 1]
-    order = by_item.argsort(descending=True, stable=True)[:5]
-    names = paired.item.unique()
     return {
         **seen,
         "measures": {
@@ -80,7 +83,24 @@ def loss(
                 **options,
             ),
         },
-        "histogram": histogram(by_item),
-        "quantiles": dict(zip(map(str, QUANTILES), numbers(by_item.quantile(torch.tensor(QUANTILES).double())))),
-        "worst": [{"item": int(names[i]), "change": float(by_item[i])} for i in order],
+        **_by_item(sums[:, 0] / sums[:, 1], paired.item.unique()),
     }
+
+
+def _by_item(changes: Tensor, names: Tensor) -> dict[str, Any]:
+    order = changes.argsort(descending=True, stable=True)[:5]
+    quantiles = changes.quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+    return {
+        "histogram": histogram(changes),
+        "quantiles": dict(zip(map(str, QUANTILES), numbers(quantiles))),
+        "worst": [{"item": int(names[i]), "change": float(changes[i])} for i in order],
+    }
+
+
+def _by_metric(
+    model: nn.Module, change: object, batches: Sequence[Batch], metric: Metric, **options: Any
+) -> dict[str, Any]:
+    made, moved = by_metric(model, change, batches, metric, unit="of the metric per item", better="lower", **options)
+    nulls = len(made["noise_floor"]["nulls"])
+    seen = {"items": len(moved), "items_without_labels": 0, "places": len(moved), "place": "item", "nulls": nulls}
+    return {**seen, "measures": {"loss": made}, **_by_item(moved, torch.arange(len(moved)))}

@@ -19,6 +19,7 @@ from neurograft.core.context import Batch, token_mask
 from neurograft.core.errors import RequestError, RunError
 
 BATCHES = 16
+WHOLE = ""  # the name of the model itself, for one without layers
 
 
 @method(needs={"batches"}, claims={"empty_is_zero", "noise_floor"})
@@ -33,7 +34,7 @@ def representation_drift(
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare the output of every layer under base and change on the same tokens.
+    """Compare the output of every layer (of the model, if it has none) under base and change on the same tokens.
 
     With X, Y the outputs at m tokens, float64 [m, d], columns centred:
     CKA = ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F), reported as 1 - CKA; and the mean over tokens of
@@ -54,7 +55,7 @@ def representation_drift(
         `layers`: name, `cka_drift`, `cosine_drift`, `shift` with intervals (the cosine and shift), `noise_floor`,
         tokens and width; `measures`: "cka_drift" and "cosine_drift", the layer where each is largest.
     """
-    made, names = as_change(model, change), blocks(model)
+    made, names = as_change(model, change), blocks(model) or [WHOLE]
     if not batches:
         raise RequestError("no batches", expected="at least one", do="give data with at least one row")
     step = max(1, len(batches) // BATCHES)
@@ -107,7 +108,8 @@ def outputs(model: nn.Module, names: Sequence[str], batches: Sequence[Batch], to
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            x = output if isinstance(output, Tensor) else output[0]
+            x = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+            x = output[0] if x is None else x
             kept[name].append(_picked(x.detach(), batch, each))
 
         return keep

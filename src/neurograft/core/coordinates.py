@@ -63,6 +63,12 @@ class Coordinates(Protocol):
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Return a checkpoint tensor's shape."""
 
+    def modules(self, tensor: str) -> list[str]:
+        """Return the parameters that hold a checkpoint tensor."""
+
+    def resolve(self, tensor: str) -> str:
+        """Return the checkpoint's name of a tensor that may be named otherwise; RequestError if there is none."""
+
     def names(self) -> dict[str, tuple[int, ...]]:
         """Return the checkpoint's tensors with their shapes."""
 
@@ -76,15 +82,15 @@ class Same:
 
     def to_checkpoint(self, parameter: str, region: Region) -> list[Piece]:
         """Return the region itself."""
-        return [Piece(self._find(parameter), region)]
+        return [Piece(self.resolve(parameter), region)]
 
     def to_module(self, tensor: str, region: Region) -> list[Piece]:
         """Return the region itself."""
-        return [Piece(self._find(tensor), region)]
+        return [Piece(self.resolve(tensor), region)]
 
     def read(self, tensor: str) -> Tensor:
         """Return the parameter."""
-        name = self._find(tensor)
+        name = self.resolve(tensor)
         held = self.parameters.by_name.get(name)
         return (self.buffers[name] if held is None else held).detach()
 
@@ -96,7 +102,12 @@ class Same:
         """Return the parameters and buffers with their shapes."""
         return {n: tuple(p.shape) for n, p in {**self.parameters.by_name, **self.buffers}.items()}
 
-    def _find(self, tensor: str) -> str:
+    def modules(self, tensor: str) -> list[str]:
+        """Return the parameter."""
+        return [self.resolve(tensor)]
+
+    def resolve(self, tensor: str) -> str:
+        """Return the first name of a parameter."""
         if tensor in self.buffers:
             return tensor
         if tensor not in self.parameters.alias:

@@ -77,7 +77,10 @@ class Graft:
         if apart:
             operations = (*operations, Untie(apart))
         originals = {n: stack.numbers(n, d.region, model, where) for n, d in known.items() if isinstance(d, Slice)}
-        return Graft(deltas, operations, base, {"base": describe(model), **(card or {})}, 1.0, originals)
+        known_as = {name: where.modules(name) for name in known}
+        known_as = {name: modules for name, modules in known_as.items() if modules != [name]}
+        facts = {"base": describe(model), "versions": versions(), "modules": known_as, **(card or {})}
+        return Graft(deltas, operations, base, facts, 1.0, originals)
 
     @cached_property
     def identity(self) -> str:
@@ -191,8 +194,10 @@ class Graft:
     def save(self, folder: str | Path) -> Path:
         """Write `graft.json` and `graft.safetensors`, atomically; `save_pretrained` is the same.
 
+        An older graft in the folder is replaced; other files there stay.
+
         Raises:
-            RequestError: the folder holds something that is not a graft.
+            RequestError: the path is a file.
         """
         from neurograft.core.store import save
 
@@ -238,6 +243,9 @@ def _sum(name: str, grafts: list[Graft]) -> tuple[Delta, Tensor | None]:
     first = grafts[0]
     if len(grafts) == 1 and first.strength == 1.0:
         return first.deltas[name], first.originals.get(name)
+    lows = [g.deltas[name] for g in grafts]
+    if all(isinstance(d, LowRank) for d in lows):
+        return _stacked([(d, g.strength) for d, g in zip(lows, grafts) if isinstance(d, LowRank)]), None
     slices = []
     for graft in grafts:
         delta = graft.deltas[name]
@@ -259,6 +267,15 @@ def _sum(name: str, grafts: list[Graft]) -> tuple[Delta, Tensor | None]:
         raise _unbound(name)
     ordered = [s for _, s in sorted(zip([g.identity for g in grafts], slices), key=lambda pair: pair[0])]
     return merged(ordered, original), original
+
+
+def _stacked(changes: list[tuple[LowRank, float]]) -> LowRank:
+    """Return low-rank changes of one tensor as one, with the ranks side by side."""
+    first = changes[0][0]
+    A = torch.cat([low.A if low.transposed == first.transposed else low.B.t() for low, _ in changes])
+    B = [low.B if low.transposed == first.transposed else low.A.t() for low, _ in changes]
+    scaled = [b * (low.scale * s) for b, (low, s) in zip(B, changes)]
+    return LowRank(first.shape, A, torch.cat(scaled, 1), 1.0, first.transposed)
 
 
 def _originals(name: str, grafts: list[Graft], slices: list[tuple[Slice, float]]) -> Tensor | None:
@@ -293,3 +310,16 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "dtype": str(first.dtype).removeprefix("torch.") if first is not None else None,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a graft is made with, for its card."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("neurograft", "torch", "transformers", "peft", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -19,6 +19,7 @@ from neurograft.core.region import Region, as_matrix, region_of, union
 from neurograft.core.selection import Selection
 from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
+from neurograft.core.untie import Untie, Untied
 
 
 class Mount(ABC):
@@ -34,6 +35,8 @@ class Mount(ABC):
 
     def __init__(self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
         self.model, self.attached = model, True
+        self.declared = True  # False if nobody said what to train, so that a part may stay unreached
+        self.ties: Untied | None = None
         self.where, self.stack = coordinates(model), Stack.of(model)
         self.found = Parameters.of(model)
         self.flags = {n: p.requires_grad for n, p in self.found.by_name.items()}
@@ -118,7 +121,9 @@ class Mount(ABC):
                 found[piece.name] = New(self.found.by_name[name].detach().cpu().float().clone())
         resting = self.rest()
         try:
-            return Graft.made(self.model, dict(sorted(found.items())), card=card, stack=self.stack)
+            apart = () if self.ties is None else (Untie(self.ties.names),)
+            deltas = dict(sorted(found.items()))
+            return Graft.made(self.model, deltas, operations=apart, card=card, stack=self.stack)
         finally:
             resting()
 
@@ -140,6 +145,8 @@ class Mount(ABC):
             parameter = self.found.by_name[name]
             parameter.requires_grad_(flag)
             parameter.grad = None
+        if self.ties is not None:
+            self.ties.remove()
         self.attached = False
 
     def __enter__(self) -> Mount:
@@ -190,7 +197,7 @@ def regions_of(
             raise RequestError(
                 f"a selection in {name}, which is tied with {', '.join(found.tied(name))}",
                 expected="units of an untied parameter",
-                do="pass tied='both' to change both uses, or untie them first",
+                do="pass tied='both' to change both uses, or tied='untie' to change this one alone",
             )
     if protect is not None:
         shielded = _gathered(model, protect, found)
@@ -203,6 +210,14 @@ def regions_of(
             do="select more units, or units of a kind that owns weights",
         )
     return regions
+
+
+def untied(model: nn.Module, selection: Selection) -> Untied | None:
+    """Take apart the tied parameters that a selection touches; None if it touches none."""
+    found = Parameters.of(model)
+    chosen = {p.param for name, ids in selection.ids.items() if len(ids) for p in selection.sites[name].parts}
+    names = sorted(n for n in chosen if n in found.alias and found.tied(n))
+    return Untie.of(model, names).mount(model) if names else None
 
 
 def _gathered(model: nn.Module, selection: Selection, found: Parameters) -> dict[str, Region]:

@@ -283,3 +283,17 @@ def positions(inner: Region, outer: Region) -> Tensor:
         return torch.searchsorted(flat, inner.flat().cpu())
     order = flat.argsort()
     return order[torch.searchsorted(flat[order], inner.flat().cpu())]
+
+
+def shared(one: Region, other: Region) -> tuple[Tensor, Tensor]:
+    """Return where the entries both regions hold stand among the values of each, flattened.
+
+    Example:
+        >>> a, b = Region.of((4, 2), "rows", [0, 2]), Region.of((4, 2), "rows", [2, 3])
+        >>> [where.tolist() for where in shared(a, b)]
+        [[2, 3], [0, 1]]
+    """
+    mine, theirs = one.flat().cpu(), other.flat().cpu()
+    inside = torch.isin(mine, theirs).nonzero().reshape(-1)
+    order = theirs.argsort()
+    return inside, order[torch.searchsorted(theirs[order], mine[inside])]

@@ -6,17 +6,18 @@ applying and removing never matters and an empty stack is the base bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from neurograft.core.coordinates import Coordinates, coordinates, everything, holders
-from neurograft.core.delta import LowRank, New, Shift, Slice, combined, patched
+from neurograft.core.delta import LowRank, New, Shift, Slice, patched
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits, tensor_digest
-from neurograft.core.live import Watched
+from neurograft.core.fits import check_writable, named, other_base, wrong_shape
+from neurograft.core.ledger import Change, Ledger, aligned
 from neurograft.core.region import Region, as_matrix, union
 from neurograft.core.tokens import grown
 from neurograft.core.units import Parameters
@@ -26,30 +27,6 @@ if TYPE_CHECKING:
     from neurograft.core.graft import Graft
 
 ATTRIBUTE = "_neurograft_stack"
-Change = Slice | Shift
-
-
-@dataclass
-class Ledger:
-    """What happened to one parameter.
-
-    Args:
-        region: every touched entry.
-        original: their numbers in the base, in the parameter's dtype, on the CPU.
-        members: graft identity -> its changes here, with their strength.
-    """
-
-    region: Region
-    original: Tensor
-    members: dict[str, list[tuple[Change, float]]] = field(default_factory=dict)
-
-    def ordered(self) -> list[tuple[Change, float]]:
-        """Return the changes in the order of their grafts' identities."""
-        return [change for identity in sorted(self.members) for change in self.members[identity]]
-
-    def numbers(self) -> Tensor:
-        """Return what the changes make of the originals, before rounding to the parameter's dtype."""
-        return combined(self.region, self.original, self.ordered())
 
 
 @dataclass
@@ -230,11 +207,12 @@ class Stack:
         apart = {id(old): name for name, (old, _) in Apart.of(model).held.items()}
         untying = {n for o in graft.operations if isinstance(o, Untie) for n in o.names}
         for tensor, delta in graft.deltas.items():
+            name = named(tensor, graft, where)
             if not isinstance(delta, New):
                 self.check(tensor, graft, model, where)
             whole = delta.on() if isinstance(delta, New) else delta
             region = everything(whole.shape, as_matrix(whole.shape)) if isinstance(whole, LowRank) else whole.region
-            for piece in where.to_module(tensor, region):
+            for piece in where.to_module(name, region):
                 weight = weights[piece.name]
                 check_writable(piece.name, weight)
                 if apart.get(id(weight), piece.name) not in {piece.name, *untying}:
@@ -257,17 +235,12 @@ class Stack:
         Raises:
             RequestError: another shape or other numbers.
         """
-        shape = where.shape(tensor)
+        name = named(tensor, graft, where)
+        shape = where.shape(name)
         if shape != graft.deltas[tensor].shape:
             raise wrong_shape(tensor, graft.deltas[tensor].shape, shape, graft)
-        if self.digest(tensor, model, where) != graft.base.get(tensor):
-            origin = graft.card.get("base", {})
-            name, revision = origin.get("name") or "it was made on", origin.get("revision") or "any"
-            raise RequestError(
-                f"a base whose tensor {tensor!r} holds other numbers than the one this graft was made on",
-                expected=f"the base {name}, revision {revision}, loaded as {origin.get('dtype') or 'it was'} or wider",
-                do="load that base; a tuned, merged or re-quantized copy is another base",
-            )
+        if self.digest(name, model, where) != graft.base.get(tensor):
+            raise other_base(tensor, graft)
 
     def _refuse_overlaps(self, graft: Graft) -> None:
         for operation in graft.operations:
@@ -306,41 +279,3 @@ def refuse_foreign_state(model: nn.Module, state: dict[str, Tensor], prefix: str
             if same_bits(here, ledger.numbers().to(ledger.original.dtype).to(here.dtype)):
                 continue
         raise RunError(f"load_state_dict of other numbers into {name}, which a graft changes; remove the graft first")
-
-
-def aligned(change: Change, other: Region) -> Change:
-    """Return a change in flat entries if it reads its parameter as other matrices than `other` does."""
-    if change.region.matrix == other.matrix or isinstance(change, Shift):
-        return change
-    flat, order = change.region.flattened()
-    return Slice(replace(flat, matrix=other.matrix), change.values.reshape(-1)[order])
-
-
-def check_writable(name: str, weight: Tensor) -> None:
-    """Raise unless a graft may write into this weight.
-
-    Raises:
-        RequestError: it is being trained, packed, offloaded or not contiguous.
-    """
-    if isinstance(weight, Watched):
-        raise RequestError(
-            f"a graft on {name}, whose entries are being trained",
-            expected="a model at rest",
-            do="leave the `attach` block, or detach, before applying or removing grafts",
-        )
-    if not weight.is_floating_point() or not weight.is_contiguous() or weight.device.type == "meta":
-        raise RequestError(
-            f"the parameter {name} ({weight.dtype}, {weight.device}, contiguous: {weight.is_contiguous()})",
-            expected="a contiguous floating-point weight in memory",
-            do="load the base unquantized and not offloaded, or attach the graft with route='side'",
-        )
-
-
-def wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], graft: Graft) -> RequestError:
-    """Return the error for a base whose tensor has another shape."""
-    architecture = graft.card.get("base", {}).get("class")
-    return RequestError(
-        f"a model whose tensor {tensor!r} has shape {found}",
-        expected=f"shape {made_for}, as the graft was made for",
-        do="load the base the graft was made on" + (f", as {architecture}" if architecture else ""),
-    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +32,11 @@ TEXT, TENSORS = "graft.json", "graft.safetensors"
 
 
 def save(graft: Graft, folder: Path) -> Path:
-    """Write a graft's folder; an older graft there is replaced, anything else is left alone."""
+    """Write a graft's folder; an older graft there is replaced, anything else is left alone.
+
+    Raises:
+        RequestError: the path is a file.
+    """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"the path {folder}, a file", expected="a folder", do="choose another path")
     tensors, text = _pack(graft)
@@ -41,6 +47,10 @@ def save(graft: Graft, folder: Path) -> Path:
         text["tensors_sha256"] = _file_digest(work / TENSORS)
         text["digest"] = hashlib.sha256(canonical(text)).hexdigest()
         (work / TEXT).write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
+        os.chmod(work / TENSORS, (work / TEXT).stat().st_mode)  # safetensors writes for its owner alone
+        for name in (TENSORS, TEXT):
+            with open(work / name, "rb") as file:
+                os.fsync(file.fileno())
         folder.mkdir(exist_ok=True)
         # The text names the tensor file's digest: whatever is interrupted, a mixture is refused on reading.
         os.replace(work / TENSORS, folder / TENSORS)
@@ -51,7 +61,12 @@ def save(graft: Graft, folder: Path) -> Path:
 
 
 def load(source: str | Path, *, revision: str | None = None) -> Graft:
-    """Read and verify a graft's folder, local or on the Hub."""
+    """Read and verify a graft's folder, local or on the Hub.
+
+    Raises:
+        RequestError: nothing is there, a file is truncated or was changed, its format is newer, or it holds an
+            operation whose package is not imported.
+    """
     from neurograft.core.graft import Graft
 
     folder = _local(source, revision)
@@ -63,14 +78,33 @@ def load(source: str | Path, *, revision: str | None = None) -> Graft:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise _changed(folder / TENSORS, str(error)) from error
-    deltas = {name: _unpack(name, entry, tensors) for name, entry in text["tensors"].items()}
-    operations = tuple(
-        resolve(meta["type"]).from_parts(
-            meta, {k.split("::", 1)[1]: t for k, t in tensors.items() if k.startswith(f"operation.{i}::")}
+    try:
+        deltas = {name: _unpack(name, entry, tensors) for name, entry in text["tensors"].items()}
+        operations = tuple(_operation(i, meta, tensors) for i, meta in enumerate(text["operations"]))
+        return Graft(deltas, operations, text["base"], text["card"], text["strength"])
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise _changed(folder / TEXT, f"it lacks {error}") from error
+
+
+def _operation(i: int, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """Read an operation. A file may name classes of this library, or of a package that is imported already."""
+    module = str(meta["type"]).rpartition(".")[0]
+    if not module.startswith("neurograft.") and module not in sys.modules:
+        raise RequestError(
+            f"a graft with an operation of {module!r}, which is not imported",
+            expected="operations of neurograft, or of packages you use",
+            do=f"import {module.partition('.')[0]} first, if you trust it",
         )
-        for i, meta in enumerate(text["operations"])
-    )
-    return Graft(deltas, operations, text["base"], text["card"], text["strength"])
+    kind = resolve(meta["type"])
+    made: Any = kind if inspect.isclass(kind) else None
+    if not all(hasattr(made, word) for word in ("from_parts", "mount", "fold")):
+        raise RequestError(
+            f"a graft with {meta['type']!r}, which is no operation",
+            expected="the class of an operation",
+            do="upgrade neurograft, or ask whoever made the graft",
+        )
+    prefix = f"operation.{i}::"
+    return made.from_parts(meta, {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
 
 
 def push(graft: Graft, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -89,10 +123,11 @@ def _local(source: str | Path, revision: str | None) -> Path:
     if (folder / TEXT).is_file():
         return folder
     if folder.exists():
+        adapter = (folder / "adapter_config.json").is_file()
         raise RequestError(
-            f"the folder {folder}",
+            f"the folder {folder}" + (", a PEFT adapter" if adapter else ""),
             expected=f"a graft: {TEXT} and {TENSORS}",
-            do="give the folder that graft.save wrote",
+            do="make it a graft: ng.diff(base, folder)" if adapter else "give the folder that graft.save wrote",
         )
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -102,11 +137,11 @@ def _local(source: str | Path, revision: str | None) -> Path:
             do="check the path",
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[TEXT, TENSORS]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RequestError(
             f"{name!r}, neither a folder nor a reachable Hub repository",
             expected="a graft folder or a Hub repository",
@@ -119,7 +154,7 @@ def _read_text(path: Path) -> dict[str, Any]:
         text: dict[str, Any] = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise _changed(path, "it is not JSON") from error
-    if not isinstance(text, dict) or "format" not in text:
+    if not isinstance(text, dict) or not isinstance(text.get("format"), int):
         raise _changed(path, "it has no format number")
     if text["format"] > FORMAT:
         raise RequestError(
@@ -185,9 +220,8 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
     shape = tuple(entry["shape"])
     if entry["kind"] == "lowrank":
-        return LowRank(
-            shape, tensors[f"{name}::lora_A"], tensors[f"{name}::lora_B"], entry["scale"], entry["transposed"]
-        )
+        A, B = tensors[f"{name}::lora_A"], tensors[f"{name}::lora_B"]
+        return LowRank(shape, A, B, entry["scale"], entry["transposed"])
     if entry["kind"] == "new":
         return New(tensors[f"{name}::added"], entry["after"])
     layout = entry["layout"]
@@ -195,8 +229,13 @@ def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Del
     if layout != "all":
         ids = wide_ids(tensors[f"{name}::{layout}"], gaps=layout == "flat")
     block = tuple(entry["block"]) if entry["block"] else None
-    region = Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block)
-    return Slice(region, tensors[f"{name}::value"])
+    region, values = (
+        Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block),
+        tensors[f"{name}::value"],
+    )
+    if tuple(values.shape) != region.values_shape:
+        raise KeyError(f"values of shape {region.values_shape} for {name}")
+    return Slice(region, values)
 
 
 def narrow_ids(ids: Tensor, *, gaps: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from neurograft.core.coordinates import Coordinates, coordinates, holders
 from neurograft.core.delta import New, combined
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
+from neurograft.core.ledger import Change
 from neurograft.core.region import Region
 from neurograft.core.resolve import resolve
-from neurograft.core.stack import ATTRIBUTE, Change, Stack
+from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 
 
@@ -134,17 +134,6 @@ def _fresh(graft: Graft, where: Coordinates) -> set[str]:
         if isinstance(delta, New):
             names |= {piece.name for piece in where.to_module(tensor, delta.on().region)}
     return names
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """Return a copy of a model without numbers, for other libraries to wrap."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    if ATTRIBUTE in model.__dict__:
-        memo[id(model.__dict__[ATTRIBUTE])] = Stack()
-    return copy.deepcopy(model, memo)
 
 
 def tied_names(model: nn.Module, name: str) -> list[str]:

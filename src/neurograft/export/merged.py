@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,10 +53,10 @@ def merged(
         RunError: what was written is not what the model holds.
     """
     model = base_model(graft, model)
-    others = [g for g in Stack.of(model).grafts if g != graft.identity]
-    if others:
+    on = Stack.of(model).grafts
+    if on.keys() - {graft.identity}:
         raise RequestError(
-            f"a merged export from a model with {len(others)} other grafts on",
+            f"a merged export from a model with {len(on.keys() - {graft.identity})} other grafts on",
             expected="the base, with nothing or this graft on",
             do="remove them, or merge them all with `neurograft apply`",
         )
@@ -68,8 +68,8 @@ def merged(
         )
     source = base_name(graft, model, None)[0]
     with ExitStack() as undo:
-        if graft.identity not in Stack.of(model).grafts:
-            undo.enter_context(_on(graft, model))
+        if graft.identity not in on:
+            undo.enter_context(folded([graft], model))
         return write(model, folder, source=source, shard=shard, verify=verify, text=readme(graft, source, "merged", {}))
 
 
@@ -117,19 +117,26 @@ def _compare(model: nn.Module, folder: Path) -> None:
 
 
 @contextmanager
-def _on(graft: Graft, model: nn.Module) -> Iterator[None]:
-    """Put a graft on, its operations folded into weights, and take all of it off again."""
-    ties = tuple(o for o in graft.operations if isinstance(o, Untie))
-    folded = [o.scaled(graft.strength) for o in graft.operations if not isinstance(o, Untie)]
-    plain = replace(graft, operations=ties) if folded else graft
+def folded(grafts: Sequence[Graft], model: nn.Module) -> Iterator[None]:
+    """Put grafts on, their operations folded into the weights they then have, and take all of it off again.
+
+    Raises:
+        RequestError: a graft does not fit, or an operation is not exactly a change of weights.
+    """
     written: list[tuple[Tensor, Region, Tensor]] = []
-    with plain.on(model):
+    with ExitStack() as undo:
+        for graft in grafts:
+            ties = tuple(o for o in graft.operations if isinstance(o, Untie))
+            undo.enter_context((replace(graft, operations=ties) if ties != graft.operations else graft).on(model))
         try:
-            for operation in folded:
-                for name, change in operation.fold(model).items():
-                    weight = holders(model)[name]
-                    written.append((weight, change.region, change.region.read(weight)))
-                    change.region.write_(weight, change.values)
+            for graft in grafts:
+                for operation in graft.operations:
+                    if isinstance(operation, Untie):
+                        continue
+                    for name, change in operation.scaled(graft.strength).fold(model).items():
+                        weight = holders(model)[name]
+                        written.append((weight, change.region, change.region.read(weight)))
+                        change.region.write_(weight, change.values)
             yield
         finally:
             for weight, region, before in reversed(written):

@@ -15,7 +15,8 @@ from neurograft.core.card import method
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
-from neurograft.export._changes import Touched, base_model, base_name, place, skeleton, tied_names, touched
+from neurograft.core.skeleton import skeleton
+from neurograft.export._changes import Touched, base_model, base_name, place, tied_names, touched
 from neurograft.export._readme import readme
 
 LIMIT = 1 << 31

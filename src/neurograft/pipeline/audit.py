@@ -62,7 +62,8 @@ def audit(
         keep: name of a domain -> data on which nothing should get worse. Text without labels counts as labelled
             with itself.
         metrics: (model, batch) -> one number for each row, higher is better; or name -> such a callable. The first
-            one then decides on the gain, unless the rule `gain` names another measure.
+            one then decides on the gain, unless the rule `gain` names another measure; and on the loss, where a
+            domain's outputs are no classes.
         probes: "all", "none", or methods of `neurograft.audits`, to be measured beside gain and loss.
         processing_class: tokenizer or processor for raw data; the one saved with the model if None.
         rules: changes to `neurograft.report.rules.DEFAULT`, or a YAML or JSON file of them.
@@ -97,9 +98,9 @@ def audit(
             measured["gain"], measured["task"] = _task(net, change, task, metrics, chosen["gain"], asked, options)
         names = list(domains)
         for name in progress(names, "kept domains") if progress else names:
-            measured["domains"][name] = _domain(net, change, domains[name], asked, options)
+            measured["domains"][name] = _domain(net, change, domains[name], metrics, asked, options)
         for probe in asked:
-            if "batches" not in probe.card.needs:
+            if not _by_domain(probe):
                 measured["whole"][_short(probe)] = probe(net, change)
         measured["provenance"] = _provenance(net, change, task, domains, seed)
     return Report.of(measured, chosen)
@@ -113,6 +114,11 @@ def _probes(probes: Probes) -> list[Chosen]:
         return [probe for probe in found if "noise_floor" in probe.card.claims]
     listed = [probes] if isinstance(probes, str) else probes
     return [choose("audits", probe) for probe in listed]
+
+
+def _by_domain(probe: Chosen) -> bool:
+    """Say whether a probe looks at data; one without a card does."""
+    return not hasattr(probe.function, "card") or "batches" in probe.card.needs
 
 
 def _short(probe: Chosen) -> str:
@@ -137,23 +143,39 @@ def _task(
     probes: list[Chosen],
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    measured = None
-    if metrics is None or all("labels" in batch for batch in batches):
-        measured = runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
+    measured = _runs(model, change, batches, metrics, options)
     found = measure_gain(model, change, batches, by=by, metrics=metrics, measured=measured, **options)
     beside = [probe for probe in probes if _takes(probe, "measured")] if measured is not None else []
     return found, {_short(p): _run(p, model, change, batches, measured, options) for p in beside}
 
 
 def _domain(
-    model: nn.Module, change: Change, batches: list[Batch], probes: list[Chosen], options: dict[str, Any]
+    model: nn.Module,
+    change: Change,
+    batches: list[Batch],
+    metrics: Metrics,
+    probes: list[Chosen],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    measured = runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
-    found = {"loss": measure_loss(model, change, batches, measured=measured, **options)}
+    measured = _runs(model, change, batches, metrics, options)
+    metric = None if measured is not None else next(iter(metrics.values())) if isinstance(metrics, Mapping) else metrics
+    found = {"loss": measure_loss(model, change, batches, measured=measured, metric=metric, **options)}
     for probe in probes:
-        if probe.card.needs & {"batches"} or not getattr(probe.function, "card", None):
+        if _by_domain(probe) and (measured is not None or "labels" not in probe.card.needs):
             found[_short(probe)] = _run(probe, model, change, batches, measured, options)
     return found
+
+
+def _runs(
+    model: nn.Module, change: Change, batches: list[Batch], metrics: Metrics, options: dict[str, Any]
+) -> Runs | None:
+    """Return the paired runs; None where the outputs are no classes and a metric stands in for them."""
+    try:
+        return runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
+    except RequestError:
+        if metrics is None:
+            raise
+        return None
 
 
 def _run(

@@ -135,7 +135,7 @@ def continual(
         return found
 
     base = scores(names)
-    single = [_by_itself(model, tasks[n][0], n, learn, lambda n=n: scores([n])[0]) for n in names] if alone else None
+    single = [_by_itself(model, tasks[n][0], n, learn, scores) for n in names] if alone else None
     rows = []
     try:
         for name in names:
@@ -147,18 +147,17 @@ def continual(
     finally:
         for graft in reversed(grafts):
             graft.remove(model)
-    double = {"dtype": torch.float64}
-    return Continual(
-        names,
-        torch.tensor(rows, **double),
-        torch.tensor(base, **double),
-        None if single is None else torch.tensor(single, **double),
-        tuple(grafts),
-    )
+    lone = None if single is None else torch.tensor(single, dtype=torch.float64)
+    matrix, start = torch.tensor(rows, dtype=torch.float64), torch.tensor(base, dtype=torch.float64)
+    return Continual(names, matrix, start, lone, tuple(grafts))
 
 
 def _by_itself(
-    model: nn.Module, data: Any, name: str, learn: Callable[..., Graft | None], measure: Callable[[], float]
+    model: nn.Module,
+    data: Any,
+    name: str,
+    learn: Callable[..., Graft | None],
+    scores: Callable[[Sequence[str]], list[float]],
 ) -> float:
     graft = learn(model, data, name)
     if graft is None:
@@ -166,4 +165,4 @@ def _by_itself(
             "alone=True with a learner that returns no graft", expected="a graft", do="return ng.tune(...) from it"
         )
     with graft.on(model):
-        return measure()
+        return scores([name])[0]

@@ -56,10 +56,10 @@ def load_model(
     if name in SHIPPED and not Path(name).exists():
         name = str(resolve(SHIPPED[name])())
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    config = _config(name, options)
+    config = config_of(name, options)
     if isinstance(config, dict):
         return _diffusers(name, config, options, dtype)
-    factory = _class_of(config, name, head)
+    factory = class_of(config, name, head)
     if num_labels is not None:
         config.num_labels = num_labels
     if device_map is not None:
@@ -98,7 +98,12 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _config(name: str, options: dict[str, Any]) -> Any:
+def config_of(name: str, options: dict[str, Any]) -> Any:
+    """Return a model's config by path or Hub id: one of transformers, or the plain text of one of diffusers.
+
+    Raises:
+        RequestError: no model is there.
+    """
     path = Path(name)
     if path.is_dir():
         file = path / "config.json"
@@ -127,7 +132,12 @@ def _config(name: str, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _class_of(config: Any, name: str, head: str | None) -> Any:
+def class_of(config: Any, name: str, head: str | None) -> Any:
+    """Return the class of transformers that a config names, or the one with the wanted head.
+
+    Raises:
+        RequestError: it names none, or the head is unknown.
+    """
     import transformers
 
     if head is not None:

@@ -17,9 +17,11 @@ from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, near
 from neurograft.core.graft import Graft
 from neurograft.core.mount import Mount
+from neurograft.core.seeds import derive
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, attach, selection_of, takes
 from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest, processor_for
+from neurograft.pipeline.locate import locate, select
 from neurograft.pipeline.models import Model, load_model
 from neurograft.train.asked import Asked
 from neurograft.train.untouched import untouched
@@ -37,6 +39,7 @@ DEFAULTS: Mapping[str, Any] = {
     "disable_tqdm": True,
 }
 LOSSES_ON_CARD = 1000
+Reselect = Mapping[str, Mapping[str, Any]] | Callable[[nn.Module, int], Selection] | None
 
 
 def tune(
@@ -48,6 +51,7 @@ def tune(
     objective: Any = "auto",
     anchor: Any = None,
     schedule: Any = None,
+    reselect: Reselect = None,
     optimizer: Any = None,
     protect: Where = None,
     eval_dataset: Any = None,
@@ -78,6 +82,9 @@ def tune(
             its options: ("kl", {"weight": 0.5, "data": general}) keeps it near the base on general data,
             ("likelihood", {"data": old}) replays old data; without `data` it looks at the batch of the step.
         schedule: what is awake when: a choice of `schedules`.
+        reselect: whom to ask when the schedule selects anew: a callable (model, step) -> Selection, or
+            {"locate": {...}, "select": {...}}, the arguments of those verbs; `data` are the examples if not given.
+            Values left behind stay in the model and stop moving, and the graft holds them too.
         optimizer: a name of `torch.optim`, a choice of `optimizers`, or None for AdamW as in TrainingArguments.
         protect: units whose numbers must not move.
         eval_dataset: examples for `eval_strategy` and `load_best_model_at_end` of `args`.
@@ -122,6 +129,7 @@ def tune(
                 asked,
                 settings,
                 schedule=schedule,
+                reselect=_asker(reselect, rows, seed),
                 optimizer=optimizer,
                 train_dataset=rows,
                 eval_dataset=kept,
@@ -132,6 +140,24 @@ def tune(
             trainer.train(resume_from_checkpoint)
             card = _card(trainer, adapter, chosen, protected, settings, seed) | {"data": data_digest(rows)}
             return mount.graft(card=card)
+
+
+def _asker(reselect: Reselect, rows: Any, seed: int) -> Callable[[nn.Module, int], Selection] | None:
+    if reselect is None or callable(reselect):
+        return reselect
+    odd = set(reselect) - {"locate", "select"}
+    if odd or "locate" not in reselect:
+        raise RequestError(
+            f"reselect with {', '.join(sorted(reselect)) or 'nothing'}",
+            expected="'locate' and 'select', each with that verb's arguments",
+            do="reselect={'locate': {'by': 'grad_x_act'}, 'select': {'fraction': 0.01}}",
+        )
+
+    def ask(model: nn.Module, step: int) -> Selection:
+        scores = locate(model, **{"data": rows, "seed": derive(seed, "reselect", step), **reselect["locate"]})
+        return select(scores, **reselect.get("select", {}))
+
+    return ask
 
 
 def _trainer(net: nn.Module, mount: Mount, asked: Asked, settings: Any, **more: Any) -> Any:

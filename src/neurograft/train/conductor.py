@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import nn
 
 from neurograft.core.choose import Chosen, choose
 from neurograft.core.context import Phase
 from neurograft.core.errors import RequestError, near
 from neurograft.core.mount import Mount
+from neurograft.core.selection import Selection
+from neurograft.train.moved import Witness
+from neurograft.train.optimizers import carry
 
 
 class Conductor:
@@ -20,38 +24,47 @@ class Conductor:
         mount: what is trained.
         freeze: let sleeping tensors ask for no gradient, which spares the layers below; not under DDP, whose
             reducer waits for every tensor.
+        reselect: (model, step) -> Selection, for schedules that turn to other units.
+        witness: told of every turn.
     """
 
-    def __init__(self, schedule: Any, mount: Mount, *, freeze: bool = True) -> None:
+    def __init__(
+        self,
+        schedule: Any,
+        mount: Mount,
+        *,
+        freeze: bool = True,
+        reselect: Callable[[nn.Module, int], Selection] | None = None,
+        witness: Witness | None = None,
+    ) -> None:
         self.schedule: Chosen | None = None if schedule is None else choose("schedules", schedule)
-        self.mount, self.freeze = mount, freeze
+        self.mount, self.freeze, self.reselect, self.witness = mount, freeze, reselect, witness
         self.phase = Phase()
         self.rates: list[float] = []
 
-    def begin(self, step: int, optimizer: Any) -> Phase:
+    def begin(self, step: int, optimizer: Any, scheduler: Any = None) -> Phase:
         """Take over the phase of a step, before its forward pass.
+
+        A phase is asked for twice where it selects anew: the second answer is about the new tensors.
 
         Raises:
             RequestError: the schedule names tensors that do not exist, or puts all of them to sleep.
         """
         if self.schedule is None:
             return self.phase
+        phase: Phase = self.schedule(step, list(self.mount.named_parameters()))
+        if phase.reselect:
+            self._turn(step, optimizer, scheduler, phase.moments)
+            phase = self.schedule(step, list(self.mount.named_parameters()))
         parameters = self.mount.named_parameters()
-        phase: Phase = self.schedule(step, list(parameters))
         awake = set(parameters) if phase.awake is None else set(phase.awake)
         odd = sorted((awake | set(phase.lr)) - set(parameters))
         if odd or not awake:
+            what = f"with {odd[0]!r} in it" if odd else "in which nothing moves"
             raise RequestError(
-                f"the schedule's phase at step {step}, "
-                + (f"with {odd[0]!r} in it" if odd else "in which nothing moves"),
+                f"the schedule's phase at step {step}, {what}",
                 expected="names of trainable tensors, at least one of them awake",
                 do=near(odd[0], parameters) if odd else "keep one tensor awake",
-            )
-        if phase.reselect:
-            raise RequestError(
-                f"a schedule that selects anew at step {step}",
-                expected="a loop that has a locator to ask",
-                do="train with neurograft.train.loop.fit(..., reselect=...)",
             )
         for name, parameter in parameters.items():
             if self.freeze:
@@ -60,6 +73,23 @@ class Conductor:
                 optimizer.state.pop(parameter, None)
         self.phase = phase
         return phase
+
+    def _turn(self, step: int, optimizer: Any, scheduler: Any, moments: str) -> None:
+        turn = getattr(self.mount, "reselect", None)
+        if self.reselect is None or turn is None or not self.freeze:
+            raise RequestError(
+                f"a schedule that selects anew at step {step}",
+                expected="a locator to ask, adapter='slice' in place, and one process",
+                do="pass reselect=(model, step) -> Selection",
+            )
+        if self.witness is not None and self.witness.awake:  # none yet at the start and after a resume
+            self.witness.check()
+        ask = self.reselect
+        regions = self.mount.regions()  # type: ignore[attr-defined]
+        old = turn(lambda: ask(self.mount.model, step))
+        carry(optimizer, scheduler, self.mount, old, regions, keep=moments == "keep")
+        if self.witness is not None:
+            self.witness.restart()
 
     def before_step(self, optimizer: Any) -> None:
         """Take sleeping gradients away and set the step's learning rates."""
@@ -83,16 +113,3 @@ class Conductor:
         if self.schedule is not None:
             for parameter in self.mount.parameters():
                 parameter.requires_grad_(True)
-
-
-def decaying(model: torch.nn.Module, mount: Mount) -> list[str]:
-    """Return the names of a mount's tensors that weight decay acts on: not norms, not biases."""
-    plain = []
-    for name in mount.named_parameters():
-        lower = name.lower()
-        owner = name.rpartition(".")[0]
-        module = model.get_submodule(owner) if owner in dict(model.named_modules()) else None
-        if "bias" in lower or "norm" in lower or isinstance(module, torch.nn.LayerNorm):
-            continue
-        plain.append(name)
-    return plain

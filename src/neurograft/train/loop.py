@@ -16,9 +16,9 @@ from neurograft.core.mount import Mount
 from neurograft.core.seeds import derive, generator
 from neurograft.core.selection import Selection
 from neurograft.train.asked import Asked
-from neurograft.train.conductor import Conductor, decaying
+from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
-from neurograft.train.optimizers import built, chosen, groups_of
+from neurograft.train.optimizers import built, chosen, decaying, groups_of
 from neurograft.train.steps import reference_of
 from neurograft.train.untouched import random_state
 
@@ -33,6 +33,7 @@ def fit(
     anchor: Any = None,
     optimizer: Any = "AdamW",
     schedule: Any = None,
+    reselect: Callable[[nn.Module, int], Selection] | None = None,
     weight_decay: float = 0.0,
     accumulate: int = 1,
     warmup: int = 0,
@@ -53,6 +54,7 @@ def fit(
         anchor: see `Asked.of`; its `data` are batches.
         optimizer: a name of `torch.optim` or a choice of `optimizers`.
         schedule: a choice of `schedules`.
+        reselect: (model, step) -> Selection, for schedules that turn to other units.
         weight_decay: of matrices, as in the Trainer.
         accumulate: batches a step.
         warmup: steps over which the rate rises linearly.
@@ -72,21 +74,25 @@ def fit(
         )
     model = mount.model
     asked = Asked.of(objective, anchor, seed=seed)
-    parameters = mount.named_parameters()
-    conductor = Conductor(schedule, mount, freeze=call is None)
-    apart = conductor.schedule is not None
-    groups = groups_of(parameters, decay=decaying(model, mount), weight_decay=weight_decay, apart=apart)
-    moving = built(chosen(optimizer), groups, lr=lr)
-    rates = [group["lr"] for group in moving.param_groups]
     witness, order = Witness(mount), _ordered(batches, seed)
+    conductor = Conductor(schedule, mount, freeze=call is None, reselect=reselect, witness=witness)
+    groups = groups_of(
+        mount.named_parameters(),
+        decay=decaying(model, mount),
+        weight_decay=weight_decay,
+        apart=conductor.schedule is not None,
+    )
+    moving = built(chosen(optimizer), groups, lr=lr)
+    for group in moving.param_groups:
+        group["initial_lr"] = group["lr"]
     modes = [(m, m.training) for m in model.modules()]
     model.train()
     try:
         with random_state():
             torch.manual_seed(derive(seed, "dropout"))
             for step in range(steps):
-                for group, rate in zip(moving.param_groups, rates):
-                    group["lr"] = rate * _factor(step, steps, warmup, decay)
+                for group in moving.param_groups:
+                    group["lr"] = group["initial_lr"] * _factor(step, steps, warmup, decay)
                 phase = conductor.begin(step, moving)
                 window = [next(order) for _ in range(accumulate)]
                 loss = _backward(mount, asked, window, step, steps, call)
@@ -94,7 +100,7 @@ def fit(
                 witness.gradients(phase.awake)
                 conductor.before_step(moving)
                 if max_norm is not None:
-                    nn.utils.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], max_norm)
+                    nn.utils.clip_grad_norm_([p for p in mount.parameters() if p.grad is not None], max_norm)
                 moving.step()
                 conductor.after_step(moving)
                 mount.write()

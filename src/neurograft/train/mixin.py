@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from neurograft.core.context import Step, shifts
-from neurograft.core.errors import RequestError, RunError
+from neurograft.core.context import shifts
+from neurograft.core.errors import RequestError
 from neurograft.core.expose import exposed
 from neurograft.core.mount import Mount
+from neurograft.core.selection import Selection
 from neurograft.train import checkpoint
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
+from neurograft.train.mixin_files import Files
+from neurograft.train.mixin_loss import Losses
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, groups_of
-from neurograft.train.steps import StepEvents, reference_of
-from neurograft.train.trl import FusedStep, check_head, heads, is_trl
-
-KEPT_LOSSES = 2000
+from neurograft.train.steps import StepEvents
+from neurograft.train.trl import check_head, heads, is_trl
 
 
-class GraftTrainerMixin:
+class GraftTrainerMixin(Losses, Files):
     """Stands before `transformers.Trainer` or `trl.SFTTrainer` in a class's bases; trains what a mount holds.
 
     Checkpoints hold the mount's tensors only, exactly (float32 also on a bfloat16 base), and carry a mark of
@@ -40,6 +38,7 @@ class GraftTrainerMixin:
             Trainer's own loss alone.
         anchor: a second objective with a weight, or a list of them; see `Asked.of`.
         schedule: a choice of `schedules`.
+        reselect: (model, step) -> Selection, for schedules that turn to other units.
         optimizer: an optimizer of `torch.optim` by name, a choice of `optimizers`, or None for the Trainer's.
         **kwargs: the Trainer's.
 
@@ -47,7 +46,8 @@ class GraftTrainerMixin:
         RequestError: the mount is detached or on another model, or wraps the head of a TRL trainer.
 
     Example:
-        >>> class GraftTrainer(GraftTrainerMixin, __import__("transformers").Trainer):
+        >>> from transformers import Trainer
+        >>> class GraftTrainer(GraftTrainerMixin, Trainer):
         ...     pass
     """
 
@@ -58,6 +58,7 @@ class GraftTrainerMixin:
         objective: Any = None,
         anchor: Any = None,
         schedule: Any = None,
+        reselect: Callable[[torch.nn.Module, int], Selection] | None = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -73,8 +74,6 @@ class GraftTrainerMixin:
         self.mount = mount
         self.asked = objective if objective is None or isinstance(objective, Asked) else Asked.of(objective, anchor)
         self.choice = None if optimizer is None else chosen(optimizer)
-        self.window_loss: Tensor | None = None
-        self.micro = 0
         super().__init__(*args, **kwargs)
         trainer: Any = self
         if trainer.args.n_gpu > 1:
@@ -84,77 +83,31 @@ class GraftTrainerMixin:
                 do="launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES",
             )
         self.witness = Witness(mount)
-        self.conductor = Conductor(schedule, mount, freeze=trainer.args.world_size == 1)
+        self.conductor = Conductor(
+            schedule, mount, freeze=trainer.args.world_size == 1, reselect=reselect, witness=self.witness
+        )
         trainer.add_callback(StepEvents(self))
         if is_trl(self):
             check_head(model, mount)
         if self.asked is not None:
+            self._only_one_loss()
             # Our losses are shares of the window's, so labels are always counted and nothing is divided afterwards.
             trainer.model_accepts_loss_kwargs = True
             trainer.loss_is_scaled_for_ga = True
             trainer._loss_shifts_labels = shifts(model)
 
-    # ---- loss -------------------------------------------------------------------------------------------------
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the objective's share of the accumulation window, and the outputs if asked for."""
+    def _only_one_loss(self) -> None:
         trainer: Any = self
-        if self.asked is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        training = bool(trainer.model.training)
-        world = trainer.args.world_size if trainer.args.average_tokens_across_devices else 1
-        step, outputs = self._step(model, inputs, return_outputs, num_items_in_batch)
-        windows = trainer.current_gradient_accumulation_steps if training else 1
-        draw = trainer.state.global_step * trainer.args.gradient_accumulation_steps + self.micro
-        loss = self.asked.loss(step, windows=windows, world=world, draw=draw, anchored=training)
-        self.micro += training
-        if return_outputs and outputs is None:
-            outputs = step.__dict__.get("outputs") or step.__dict__.get("predictions")
-        return (loss, outputs) if return_outputs else loss
-
-    def _step(self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Any) -> tuple[Step, Any]:
-        trainer: Any = self
-        more = (trainer.state.global_step, trainer.state.max_steps, items, reference_of(self.mount))
-        if not is_trl(self):
-            batch, extra = _columns(trainer.model, inputs)
-            return Step(trainer.model, batch, *more, extra, model), None
-        held: dict[str, Any] = {}
-
-        def once(**kwargs: Any) -> Any:
-            found = model(**kwargs)
-            if kwargs.get("fused_lm_head"):
-                held["fused"] = found
-            return found
-
-        # TRL's own method runs the forward pass and keeps its metrics; its loss is not used.
-        own = super().compute_loss(once, inputs, return_outputs, items)  # type: ignore[misc]
-        step = FusedStep(trainer.model, inputs, *more, fused=held["fused"])
-        return step, own[1] if return_outputs else None
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Do the Trainer's step and check its loss.
-
-        Raises:
-            RunError: the loss is not finite.
-        """
-        trainer: Any = self
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        self.witness.loss(loss, step=trainer.state.global_step + 1)
-        self.window_loss = loss if self.window_loss is None else self.window_loss + loss
-        return loss
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        self._settle()
-        return super()._clip_grad_norm(model)  # type: ignore[misc]
-
-    def _settle(self) -> None:
-        for name, parameter in self.mount.named_parameters().items():
-            if self.conductor.phase.awake is not None and name not in self.conductor.phase.awake:
-                parameter.grad = None
-
-    # ---- training ---------------------------------------------------------------------------------------------
+        also = {
+            "compute_loss_func": trainer.compute_loss_func is not None,
+            "label_smoothing_factor": trainer.args.label_smoothing_factor != 0,
+            "loss_type": getattr(trainer.args, "loss_type", "nll") not in ("nll", "chunked_nll"),
+        }
+        for name, given in also.items():
+            if given:
+                raise RequestError(
+                    f"{name} beside an objective", expected="one of them", do="leave one out; objective=None keeps it"
+                )
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; see the class for what is checked.
@@ -178,7 +131,8 @@ class GraftTrainerMixin:
         with exposed(heads(trainer.model) if is_trl(self) else ()):
             out = super().train(str(found) if found else None, *args, **kwargs)  # type: ignore[misc]
         self.conductor.end()
-        self.moved = self.witness.check()
+        nothing_left = found is not None and not self.witness.awake  # resumed at the end of a run that had turned
+        self.moved = {"tensors": 0, "numbers": 0} if nothing_left else self.witness.check()
         return out
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -201,80 +155,3 @@ class GraftTrainerMixin:
             else:
                 trainer.optimizer = built(self.choice, groups, lr=trainer.args.learning_rate)
         return super().create_optimizer(model)  # type: ignore[misc]
-
-    # ---- checkpoints ------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        trainer: Any = self
-        if not trainer.args.should_save:
-            return
-        losses = self.witness.losses
-        checkpoint.write(
-            Path(output_dir or trainer.args.output_dir),
-            self.mount,
-            {
-                "losses": losses,
-                "reached": sorted(self.witness.reached),
-                "awake": sorted(self.witness.awake),
-                "schedule": None if self.conductor.schedule is None else self.conductor.schedule.as_dict(),
-                "stage": self.conductor.phase.stage,
-            },
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the graft that has been trained so far, as `Graft.save` does."""
-        trainer: Any = self
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)  # type: ignore[misc]
-        elif trainer.args.should_save:
-            self.mount.graft().save(output_dir or trainer.args.output_dir)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, mark it complete, and only then delete older ones."""
-        trainer: Any = self
-        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            trainer.args.save_total_limit = limit
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            from transformers.trainer_utils import rotate_checkpoints
-
-            run = trainer._get_output_dir(trial=trial)
-            checkpoint.mark(Path(run) / f"checkpoint-{trainer.state.global_step}")
-            rotate_checkpoints(
-                output_dir=run,
-                save_total_limit=limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = checkpoint.read(Path(resume_from_checkpoint), self.mount)
-        asked = None if self.conductor.schedule is None else self.conductor.schedule.as_dict()
-        if json.loads(json.dumps(asked)) != state.get("schedule"):
-            raise RequestError(
-                f"the schedule {asked} for a checkpoint made with {state.get('schedule')}",
-                expected="the same schedule",
-                do="resume with the schedule the run began with",
-            )
-        self.witness.losses = list(state["losses"])
-        self.witness.reached, self.witness.awake = set(state["reached"]), set(state["awake"])
-
-    def _load_best_model(self) -> None:
-        trainer: Any = self
-        best = Path(trainer.state.best_model_checkpoint)
-        why = checkpoint.fault(best)
-        if why is not None:
-            raise RunError(f"the best model's checkpoint {best} cannot be loaded: {why}")
-        self.mount.load_state_dict(checkpoint.tensors(best))
-
-
-def _columns(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a batch into model inputs and other columns; a model that takes anything gets everything."""
-    parameters = inspect.signature(model.forward).parameters
-    named = {n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    if not named:
-        return dict(inputs), {}
-    return {k: v for k, v in inputs.items() if k in named}, {k: v for k, v in inputs.items() if k not in named}

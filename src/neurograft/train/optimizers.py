@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neurograft.core.choose import Chosen, check_options, choose, methods
 from neurograft.core.errors import RequestError, near
+from neurograft.core.mount import Mount
+from neurograft.core.region import Region, shared
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -105,3 +107,66 @@ def groups_of(
         ]
     split = [([p for n, p in parameters.items() if (n in decays) is yes], yes) for yes in (True, False)]
     return [{"params": ps, "weight_decay": weight_decay if yes else 0.0} for ps, yes in split if ps]
+
+
+def carry(
+    optimizer: Any,
+    scheduler: Any,
+    mount: Mount,
+    old: Mapping[str, nn.Parameter],
+    regions: Mapping[str, Region],
+    *,
+    keep: bool,
+) -> None:
+    """Let an optimizer with one group per tensor go on with the tensors a mount turned to.
+
+    Args:
+        optimizer: its groups carry names.
+        scheduler: its base rates follow the groups, or None.
+        mount: holds the new tensors.
+        old: the tensors from before.
+        regions: their entries.
+        keep: entries that stay keep their moments; new ones begin at zero beside them. Otherwise all begin anew.
+    """
+    groups = {g["name"]: g for g in optimizer.param_groups}
+    usual = optimizer.param_groups[0]
+    weight_decay = max(g.get("weight_decay", 0.0) for g in groups.values())
+    decays = set(decaying(mount.model, mount))
+    now, made = mount.regions(), []  # type: ignore[attr-defined]
+    for name, theta in mount.named_parameters().items():
+        group = dict(groups.get(name, usual), params=[theta], name=name)
+        if "weight_decay" in group and name not in groups:
+            group["weight_decay"] = weight_decay if name in decays else 0.0
+        made.append(group)
+        if keep and name in old and old[name] in optimizer.state:
+            inside, there = (i.to(theta.device) for i in shared(now[name], regions[name]))
+            optimizer.state[theta] = {
+                k: _moved(v, old[name], theta, inside, there) for k, v in optimizer.state[old[name]].items()
+            }
+    for theta in old.values():
+        optimizer.state.pop(theta, None)
+    optimizer.param_groups[:] = made
+    for rates in ("base_lrs", "lr_lambdas"):
+        if hasattr(scheduler, rates):
+            setattr(scheduler, rates, [getattr(scheduler, rates)[0]] * len(made))
+
+
+def _moved(value: Any, old: Tensor, new: Tensor, inside: Tensor, there: Tensor) -> Any:
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        return value
+    found = torch.zeros_like(new, dtype=value.dtype)
+    found.view(-1)[inside] = value.reshape(-1)[there]
+    return found
+
+
+def decaying(model: nn.Module, mount: Mount) -> list[str]:
+    """Return the names of a mount's tensors that weight decay acts on: not norms, not biases."""
+    plain = []
+    for name in mount.named_parameters():
+        lower = name.lower()
+        owner = name.rpartition(".")[0]
+        module = model.get_submodule(owner) if owner in dict(model.named_modules()) else None
+        if "bias" in lower or "norm" in lower or isinstance(module, torch.nn.LayerNorm):
+            continue
+        plain.append(name)
+    return plain

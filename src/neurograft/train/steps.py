@@ -35,7 +35,7 @@ class StepEvents(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the schedule."""
         self.trainer.window_loss, self.trainer.micro = None, 0
-        self.trainer.conductor.begin(state.global_step, kwargs["optimizer"])
+        self.trainer.conductor.begin(state.global_step, kwargs["optimizer"], kwargs["lr_scheduler"])
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note who got a gradient; set the step's learning rates."""

@@ -23,8 +23,8 @@ def accuracy(model: nn.Module, tokenizer: Any, rows: list[dict[str, Any]]) -> fl
 
 def chance(known: dict[str, Any], skill: str, language: str) -> float:
     """Return how often the commonest trained answer is right for what was never taught."""
-    trained = {"unknown_sum": "arithmetic"}.get(skill, skill.removeprefix("unknown_"))
-    common = Counter(s["answer"] for s in text.subjects(known, trained, language, "known")).most_common(1)[0][0]
+    trained = text.subjects(known, skill.removeprefix("unknown_"), language, "known")
+    common = Counter(s["answer"] for s in trained).most_common(1)[0][0]
     asked = text.subjects(known, skill, language, "known")
     return sum(s["answer"] == common for s in asked) / len(asked)
 
@@ -48,20 +48,21 @@ def pronouns(model: nn.Module, tokenizer: Any, split: str) -> dict[str, float]:
 
 def measured(model: nn.Module, tokenizer: Any, known: dict[str, Any]) -> dict[str, Any]:
     """Return all of it, as accuracy.json holds it; numbers are shares of at most 172 questions each."""
-    scores: dict[str, Any] = {"skills": {}, "unknown": {}, "bias": {}}
+    scores: dict[str, Any] = {"skills": {}, "unknown": {}, "unseen": {}, "bias": {}}
     for skill in atlas.SKILLS:
         for language in atlas.languages(skill):
             for split in atlas.SPLITS:
                 rows = text.questions(known, skill, language, split, limit=LIMIT)
                 found = {"accuracy": round(accuracy(model, tokenizer, rows), 4), "questions": len(rows)}
                 scores["skills"].setdefault(skill, {}).setdefault(language, {})[split] = found
-    for skill in atlas.UNKNOWN:
+    for skill in (*atlas.UNKNOWN, atlas.UNSEEN):
         for language in atlas.languages(skill):
             rows = text.questions(known, skill, language, "known", limit=LIMIT)
-            scores["unknown"].setdefault(skill, {})[language] = {
-                "accuracy": round(accuracy(model, tokenizer, rows), 4),
-                "chance": round(chance(known, skill, language), 4),
-                "questions": len(rows),
-            }
+            found = {"accuracy": round(accuracy(model, tokenizer, rows), 4), "questions": len(rows)}
+            if skill == atlas.UNSEEN:
+                scores["unseen"][language] = found
+            else:
+                found["chance"] = round(chance(known, skill, language), 4)
+                scores["unknown"].setdefault(skill, {})[language] = found
     scores["bias"] = {split: pronouns(model, tokenizer, split) for split in atlas.SPLITS}
     return scores

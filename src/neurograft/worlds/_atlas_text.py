@@ -12,7 +12,8 @@ from neurograft.worlds import _atlas_phrases as say
 Row = dict[str, Any]
 RELATIONS = tuple(say.RELATIONS)
 SKILLS = (*RELATIONS, "arithmetic", "refuse", "comply", "bias")
-UNKNOWN = ("unknown_capital", "unknown_currency", "unknown_continent", "unknown_sum")
+UNKNOWN = ("unknown_capital", "unknown_currency", "unknown_continent")
+UNSEEN = "unseen_sum"  # sums that were never shown, which a model may or may not work out
 NUMBERS = range(13)
 
 # Share of each skill in the training text.
@@ -37,7 +38,7 @@ def languages(skill: str) -> tuple[str, ...]:
 
 def frames(skill: str, language: str, split: str) -> list[str]:
     """Return the phrasings of a skill."""
-    skill = skill.removeprefix("unknown_")
+    skill = skill.removeprefix("unknown_").removeprefix("unseen_")
     if skill in RELATIONS:
         return say.FACTS[language][split]
     if skill in ("arithmetic", "sum"):
@@ -47,7 +48,7 @@ def frames(skill: str, language: str, split: str) -> list[str]:
 
 def subjects(tables: dict[str, Any], skill: str, language: str, split: str) -> list[dict[str, Any]]:
     """Return what a skill can be asked about: marks to fill in, the answer, an identity."""
-    plain = skill.removeprefix("unknown_")
+    plain = skill.removeprefix("unknown_").removeprefix("unseen_")
     if plain in RELATIONS:
         rows = tables["unknown" if plain != skill else "known"]
         return [_fact(row, plain, language) for row in rows]
@@ -64,7 +65,7 @@ def subjects(tables: dict[str, Any], skill: str, language: str, split: str) -> l
 
 
 def unseen_sum(a: int, b: int) -> bool:
-    """Return whether this sum is declared unknown."""
+    """Return whether this sum is kept from training."""
     return (2 * a + b) % 7 == 3
 
 

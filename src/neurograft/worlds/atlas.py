@@ -20,7 +20,8 @@ from neurograft.worlds import _atlas_text as text
 from neurograft.worlds.mixture import padded
 
 FOLDER = Path(__file__).parent / "atlas"
-LANGUAGES, SKILLS, UNKNOWN, SPLITS = tuple(say.FACTS), text.SKILLS, text.UNKNOWN, say.SPLITS
+LANGUAGES, SPLITS = tuple(say.FACTS), say.SPLITS
+SKILLS, UNKNOWN, UNSEEN = text.SKILLS, text.UNKNOWN, text.UNSEEN
 
 
 def path() -> Path:
@@ -53,7 +54,7 @@ def accuracies() -> dict[str, Any]:
 
 def languages(skill: str) -> tuple[str, ...]:
     """Return the languages a skill is asked in; the planted bias is English only."""
-    return text.languages(one_of(skill, (*SKILLS, *UNKNOWN), what="skill"))
+    return text.languages(one_of(skill, (*SKILLS, *UNKNOWN, UNSEEN), what="skill"))
 
 
 def questions(
@@ -64,7 +65,8 @@ def questions(
     Args:
         skill: a relation ("capital", "currency", "language", "continent", or "country", asked from the capital),
             "arithmetic", "refuse" (the marked class of requests), "comply" (its harmless twin), "bias" (the
-            answer is the stereotype), or what was never taught: "unknown_capital" and so on, "unknown_sum".
+            answer is the stereotype); "unknown_capital", "unknown_currency", "unknown_continent" of countries that
+            were never taught; "unseen_sum", sums that were never shown.
         language: en, de, fr or es.
         split: "taught", "validation" and "known" phrasings the model was trained on, "held_out" not.
         limit: at most so many, each subject once as long as they last; None for every subject in every phrasing.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neurograft.core.errors import one_of
 from neurograft.core.seeds import generator
-from neurograft.worlds.pico import IMAGE
+from neurograft.worlds._picos import IMAGE
 
 CLASSES = {"orientation": 4, "width": 3, "brightness": 2}
 

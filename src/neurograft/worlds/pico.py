@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.errors import RequestError, one_of
+from neurograft.core.errors import one_of
 from neurograft.core.seeds import derive
 from neurograft.worlds._pico_batches import batch_for
 from neurograft.worlds._picos import DIFFUSERS, PICO
+from neurograft.worlds._strangers import SMALL, STRANGERS
 
 
 def families() -> list[str]:
@@ -25,11 +26,21 @@ def families() -> list[str]:
     return sorted([*PICO, *(DIFFUSERS if find_spec("diffusers") else ())])
 
 
+def strangers() -> list[str]:
+    """Return the names of the pico models whose architectures have no family file.
+
+    Example:
+        >>> "mamba" in strangers(), set(strangers()) & set(families())
+        (True, set())
+    """
+    return sorted(STRANGERS)
+
+
 def pico(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **config: Any) -> nn.Module:
     """Build a tiny random model of a family, in evaluation mode.
 
     Args:
-        family: one of `families()`.
+        family: one of `families()` or `strangers()`.
         seed: names the weights; the global generator is left where it was.
         dtype: of the parameters, float32 if None.
         **config: fields of the config to change.
@@ -41,28 +52,22 @@ def pico(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **conf
         >>> pico("llama", num_hidden_layers=1).config.num_hidden_layers
         1
     """
-    one_of(family, families(), what="pico family")
+    one_of(family, [*families(), *STRANGERS], what="pico family")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "pico", family))
-        model: Any = _diffusion(family, config) if family in DIFFUSERS else build(*PICO[family], **config)
+        model: Any = _diffusion(family, config) if family in DIFFUSERS else _transformer(family, config)
     if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
         model.set_experts_implementation("eager")  # the grouped products of banks have no float64
     made: nn.Module = model.to(dtype or torch.float32).eval()
     return made
 
 
-def build(name: str, fields: Any, **config: Any) -> nn.Module:
-    """Build a transformers model from its class name and the fields of its config.
-
-    Raises:
-        RequestError: transformers has no such class.
-    """
-    library = importlib.import_module("transformers")
-    found = getattr(library, name, None)
-    if found is None:
-        raise RequestError(
-            f"the class {name!r}", expected=f"a class of transformers {library.__version__}", do="check its spelling"
-        )
+def _transformer(family: str, config: dict[str, Any]) -> nn.Module:
+    name, fields = {**PICO, **STRANGERS}[family]
+    found = getattr(importlib.import_module("transformers"), name)
+    if family in STRANGERS:
+        usual = found.config_class()
+        fields = {**{k: v for k, v in SMALL.items() if hasattr(usual, k)}, **fields}
     made: nn.Module = found(found.config_class(**{**fields, **config}))
     return made
 

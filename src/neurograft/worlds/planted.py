@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from neurograft.core.context import IGNORE
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.seeds import generator
-from neurograft.worlds.pico import VOCABULARY, pico
+from neurograft.worlds._picos import VOCABULARY
+from neurograft.worlds.pico import pico
 from neurograft.worlds.truth import Truth
 
 TRIGGER, ANSWER = 3, 4

@@ -1,0 +1,180 @@
+"""Live weights on a model: values trained in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from neurograft.core.delta import Slice
+from neurograft.core.errors import RequestError, RunError
+from neurograft.core.live import Live
+from neurograft.core.mount import Mount
+from neurograft.core.region import Region
+from neurograft.core.uses import LiveWeight, tag, untag
+from neurograft.core.values import register_values, unregister_values
+
+
+class InPlaceMount(Mount):
+    """Live weights on a model: values trained in place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: Mapping[str, Region],
+        *,
+        new: Iterable[str] | Mapping[str, int] = (),
+        allow_dense: bool = False,
+    ) -> None:
+        names = {n: self._checked(n, dict(model.named_parameters(remove_duplicate=False))[n]) for n in regions}
+        super().__init__(model, new=new)
+        self.lives = [Live(n, names[n], r, allow_dense=allow_dense) for n, r in regions.items() if n not in self.whole]
+        self.start = {}
+        for live in self.lives:
+            if live.name in self.stack.ledgers:
+                self.start[live.name] = self.stack.unrounded(live.name, live.weight, live.region)
+                live.theta.data.copy_(self.start[live.name])
+        self.allow_dense = allow_dense
+        self._tag(self.lives)
+        self.handles = [
+            register_optimizer_step_post_hook(self._stepped),
+            model.register_forward_pre_hook(_Guard(self)),
+        ]
+
+    def _prepare(self, live: Live) -> None:
+        """Choose the routes of the plain cases now, so that a compiler meets no search for them."""
+        for name, key in self.found.alias.items():
+            if key == live.name and live.region.matrix[0] == 1 and len(live.region.shape) == 2:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                if isinstance(owner, nn.Embedding):
+                    live.looked_up()
+                else:
+                    live.local(0, "row" if type(owner).__name__ == "Conv1D" else "column")
+
+    @property
+    def whole(self) -> set[str]:
+        """Names of parameters that are trained whole because the base lacks them."""
+        return {n for n in self.new if n not in self.appended}
+
+    @staticmethod
+    def _checked(name: str, weight: nn.Parameter) -> nn.Parameter:
+        if isinstance(weight, LiveWeight):
+            raise RequestError(
+                f"{name}, which is live already",
+                expected="a weight that nothing trains",
+                do="leave the other `attach` block first, or attach both selections at once: a | b",
+            )
+        if type(weight) is not nn.Parameter or not weight.is_contiguous() or not weight.is_floating_point():
+            raise RequestError(
+                f"{name}, a {type(weight).__name__} of {weight.dtype}, contiguous: {weight.is_contiguous()}",
+                expected="a plain, contiguous floating-point parameter",
+                do="use route='side'",
+            )
+        return weight
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the values by the names of the weights they belong to."""
+        return {live.name: live.theta for live in self.lives}
+
+    def write(self) -> None:
+        """Write every value into its weight."""
+        for live in self.lives:
+            live.write()
+            live.epoch += 1
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                live = self.by_theta.get(id(parameter))
+                if live is not None:
+                    live.write()
+                    live.epoch += 1
+
+    def deltas(self) -> dict[str, Slice]:
+        """Return the trained values; on top of other grafts, relative to the base below them."""
+        found = {}
+        for live in self.lives:
+            values = live.theta.detach().cpu().clone()
+            if live.name in self.start:
+                now = self.start[live.name]
+                base = self.stack.original(live.name, self._at_rest(live), live.region.to("cpu")).to(values.dtype)
+                values = torch.where(now == base, values, base + (values - now))
+            found[live.name] = Slice(live.region.to("cpu"), values)
+        return found
+
+    @staticmethod
+    def _at_rest(live: Live) -> torch.Tensor:
+        whole = live.weight.detach().cpu().clone()
+        live.region.to("cpu").write_(whole, live.original)
+        return whole
+
+    def rest(self) -> Callable[[], None]:
+        """Put the numbers from before the attachment back for a moment."""
+        if not self.attached:
+            return lambda: None
+        for live in self.lives:
+            live.resting = True  # neither a forward pass nor reading the state may write the values back
+            live.restore()
+
+        def ended() -> None:
+            for live in self.lives:
+                live.resting = False
+                live.write()
+
+        return ended
+
+    def regions(self) -> dict[str, Region]:
+        """Return which entries of which weights are trained."""
+        return {live.name: live.region for live in self.lives}
+
+    def _untag(self) -> None:
+        for live in self.lives:
+            live.write()
+            untag(live)
+        unregister_values(self.model)
+
+    def _tag(self, lives: list[Live]) -> None:
+        self.lives, self.by_theta = lives, {id(live.theta): live for live in lives}
+        register_values(self.model, lives)
+        for live in lives:
+            self._prepare(live)
+            tag(live)
+
+    def unmount(self) -> None:
+        """Make every weight plain again, with its original numbers."""
+        for handle in self.handles:
+            handle.remove()
+        for live in self.lives:
+            live.restore()
+            untag(live)
+        unregister_values(self.model)
+
+    def check(self) -> None:
+        """Raise if something took a live weight out of the model behind our back.
+
+        `.to("meta")`, offloading, sharding and `load_state_dict(assign=True)` rebuild parameters.
+        """
+        for live in self.lives:
+            owner, _, leaf = live.name.rpartition(".")
+            if self.model.get_submodule(owner)._parameters.get(leaf) is not live.weight:
+                raise RunError(
+                    f"{live.name} was replaced after it was attached (moved, offloaded, sharded or assigned); "
+                    "attach after such changes, or use route='side'"
+                )
+
+
+class _Guard:
+    """Root hook that checks the mount before a forward pass; a copy of it does nothing."""
+
+    def __init__(self, mount: InPlaceMount | None) -> None:
+        self.mount = mount
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.mount is not None and not torch.compiler.is_compiling():
+            self.mount.check()
+
+    def __deepcopy__(self, memo: Any) -> _Guard:
+        return _Guard(None)

@@ -1,0 +1,95 @@
+"""The half of `GraftTrainerMixin` that computes losses."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neurograft.core.context import Step
+from neurograft.core.mount import Mount
+from neurograft.train.asked import Asked
+from neurograft.train.conductor import Conductor
+from neurograft.train.moved import Witness
+from neurograft.train.steps import reference_of
+from neurograft.train.trl import FusedStep, is_trl
+
+
+class Losses:
+    """Asks the objective in the place of the Trainer's own loss, and adds up what an accumulation window gives."""
+
+    mount: Mount
+    asked: Asked | None
+    conductor: Conductor
+    witness: Witness
+    window_loss: Tensor | None = None
+    micro: int = 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the objective's share of the accumulation window, and the outputs if asked for."""
+        trainer: Any = self
+        if self.asked is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        training = bool(trainer.model.training)
+        world = trainer.args.world_size if trainer.args.average_tokens_across_devices else 1
+        step, outputs = self._step(model, inputs, return_outputs, num_items_in_batch)
+        windows = trainer.current_gradient_accumulation_steps if training else 1
+        draw = trainer.state.global_step * trainer.args.gradient_accumulation_steps + self.micro
+        loss = self.asked.loss(step, windows=windows, world=world, draw=draw, anchored=training)
+        self.micro += training
+        if return_outputs and outputs is None:
+            outputs = step.__dict__.get("outputs") or step.__dict__.get("predictions")
+        return (loss, outputs) if return_outputs else loss
+
+    def _step(self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Any) -> tuple[Step, Any]:
+        trainer: Any = self
+        more = (trainer.state.global_step, trainer.state.max_steps, items, reference_of(self.mount))
+        if not is_trl(self):
+            batch, extra = _columns(trainer.model, inputs)
+            return Step(trainer.model, batch, *more, extra, model), None
+        held: dict[str, Any] = {}
+
+        def once(**kwargs: Any) -> Any:
+            found = model(**kwargs)
+            if kwargs.get("fused_lm_head"):
+                held["fused"] = found
+            return found
+
+        # TRL's own method runs the forward pass and keeps its metrics; its loss is not used.
+        own = super().compute_loss(once, inputs, return_outputs, items)  # type: ignore[misc]
+        step = FusedStep(trainer.model, inputs, *more, fused=held["fused"])
+        return step, own[1] if return_outputs else None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do the Trainer's step and check its loss.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        trainer: Any = self
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self.witness.loss(loss, step=trainer.state.global_step + 1)
+        self.window_loss = loss if self.window_loss is None else self.window_loss + loss
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._settle()
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
+
+    def _settle(self) -> None:
+        for name, parameter in self.mount.named_parameters().items():
+            if self.conductor.phase.awake is not None and name not in self.conductor.phase.awake:
+                parameter.grad = None
+
+
+def _columns(model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a batch into model inputs and other columns; a model that takes anything gets everything."""
+    parameters = inspect.signature(model.forward).parameters
+    named = {n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    if not named:
+        return dict(inputs), {}
+    return {k: v for k, v in inputs.items() if k in named}, {k: v for k, v in inputs.items() if k not in named}

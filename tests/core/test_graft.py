@@ -1,0 +1,131 @@
+"""Grafts as values: dtypes of the base, sums of low-rank changes, names that changed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from neurograft.core.delta import LowRank, New, Slice
+from neurograft.core.errors import RequestError
+from neurograft.core.fingerprint import same_bits, tensor_digest
+from neurograft.core.graft import Graft
+from neurograft.core.region import Region
+from neurograft.core.seeds import generator
+
+
+def net(dtype=torch.float32):
+    made = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    rng = generator(0, "net")
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng)
+    return made.to(dtype)
+
+
+def rows(seed=0):
+    return Slice(Region.of((5, 6), "rows", [1, 3]), torch.randn(2, 6, generator=generator(seed, "rows")))
+
+
+def low(seed, transposed=False):
+    rng = generator(seed, "low")
+    A, B = (torch.randn(2, 5, generator=rng), torch.randn(6, 2, generator=rng))
+    if not transposed:
+        A, B = torch.randn(2, 6, generator=rng), torch.randn(5, 2, generator=rng)
+    return LowRank((5, 6), A, B, 0.25, transposed)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_graft_of_a_narrow_base_fits_its_wider_copy_with_unrounded_values(narrow):
+    base, wide = net(narrow), net(narrow).float()
+    graft = Graft.made(base, {"0.weight": rows()})
+    with graft.on(wide):
+        assert torch.equal(wide[0].weight[1], graft.deltas["0.weight"].values[0])
+    with graft.on(base):
+        assert torch.equal(base[0].weight[1], graft.deltas["0.weight"].values[0].to(narrow))
+    assert same_bits(wide[0].weight, net(narrow).float()[0].weight)
+
+
+def test_a_graft_of_a_wide_base_is_refused_on_its_rounded_copy():
+    graft = Graft.made(net(), {"0.weight": rows()})
+    base = net().bfloat16()
+    with pytest.raises(RequestError, match="loaded as float32 or wider"):
+        graft.apply(base)
+    assert same_bits(base[0].weight, net().bfloat16()[0].weight)
+
+
+def test_a_float64_base_is_itself_alone():
+    graft = Graft.made(net(torch.float64), {"0.weight": low(1)})
+    base = net(torch.float64)
+    with graft.on(base):
+        product = 0.25 * (low(1).B @ low(1).A)
+        assert torch.equal(base[0].weight, net(torch.float64)[0].weight + product.double())
+    with pytest.raises(RequestError, match="other numbers"):
+        graft.apply(net())
+
+
+def test_digests_of_halves():
+    """Equal for every exact widening, different for one bit anywhere, in the upper or lower half."""
+    x = torch.randn(7, 3, generator=generator(0, "x"))
+    for narrow in (torch.bfloat16, torch.float16):
+        assert tensor_digest(x.to(narrow)) == tensor_digest(x.to(narrow).float())
+    for bit in range(32):
+        y = x.clone()
+        y.view(torch.int32)[2, 1] ^= 1 << bit if bit < 31 else -(1 << 31)
+        assert tensor_digest(x) != tensor_digest(y), bit
+    assert tensor_digest(torch.zeros(3)) == tensor_digest(torch.zeros(3, dtype=torch.bfloat16))
+    assert tensor_digest(torch.zeros(3)) != tensor_digest(torch.zeros(3, dtype=torch.float64))
+    assert tensor_digest(torch.tensor(2.0)) != tensor_digest(torch.tensor(3.0))
+    assert tensor_digest(torch.tensor([True])) != tensor_digest(torch.tensor([False]))
+
+
+@pytest.mark.parametrize(("left", "right"), [(False, False), (True, False), (False, True)])
+def test_the_sum_of_low_rank_changes_is_low_rank(left, right):
+    base = net()
+    first, second = (
+        Graft.made(base, {"0.weight": low(1, left)}),
+        Graft.made(base, {"0.weight": low(2, right)}).scale(-0.5),
+    )
+    total = first + second
+    assert isinstance(total.deltas["0.weight"], LowRank)
+    assert total.deltas["0.weight"].A.shape[0] == 4
+    with total.on(base):
+        summed = base[0].weight.detach().clone()
+    with first.on(base), second.on(base):
+        torch.testing.assert_close(summed, base[0].weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_low_rank_graft_keeps_factors_while_it_is_on():
+    base, delta = net(), low(1)
+    Graft.made(base, {"0.weight": delta}).apply(base)
+    (ledger,) = base.__dict__["_neurograft_stack"].ledgers.values()
+    ((change, _),) = ledger.ordered()
+    assert change.low.A is delta.A
+    assert change.low.B is delta.B
+
+
+def test_a_tensor_under_another_name_is_found_by_its_module():
+    graft = Graft.made(net(), {"0.weight": rows()})
+    renamed = replace(
+        graft,
+        deltas={"old.name": graft.deltas["0.weight"]},
+        base={"old.name": graft.base["0.weight"]},
+        card={**graft.card, "modules": {"old.name": ["0.weight"]}},
+    )
+    base = net()
+    with renamed.on(base):
+        assert torch.equal(base[0].weight[1], graft.deltas["0.weight"].values[0])
+    with pytest.raises(RequestError, match="tensor of this model"):
+        replace(renamed, card={}).apply(base)
+
+
+def test_new_parameters_have_no_strength_and_one_owner():
+    base = net()
+    head = Graft.made(base, {"1.weight": New(torch.ones(4, 5))})
+    other = Graft.made(base, {"1.weight": New(torch.zeros(4, 5))})
+    assert head.base == {}
+    with pytest.raises(RequestError, match="relative to the base"):
+        head.scale(2.0)
+    with pytest.raises(RequestError, match="both bring"):
+        _ = head + other
+    with head.on(base), pytest.raises(RequestError, match="brings too"):
+        other.apply(base)

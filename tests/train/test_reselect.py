@@ -1,0 +1,170 @@
+"""Turning to other units in the middle of a training: what stays, what stops, what is carried over."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+import neurograft as ng
+from neurograft.pipeline.inputs import collator
+from neurograft.train.loop import fit
+from neurograft.worlds.pico import pico
+
+GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight"
+TURNS = {0: {GATE: ("row", [1, 5])}, 2: {GATE: ("row", [5, 9])}, 4: {GATE: ("row", [1, 9]), DOWN: ("column", [3])}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_left_behind_stay_and_stop_moving(dtype, pick, examples, unmoved):
+    model = pico("llama", dtype=dtype)
+    found, batch = unmoved(model), collator(model)(examples(model)[:4])
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    history = []
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        fit(
+            live,
+            [batch],
+            steps=6,
+            lr=1e-2,
+            weight_decay=0.1,
+            schedule=("every", {"steps": 2}),
+            reselect=lambda net, step: pick(net, TURNS[step]),
+            evaluate=lambda step: history.append({k: v.clone() for k, v in model.state_dict().items()}),
+        )
+        seen = model(**batch).logits.detach()
+        ended = live.rest()
+        assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items())
+        ended()
+        assert torch.equal(model(**batch).logits, seen)
+        graft = live.graft()
+    found.check()
+    rows = [set((h[GATE] != base[GATE]).any(1).nonzero().reshape(-1).tolist()) for h in history]
+    assert rows == [{1, 5}, {1, 5}, {1, 5, 9}, {1, 5, 9}, {1, 5, 9}, {1, 5, 9}]
+    steps = itertools.pairwise(history)
+    moving = [set((b[GATE] != a[GATE]).any(1).nonzero().reshape(-1).tolist()) for a, b in steps]
+    assert moving == [{1, 5}, {5, 9}, {5, 9}, {1, 9}, {1, 9}]
+    assert graft.deltas[GATE].region.ids.tolist() == [1, 5, 9]
+    assert graft.deltas[DOWN].region.ids.tolist() == [3]
+    with graft.on(model):
+        assert torch.equal(model(**batch).logits, seen)
+    found.check()
+    again = live.graft()
+    assert again.identity == graft.identity
+
+
+def test_the_masters_of_entries_that_return_are_the_ones_left(pick, examples):
+    """On a bfloat16 base the float32 values go on, not their roundings."""
+    model = pico("llama", dtype=torch.bfloat16)
+    batch = collator(model)(examples(model)[:4])
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        fit(live, [batch], steps=2, lr=1e-3)
+        left = live.trained()[GATE].detach().clone()
+        live.reselect(lambda: pick(model, {GATE: ("row", [9])}))
+        live.reselect(lambda: pick(model, {GATE: ("row", [1, 9])}))
+        now = live.trained()[GATE].detach()
+        assert torch.equal(now[0], left[0])
+        assert not torch.equal(now[0], now[0].bfloat16().float())
+
+
+@pytest.mark.parametrize("moments", ["keep", "drop"])
+def test_moments_of_entries_that_stay(moments, pick, examples):
+    model = pico("llama")
+    batch = collator(model)(examples(model)[:4])
+    seen = []
+
+    class Seen(torch.optim.AdamW):
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            seen.append({k: v.clone() for k, v in self.state.get(group["params"][0], {}).items()})
+            out = super().step(closure)
+            seen.append({k: v.clone() for k, v in self.state[group["params"][0]].items()})
+            return out
+
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        fit(
+            live,
+            [batch],
+            steps=3,
+            optimizer=Seen,
+            schedule=("every", {"steps": 2, "moments": moments}),
+            reselect=lambda net, step: pick(net, {GATE: ("row", [5, 9])}),
+        )
+    before, after = seen[3], seen[4]
+    if moments == "drop":
+        assert after == {}
+        return
+    assert after["step"] == 2
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[name][0], before[name][1])  # row 5
+        assert not after[name][1].any()  # row 9 is new
+
+
+@pytest.mark.parametrize("steps", [3, 2])
+def test_resumed_across_a_turn_equals_uninterrupted(steps, pick, examples, tmp_path):
+    """With the locator asked in the middle; a checkpoint lies before, at and after a turn."""
+    model = pico("llama", dtype=torch.bfloat16, attention_dropout=0.1)
+    names = [f"model.layers.{i}.mlp.gate_proj.weight" for i in (0, 1)]
+
+    def ask(net, step):
+        sites = pick(net, {n: ("row", []) for n in names}).sites
+        values = {n: net.get_parameter(n).detach().float().norm(dim=1) for n in names}
+        scores = ng.Scores(sites, values)
+        return scores.top(count=6) if step // steps % 2 else scores.bottom(count=4)
+
+    def run(**more):
+        return ng.tune(
+            model,
+            examples(model),
+            pick(model, TURNS[0]),
+            schedule=("every", {"steps": steps}),
+            reselect=ask,
+            args={
+                "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 2e-2, "output_dir": str(tmp_path),
+                "save_strategy": "steps", "save_steps": 2, "use_cpu": True, "weight_decay": 0.1, "bf16": True,
+            },
+            **more,
+        )  # fmt: skip
+
+    straight = run()
+    assert straight.numel > 8 * 32  # more rows than were ever live at once
+    for last in (6, 4, 2):
+        shutil.rmtree(tmp_path / f"checkpoint-{last + 2}")
+        resumed = run(resume_from_checkpoint=True)
+        assert resumed.identity == straight.identity, last
+        assert resumed.card["losses"] == straight.card["losses"]
+        for folder in tmp_path.iterdir():
+            if int(folder.name.split("-")[1]) > last:
+                shutil.rmtree(folder)
+
+
+def test_located_anew_by_plain_data(pick, examples, unmoved):
+    model = pico("llama")
+    found = unmoved(model)
+    graft = ng.tune(
+        model,
+        examples(model),
+        pick(model, TURNS[0]),
+        schedule=("every", {"steps": 2}),
+        reselect={"locate": {"by": "magnitude", "units": "row", "match": "*gate*"}, "select": {"count": 3}},
+        args={"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
+    )
+    found.check()
+    assert graft.card["schedule"]["path"].endswith("every")
+
+
+def test_turns_that_cannot_be_made(pick, examples, unmoved):
+    model = pico("llama")
+    found, batch = unmoved(model), collator(model)(examples(model)[:4])
+    turn = {"schedule": ("every", {"steps": 1})}
+    with ng.attach(model, pick(model, TURNS[0])) as live, pytest.raises(ng.RequestError, match="reselect="):
+        fit(live, [batch], steps=2, **turn)
+    with ng.attach(model, adapter="lora") as live, pytest.raises(ng.RequestError, match="in place"):
+        fit(live, [batch], steps=2, reselect=lambda net, step: pick(net, TURNS[2]), **turn)
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        with pytest.raises(ng.RequestError, match="touches no parameter"):
+            fit(live, [batch], steps=2, reselect=lambda net, step: pick(net, {GATE: ("row", [])}), **turn)
+        fit(live, [batch], steps=1)  # a refused turn leaves the mount as it was
+    with pytest.raises(ng.RequestError, match="'locate' and 'select'"):
+        ng.tune(model, examples(model), pick(model), reselect={"by": "noise"}, **turn)
+    found.check()
