@@ -56,7 +56,9 @@ def _gain(measured: Mapping[str, Any] | None, rules: Mapping[str, Any]) -> dict[
     measure = measured["measures"][by]
     change, noise = measure["change"], measure["noise_floor"]
     mean, spread = predicted(noise["nulls"], tail=TAIL / 2)
-    floor = max(noise["rerun"], mean + spread, 0.0)
+    # Where no random change gained anything, their spread, however wide, is one of harm and no measure of luck.
+    lucky = mean + spread if any(v > 0 for v in noise["nulls"]) else 0.0
+    floor = max(noise["rerun"], lucky, 0.0)
     limit = max(rules["gain_above"], floor)
     below = -max(noise["rerun"], min(spread, rules["floor_cap"]))
     status = UNSURE
