@@ -124,6 +124,12 @@ def config_of(name: str, options: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
+        if path.is_dir():
+            raise RequestError(
+                f"the model {name!r} of type {text.get('model_type')!r}, which transformers cannot read ({error})",
+                expected="an architecture that this version of transformers knows",
+                do="install the version that defines it, or pass the live model: its anatomy is then found by dataflow",
+            ) from error
         beside = [*SHIPPED, *(p.name for p in Path().iterdir() if (p / "config.json").is_file())]
         raise RequestError(
             f"the model {name!r}, neither a folder nor a reachable Hub model",
