@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from neurograft.pipeline.plan import plan
     from neurograft.pipeline.recipe import Recipe, recipe
     from neurograft.pipeline.run import run
+    from neurograft.pipeline.trim import trim
     from neurograft.pipeline.tune import tune
     from neurograft.train.callback import GraftCallback
     from neurograft.train.mixin import GraftTrainerMixin
@@ -55,6 +56,7 @@ _HOME = {
     "recipe": "neurograft.pipeline.recipe",
     "run": "neurograft.pipeline.run",
     "select": "neurograft.pipeline.locate",
+    "trim": "neurograft.pipeline.trim",
     "tune": "neurograft.pipeline.tune",
 }
 

@@ -179,4 +179,10 @@ def test_reports_survive_their_file(data, tmp_path):
     assert again.as_dict() == json.loads(json.dumps(report.as_dict())) == report.as_dict()
     assert again.html() == page.read_text(encoding="utf-8")
     assert sorted(p.name for p in page.parent.iterdir()) == ["report.html", "report.json"]
+    graft = report.recorded(improved(model))
+    assert graft.save(tmp_path / "graft")
+    assert Graft.load(tmp_path / "graft").card["audit"]["verdict"] == "ship"
+    assert graft.identity == improved(model).identity
+    with pytest.raises(RequestError, match="the graft that was audited"):
+        report.recorded(harmed(model))
     assert again.judged({"tolerance": 0.0, "gain_above": 99.0}).verdict == "cannot tell"

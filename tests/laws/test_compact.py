@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from neurograft.adapters.slice import slice as compact
-from neurograft.core.errors import RunError
+from neurograft.core.errors import RequestError, RunError
 from neurograft.core.meter import saved
 from neurograft.core.selection import Selection
 from neurograft.core.units import Part, Site
@@ -212,3 +212,42 @@ def test_the_side_path_trains_the_same_values(family, match, decay):
         torch.testing.assert_close(theirs[name], values, rtol=0, atol=1e-7)  # Llama's norms are float32 inside
     assert graft.base == other.base
     assert graft.deltas.keys() == other.deltas.keys()
+
+
+class Packed(torch.nn.Module):
+    """A linear layer with int8 weights, as quantized bases have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.scale = torch.nn.Parameter(weight.abs().max() / 127, requires_grad=False)
+        self.weight = torch.nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def dequantize(self):
+        return self.weight.float() * self.scale
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.dequantize())
+
+
+def test_a_packed_base_trains_beside_its_weights():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 4, bias=False))
+        x = torch.randn(32, 8)
+    packed = torch.nn.Sequential(*(Packed(layer) for layer in plain))
+    for layer, twin in zip(packed, plain):
+        twin.weight.data.copy_(layer.dequantize())
+    where, reached = some_of(plain, ("rows", "cols"), match="weight"), []
+    for model, route in ((packed, "side"), (plain, "in-place")):
+        with compact(model, where, route=route) as live:
+            optimizer = torch.optim.AdamW(live.parameters(), lr=1e-2)
+            for _ in range(5):
+                optimizer.zero_grad()
+                model(x).pow(2).mean().backward()
+                optimizer.step()
+            reached.append(live.state_dict())
+    for name, values in reached[0].items():
+        torch.testing.assert_close(values, reached[1][name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(RequestError, match="side"):
+        compact(packed, where)

@@ -19,10 +19,10 @@ from neurograft.worlds.pico import pico, pico_batch
 class Live:
     """A live pico Llama after a step of the fused optimizer, which raises no version counter."""
 
-    def __init__(self, family="llama", dtype=None, steps=1, **config):
+    def __init__(self, family="llama", dtype=None, steps=1, match="", **config):
         self.model = pico(family, dtype=dtype, **config)
         self.batch, self.base = pico_batch(self.model), bits(self.model)
-        self.where = some_of(self.model)
+        self.where = some_of(self.model, match=match)
         self.mount = compact(self.model, self.where, tied="both")
         self.optimizer = torch.optim.AdamW(self.mount.parameters(), lr=1e-2, fused=True)
         for _ in range(steps):
@@ -258,8 +258,9 @@ def test_detaching_leaves_no_trace():
     assert not any("neurograft" in n for n, _ in model.named_modules())
 
 
-def test_a_compiled_step_is_one_graph_and_trains_the_same():
-    eager, made = Live(steps=0, num_hidden_layers=1), Live(steps=0, num_hidden_layers=1)
+@pytest.mark.parametrize(("family", "match"), [("llama", ""), ("mixtral", "experts"), ("falcon", "query_key_value")])
+def test_a_compiled_step_is_one_graph_and_trains_the_same(family, match):
+    eager, made = (Live(family, steps=0, match=match, num_hidden_layers=1) for _ in range(2))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(made.model, fullgraph=True, backend=counter)

@@ -34,10 +34,12 @@ def loss(model, batch):
     return model(**batch).loss
 
 
-def context(model, kind, seed=0):
-    where = sites(model, kind)
+def context(model, kind, needs, other):
     batches = [pico_batch(model, seed=s) for s in (0, 1)]
-    return Context(model, where, batches, [pico_batch(model, seed=2)], loss=loss, target=None, seed=seed)
+    return Context(
+        model, sites(model, kind), batches, [pico_batch(model, seed=2)], loss=loss,
+        against=other if "against" in needs else None,
+    )  # fmt: skip
 
 
 def fits(card, where):
@@ -61,7 +63,7 @@ def trace(model):
 @pytest.mark.parametrize(("family", "kind"), [(f, k) for f, kinds in WORLDS.items() for k in kinds])
 def test_finite_of_the_right_length_and_the_model_as_found(name, family, kind):
     method, model = quick(name), pico(family)
-    given = context(model, kind)
+    given = context(model, kind, method.card.needs, pico(family, seed=1))
     if (method.card.kinds and kind not in method.card.kinds) or not fits(method.card, given.sites):
         return
     next(model.parameters()).requires_grad_(False)
@@ -80,14 +82,15 @@ def test_finite_of_the_right_length_and_the_model_as_found(name, family, kind):
 
 @pytest.mark.parametrize("name", [n for n in LOCATORS if "permutes" in choose("locators", n).card.claims])
 def test_scores_permute_with_the_neurons(name):
-    method, model, moved = quick(name), pico("llama"), pico("llama")
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    method, order = quick(name), torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    model, other, moved, moved_other = (pico("llama", seed=s) for s in (0, 1, 0, 1))
     with torch.no_grad():
-        for layer in moved.model.layers:
+        for layer in (*moved.model.layers, *moved_other.model.layers):
             for matrix in (layer.mlp.gate_proj, layer.mlp.up_proj):
                 matrix.weight.copy_(matrix.weight[order])
             layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
-    plain, found = method(context(model, "neuron")), method(context(moved, "neuron"))
+    plain = method(context(model, "neuron", method.card.needs, other))
+    found = method(context(moved, "neuron", method.card.needs, moved_other))
     for site, value in plain.values.items():
         spread = value.abs().max()
         assert torch.allclose(found.values[site], value[order], rtol=1e-3, atol=1e-5 * float(spread))

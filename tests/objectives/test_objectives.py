@@ -12,6 +12,7 @@ from neurograft.core.context import Step
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 from neurograft.train.asked import Asked
+from neurograft.worlds.pico import pico, pico_batch
 
 ALL = methods("objectives")
 LIKELIHOODS = [n for n in ALL if "cross_entropy" in choose("objectives", n).card.claims]
@@ -238,3 +239,18 @@ def test_auto_says_what_to_do_without_a_loss():
 
     with pytest.raises(RequestError, match="objective=callable"):
         choose("objectives", "auto")(Step(Bare(), {"x": torch.ones(1)}))
+
+
+def test_auto_is_the_loss_of_the_model_itself():
+    """Causal models, experts with their balance loss, encoders, encoder-decoders, CTC, contrastive pairs, images."""
+    kinds = ["llama", "gpt2", "mixtral", "qwen3_moe", "bert", "t5", "wav2vec2", "clip", "vit"]
+    for family in kinds:
+        options = {"output_router_logits": True} if family in ("mixtral", "qwen3_moe") else {}
+        model = pico(family, **options)
+        batch = pico_batch(model, batch=3)
+        more = {"return_loss": True} if family == "clip" else {}
+        expected = model(**batch, **more).loss
+        found = choose("objectives", "auto")(Step(model, batch))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=family)
+        if options:
+            assert model(**batch).aux_loss > 0

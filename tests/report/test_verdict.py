@@ -79,6 +79,12 @@ def test_a_gain_must_beat_random_changes():
     assert judged(below, a=measure(0.0))["verdict"] == "cannot tell"
 
 
+def test_random_changes_that_only_harm_are_no_bar_for_a_gain():
+    nulls = [-0.2, -0.6, -0.6, -0.3, -1.2, -2.2, -1.4, -0.4]
+    assert sum(predicted(nulls, tail=0.025)) > 0.5
+    assert judged(measure(0.25, nulls=nulls), a=measure(0.0))["verdict"] == "ship"
+
+
 def test_a_small_loss_on_the_task_within_its_noise_is_no_alarm():
     nulls = [0.01, -0.01] * 4
     assert judged(measure(-0.01, spread=0.001, nulls=nulls), a=measure(0.0))["verdict"] == "cannot tell"

@@ -88,7 +88,7 @@ def _attention(inventory: Inventory, block: str, entry: Mapping[str, Any]) -> At
         if join(module, path) in inventory:
             made[f"also{i}"] = _cut(inventory, join(module, path), heads)
     o = Slot(o.module, o.matrix, Span.of(heads, width=width))
-    return Attention(module, entry.get("role", "attention"), made, o)
+    return Attention(module, entry.get("role", "attention"), made, o, entry.get("mixed", False))
 
 
 def _applies(inventory: Inventory, module: str, paths: Iterable[str], entry: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ Paths of an entry are relative to its `module`, that one to the block ("" is the
 attention   q k v o, or a fused `qkv` with `layout: stacked` (all q, all k, all v) or `grouped` (for each
             key/value head: its q heads, k, v), or a fused `kv`; `also`: more projections cut like q;
             `width` or `heads`: the features of a head or the number of heads, or the attribute that holds
-            them; `role`: "attention" unless given.
+            them; `role`: "attention" unless given; `mixed`: whether a norm goes over all heads.
 ffn         up and down, plus gate if it is gated; a fused `gate_up` (gate above up unless `order: up_gate`,
             one by one if `interleaved`); or experts: a fused bank `bank`, a list of modules `experts` with
             gate/up/down relative to each, `router`, `shared`. A bank stored interleaved or transposed says so

@@ -115,7 +115,7 @@ def one_to_one(probe: Probe, reader: str, source: str, feature: int, expected: i
 
 def linear(probe: Probe, reader: str, source: str, feature: int, reached: int) -> bool:
     """Say whether what a feature reaches is a linear function of it."""
-    base = probe.input_of(reader, source)
+    base = probe.base(reader, source)
     moved = [probe.input_of(reader, source, [feature], times=t) for t in (1.0, -1.0, 2.0)]
     if base is None or any(m is None for m in moved):
         return False

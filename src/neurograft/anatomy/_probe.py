@@ -43,6 +43,7 @@ class Probe:
         }
         self.order: list[str] = []
         self.leading: dict[str, tuple[int, ...]] = {}
+        self.kept: tuple[str, dict[str, Tensor | None]] = ("", {})
         self.read: dict[str, tuple[int, ...]] = {}
         self._run(dict.fromkeys(self.matrices, self._note), dict.fromkeys(self.matrices, self._note_input))
 
@@ -116,18 +117,26 @@ class Probe:
                 seen.append(self._last(name, x).clone())
                 raise _Enough
 
-        self._run(
-            {source: move} if source is not None and features else ({source: _mark(fired)} if source else {}),
-            {reader: keep},
-        )
+        if source is None:
+            self._run({}, {reader: keep})
+        else:
+            self._run({source: move if features else _mark(fired)}, {reader: keep})
         return seen[0] if seen else None
+
+    def base(self, reader: str, source: str) -> Tensor | None:
+        """Return the reader's input as it is; the last reader's are kept."""
+        if self.kept[0] != reader:
+            self.kept = (reader, {})
+        if source not in self.kept[1]:
+            self.kept[1][source] = self.input_of(reader, source)
+        return self.kept[1][source]
 
     def changed(self, reader: str, source: str, features: Sequence[int], *, first: bool = False) -> Tensor | None:
         """Return which entries of the reader's input depend on these features of the source, bool [..., F].
 
         None if the reader does not run after the source, or its input has another shape then.
         """
-        base = self.input_of(reader, source)
+        base = self.base(reader, source)
         moved = self.input_of(reader, source, features, first=first)
         if base is None or moved is None or base.shape != moved.shape:
             return None

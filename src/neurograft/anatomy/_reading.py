@@ -34,6 +34,7 @@ class Reading:
         anatomy: what is known of them.
         at: the activation asked for, or None.
         block: block size asked for, or None.
+        only: sites that are wanted, for block sizes that fit these alone; None for all.
         offered: activations that were met instead, for the error.
     """
 
@@ -41,6 +42,7 @@ class Reading:
     anatomy: Anatomy
     at: str | None = None
     block: int | tuple[int, int] | None = None
+    only: frozenset[str] | None = None
     offered: list[str] = field(default_factory=list)
 
     @cached_property

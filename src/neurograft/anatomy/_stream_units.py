@@ -11,14 +11,15 @@ from neurograft.core.units import Part, Site, Tap
 
 
 def channels(reading: Reading) -> Iterator[Site]:
+    """Yield the residual channels as each sub-layer writes them, and the feature maps of convolutions."""
     at = reading.at_or_offer(AT["channel"], "channel")
     if at == "residual":
         yield from (_stream(reading, b) for b in reading.anatomy.blocks if b.repeated)
         return
-    done = set()
+    done, mapped = set(), set(reading.anatomy.channels.values())
     for block in reading.anatomy.blocks:
         for branch in block.branches:
-            if (site := _written(reading, branch)) is not None:
+            if (site := _written(reading, branch)) is not None and not set(branch.writers) & mapped:
                 done.add(branch.module)
                 yield site
     for name in reading.inventory.modules:
@@ -77,6 +78,7 @@ def _feature_map(reading: Reading, name: str, matrix: Matrix) -> Site:
 
 
 def layers(reading: Reading) -> Iterator[Site]:
+    """Yield each block, or one sub-layer of each, as one unit."""
     for i, block in enumerate(b for b in reading.anatomy.blocks if b.repeated):
         roles = {b.role: b for b in block.branches}
         at = reading.at_or_offer(("", *roles, "residual"), "layer")

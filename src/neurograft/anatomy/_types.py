@@ -27,12 +27,14 @@ class Attention:
         made: query, key, value and further projections by letter, each cut into heads; keys and values have
             fewer heads where queries share them.
         o: the output projection, its input cut into heads.
+        mixed: whether queries and keys pass a norm over all heads, so that heads do not keep quite apart.
     """
 
     module: str
     role: str
     made: Mapping[str, Slot]
     o: Slot
+    mixed: bool = False
 
 
 @dataclass(frozen=True)

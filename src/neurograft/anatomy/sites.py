@@ -95,8 +95,11 @@ def sites(
     if block is not None and units != "block":
         raise RequestError(f"block={block} for units={units!r}", expected="units='block'", do="leave block out")
     inventory = Inventory(model)
-    reading = Reading(inventory, describe(inventory), block=block)
-    return _matching(_in_layers(of_kind(reading, units, at=at), reading, layers), match)
+    reading = Reading(inventory, describe(inventory))
+    found = _matching(_in_layers(of_kind(reading, units, at=at), reading, layers), match)
+    if block is None:
+        return found
+    return of_kind(replace(reading, block=block, only=frozenset(found)), units, at=at)
 
 
 def of_kind(reading: Reading, units: str, *, at: str | None = None) -> dict[str, Site]:

@@ -7,7 +7,7 @@ fails it, and `neurograft anatomy MODEL --verify` runs it on a user's model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Row:
             largest output; None where there is nothing to compare.
         moved: largest difference to the untouched output, in the same measure.
         status: "equal", "read" (a tap no weight silences: it fires and has the right width), "owned" (no tap:
-            entries in range and disjoint), or "failed".
-        reason: why it failed; empty if it did not.
+            entries in range and disjoint), "unreached" (nothing to see on this batch), or "failed".
+        reason: why it failed or was not reached.
     """
 
     kind: str
@@ -73,8 +73,9 @@ def verify(
     """Check the sites of a model on one batch: promise 10.
 
     With a tap and `writes`: the output with a third of the units' writing numbers at zero equals the output with
-    their activations at zero, and is not the untouched output. For kind "layer" every sub-layer's contribution is
-    silenced. Without: the numbers of the units are entries of their parameters, and no two units share one.
+    their activations at zero, and is not the untouched output; for neurons and heads, the numbers that make them
+    move their own activations and no other unit's. For kind "layer" every sub-layer's contribution is silenced.
+    Without: the numbers of the units are entries of their parameters, and no two units share one.
 
     Args:
         model: left as it was found; float64 makes the strictest check.
@@ -112,11 +113,45 @@ def check(
         for found in _asked(reading, kinds):
             names = list(found)
             if limit is not None and len(names) > limit:
-                names = [names[i * (len(names) - 1) // max(1, limit - 1)] for i in range(limit)]
+                names = [names[(2 * i + 1) * len(names) // (2 * limit)] for i in range(limit)]
             for name in names:
                 taps = contributions(reading, found[name])
-                rows.append(_site(model, batch, found[name], taps, base, seed))
+                row = _site(model, batch, found[name], taps, base, seed)
+                if row.status == "equal" and found[name].at in ("act", "out") and not _mixed(reading, found[name]):
+                    why = _together(model, batch, found[name], some_units(found[name], seed))
+                    row = replace(row, status="failed", reason=why) if why else row
+                rows.append(row)
     return rows
+
+
+def _mixed(reading: Reading, site: Site) -> bool:
+    module = site.name.rpartition("/")[0]
+    return any(a.mixed for b in reading.anatomy.blocks for a in b.attentions if a.module == module)
+
+
+def _together(model: nn.Module, batch: Mapping[str, Any], site: Site, ids: Tensor) -> str:
+    """Say what is wrong if the numbers that make some units, at zero, do not move these units and no others."""
+    made = replace(site, writes=tuple(i for i in range(len(site.parts)) if i not in site.writes))
+    base = _first(model, batch, site)
+    with silent_weights(model, made, ids):
+        moved = _first(model, batch, site)
+    if base is None or moved is None:
+        return ""  # an expert to which no token came
+    difference = (moved - base).abs().transpose(0, 1).flatten(1).amax(1) / base.abs().max().clamp(min=1e-12)
+    mine = torch.zeros(site.n, dtype=torch.bool).index_fill(0, ids, True)
+    if bool((difference[~mine] > ROUNDING.get(base.dtype, 1e-2)).any()):
+        return "the weights that make these units move others too"
+    if not bool((difference[mine] > 0).any()):
+        return "the weights that make these units do not move them"
+    return ""
+
+
+def _first(model: nn.Module, batch: Mapping[str, Any], site: Site) -> Tensor | None:
+    """Return what passes the tap for the first time: a shared block is run again on what it has changed itself."""
+    seen: list[Tensor] = []
+    with watch(model, {site.name: site}, lambda name, x: None if seen else seen.append(x.clone())):
+        outputs(model, batch)
+    return seen[0] if seen else None
 
 
 def _asked(reading: Reading, kinds: Iterable[str] | None) -> Iterator[dict[str, Site]]:
@@ -160,12 +195,12 @@ def _site(
 
 
 def _judged(site: Site, error: float, moved: float, dtype: torch.dtype) -> Row:
-    reason = ""
+    status, reason = "equal", ""
     if not error <= ROUNDING.get(dtype, 1e-2):
-        reason = "silencing the weights differs from silencing the activation"
+        status, reason = "failed", "silencing the weights differs from silencing the activation"
     elif not moved > EFFECT.get(dtype, 1e-2):
-        reason = "silencing changes nothing: the batch does not reach these units"
-    return Row(site.kind, site.name, site.n, error, moved, "failed" if reason else "equal", reason)
+        status, reason = "unreached", "silencing changes nothing: the batch does not reach these units"
+    return Row(site.kind, site.name, site.n, error, moved, status, reason)
 
 
 def contributions(reading: Reading, site: Site) -> dict[str, Site]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._paired import Metric, Paired, Runs, metric_runs, switches_of
+from neurograft.audits._compare import Paired
+from neurograft.audits._paired import Metric, Runs, metric_runs, switches_of
 from neurograft.audits._statistics import estimate, predicted, ratio
 from neurograft.core.context import Batch
 

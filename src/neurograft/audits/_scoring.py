@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from neurograft.core.context import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError
 
+Sums = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -129,3 +131,20 @@ def scored_in_halves(model: nn.Module, batch: Batch) -> Scored:
         size += found.size
     logits, labels, rows = (torch.cat([getattr(p, f) for p in parts]) for f in ("logits", "labels", "rows"))
     return Scored(logits, labels, rows, size)
+
+
+def label_sums(model: nn.Module, batches: list[Batch], *, split: bool = False) -> Sums:
+    """Return by item the summed log-probability of its labels and their number, float64 [items] twice."""
+    sums, counts = [], []
+    for batch in batches:
+        found = scored_in_halves(model, batch) if split else scored(model, batch)
+        logp = found.logits.float().log_softmax(-1).gather(1, found.labels.to(found.logits.device)[:, None])[:, 0]
+        rows = found.rows.cpu()
+        sums.append(torch.zeros(found.size, dtype=torch.float64).index_add_(0, rows, logp.double().cpu()))
+        counts.append(torch.bincount(rows, minlength=found.size).double())
+    return torch.cat(sums), torch.cat(counts)
+
+
+def mean_fall(before: Sums, after: Sums) -> float:
+    """Return by how much the mean log-probability of the labels fell."""
+    return float((before[0] - after[0]).sum() / before[1].sum())

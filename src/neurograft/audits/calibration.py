@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.audits._compare import Paired
 from neurograft.audits._measures import averaged, mean, measure, numbers, overview
-from neurograft.audits._paired import Paired, Runs, runs
+from neurograft.audits._paired import Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from neurograft.audits._changes import Change, as_change, evaluating
 from neurograft.audits._layers import blocks, by_layer
-from neurograft.audits._scoring import scored, scored_in_halves
+from neurograft.audits._scoring import Sums, label_sums, mean_fall
 from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
 
 PARTS = ("layer", "parameter")
-Sums = tuple[Tensor, Tensor]
 
 
 @method(needs={"batches", "labels"}, claims={"empty_is_zero", "noise_floor"})
@@ -58,20 +57,20 @@ def damage(
     used = _some(batches, items)
     parts = by_layer(made.weights, blocks(model)) if by == "layer" else {n: [n] for n in made.weights}
     with evaluating(model, made.tuned):
-        base = _sums(model, used)
-        floor = _mean(base, _sums(model, used, split=True))
+        base = label_sums(model, used)
+        floor = mean_fall(base, label_sums(model, used, split=True))
         with made.on() as changed:
-            whole = _sums(changed, used)
+            whole = label_sums(changed, used)
         found = []
         for name, held in parts.items():
             with made.without(held) as rest:
                 entries = sum(made.weights[n].region.numel for n in held)
-                found.append(_part(name, entries, _sums(rest, used), whole, level, draws, seed))
+                found.append(_part(name, entries, label_sums(rest, used), whole, level, draws, seed))
         if made.operations:
             plain = as_change(model, [replace(g, operations=()) for g in made.grafts])
             found.append(_part("operations", 0, _operated(plain, used), whole, level, draws, seed))
     found.sort(key=lambda part: -part["change"]["value"])
-    total = _mean(base, whole)
+    total = mean_fall(base, whole)
     nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "n": int((base[1] > 0).sum())}
     return {
         "by": by,
@@ -95,7 +94,7 @@ def damage(
 
 def _operated(plain: Change, used: list[Batch]) -> Sums:
     with plain.on() as changed:
-        return _sums(changed, used)
+        return label_sums(changed, used)
 
 
 def _part(name: str, entries: int, without: Sums, whole: Sums, level: float, draws: int, seed: int) -> dict[str, Any]:
@@ -115,19 +114,3 @@ def _some(batches: Sequence[Batch], items: int) -> list[Batch]:
     if not found:
         raise RequestError("no batches", expected="at least one", do="give data with at least one row")
     return found
-
-
-def _sums(model: nn.Module, batches: list[Batch], *, split: bool = False) -> Sums:
-    """Return by item the summed log-probability of its labels and their number, float64 [items] twice."""
-    sums, counts = [], []
-    for batch in batches:
-        found = scored_in_halves(model, batch) if split else scored(model, batch)
-        logp = found.logits.float().log_softmax(-1).gather(1, found.labels.to(found.logits.device)[:, None])[:, 0]
-        rows = found.rows.cpu()
-        sums.append(torch.zeros(found.size, dtype=torch.float64).index_add_(0, rows, logp.double().cpu()))
-        counts.append(torch.bincount(rows, minlength=found.size).double())
-    return torch.cat(sums), torch.cat(counts)
-
-
-def _mean(before: Sums, after: Sums) -> float:
-    return float((before[0] - after[0]).sum() / before[1].sum())

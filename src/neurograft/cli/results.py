@@ -68,8 +68,8 @@ def report(found: Any, target: Path | None, shown: Shown) -> None:
     lines = [str(getattr(found, "sentence", found.verdict))]
     lines += [f"report: {written}"] if written else ["no page written: give -o FOLDER"]
     shown.result(facts, lines=lines)
-    if str(found.verdict) not in ("ship", "Verdict.SHIP"):
-        raise typer.Exit(3)
+    if found.exit_status:
+        raise typer.Exit(found.exit_status)
 
 
 def path(found: Any, target: Path | None, shown: Shown) -> None:

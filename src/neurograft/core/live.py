@@ -104,20 +104,7 @@ class Live:
         """Return the route inside matrix `bank`, and the range of theta's first axis that belongs to it."""
         key = (bank, side)
         if key not in self.routes:
-            banks, rows, columns = self.region.matrix
-            one = (1, rows, columns)
-            per = {"rows": rows, "cols": columns, "flat": rows * columns}.get(self.region.layout)
-            if banks == 1 or per is None:
-                lo, hi, ids = 0, self.theta.shape[0], self.region.ids
-            else:
-                edge = torch.tensor([bank * per, (bank + 1) * per], device=self.region.ids.device)
-                lo, hi = torch.searchsorted(self.region.ids, edge).tolist()
-                ids = self.region.ids[lo:hi] - bank * per
-            if banks > 1 and self.region.layout == "all":
-                lo, hi = bank, bank + 1
-            shape = self.region.shape if banks == 1 else (rows, columns)
-            local = Region(shape, one, self.region.layout, ids, self.region.block)
-            self.routes[key] = (route(local, side, self.weight.device), lo, hi)
+            self.routes[key] = in_bank(self.region, bank, side)
         return self.routes[key]
 
     def looked_up(self) -> Lookup:
@@ -137,6 +124,22 @@ class Live:
                 slots.index_copy_(0, touched, torch.arange(len(touched), device=ids.device)), len(touched), at
             )
         return self.rows
+
+
+def in_bank(region: Region, bank: int, side: Side) -> tuple[Route, int, int]:
+    """Return the route inside one matrix of a bank, and the range of the values' first axis that belongs to it."""
+    banks, rows, columns = region.matrix
+    per = {"rows": rows, "cols": columns, "flat": rows * columns}.get(region.layout)
+    lo, hi, ids = 0, region.values_shape[0], region.ids
+    if banks > 1 and per is not None:
+        edge = torch.tensor([bank * per, (bank + 1) * per], device=ids.device)
+        lo, hi = torch.searchsorted(ids, edge).tolist()
+        ids = ids[lo:hi] - bank * per
+    elif banks > 1:
+        lo, hi = bank, bank + 1
+    shape = region.shape if banks == 1 else (rows, columns)
+    local = Region(shape, (1, rows, columns), region.layout, ids, region.block)
+    return route(local, side, ids.device), lo, hi
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from neurograft.core.gradients import Side
-from neurograft.core.live import Live, Tap, Watched, alias, check_epoch, handed
+from neurograft.core.live import Live, Tap, Watched, alias, check_epoch, handed, in_bank
+from neurograft.core.region import Region
 
 
 def _place(weight: Any) -> tuple[Live, int, bool, tuple[int, int]] | None:
@@ -20,7 +21,7 @@ def _place(weight: Any) -> tuple[Live, int, bool, tuple[int, int]] | None:
     banks, rows, columns = live.region.matrix
     if not hasattr(weight, "shift"):
         return (live, 0, False, (0, rows)) if banks == 1 else None
-    start = weight.storage_offset() + weight.shift
+    start = 0 if torch.compiler.is_compiling() else weight.storage_offset() + weight.shift
     (high, wide), stride = weight.shape, weight.stride()
     flipped = stride == (1, columns) and not (stride == (columns, 1) and wide == columns)
     if flipped:
@@ -121,6 +122,50 @@ class _GroupedTap(torch.autograd.Function):
         return g, None, out, None, None, None
 
 
+class _GroupedWhole(torch.autograd.Function):
+    """`_GroupedTap` for compilers, to which the places where experts stop are not known: the whole input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, live: Live, side: Side, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(x, offs)
+        ctx.live, ctx.side, ctx.like = live, side, theta
+        return handed(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,), (x, offs), region = grads, ctx.saved_tensors, ctx.live.region
+        found = grouped_gradient(x, g, offs, region.ids, region.layout, ctx.side, list(region.matrix))
+        return g, None, found.to(ctx.like.dtype), None, None, None
+
+
+@torch.library.custom_op("neurograft::grouped_gradient", mutates_args=())
+def grouped_gradient(
+    x: Tensor, g: Tensor, offs: Tensor, ids: Tensor, layout: str, side: str, matrix: list[int]
+) -> Tensor:
+    """Return the gradient of chosen entries of a bank whose experts own consecutive rows of x and g.
+
+    Args:
+        x: [N, f], the grouped product's input. g: [N, m], the gradient of its output.
+        offs: [E], where the rows of each expert stop.
+        ids: the region's.
+        layout: "rows", "cols", "flat" or "all". side: where x stands. matrix: (E, R, C).
+    """
+    region = Region((matrix[0], matrix[1], matrix[2]), (matrix[0], matrix[1], matrix[2]), layout, ids)  # type: ignore[arg-type]
+    out, ends = torch.zeros(region.values_shape, dtype=g.dtype, device=g.device), offs.tolist()
+    for bank, (lo, hi) in enumerate(zip([0, *ends], ends)):
+        chosen, first, last = in_bank(region, bank, side)  # type: ignore[arg-type]
+        if hi > lo and last > first:
+            piece = x[lo:hi] if chosen.keep is None else x[lo:hi].index_select(-1, chosen.keep)
+            out[first:last] = chosen.gradient(piece, g[lo:hi]).view(out[first:last].shape)
+    return out
+
+
+@grouped_gradient.register_fake
+def _(x: Tensor, g: Tensor, offs: Tensor, ids: Tensor, layout: str, side: str, matrix: list[int]) -> Tensor:
+    shape = (matrix[0], matrix[1], matrix[2])
+    return g.new_empty(Region(shape, shape, layout, ids).values_shape)  # type: ignore[arg-type]
+
+
 def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`_grouped_mm(x, W, offs=)`: y rows of expert e = x rows of e @ W[e]."""
     x, weight, offs = args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None)
@@ -135,4 +180,6 @@ def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         return NotImplemented
     y = func(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        return _GroupedWhole.apply(y, x, live.theta, live, side, offs)
     return _GroupedTap.apply(y, x, live.theta, live, side, offs.tolist())

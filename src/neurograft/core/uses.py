@@ -32,7 +32,11 @@ class LiveWeight(Watched, nn.Parameter):
 
 
 class LiveView(Watched, Tensor):
-    """A view or a cast of a live weight that still knows which entries it shows."""
+    """A view or a cast of a live weight that still knows which entries it shows.
+
+    `shift` is what to add to its storage offset to get the number of its first entry in the weight. Compilers
+    cannot ask for the offset, and follow only views that begin where the weight does.
+    """
 
     shift: int
 
@@ -65,7 +69,7 @@ def lives_in(model: nn.Module) -> Iterator[Live]:
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run `func` on plain weights and attach the gradients of the live ones among its arguments."""
     with Plain():
-        handler = USES.get(func)
+        handler = USES.get(func) or (products.grouped if func is _fallback() else None)
         if handler is not None:
             sync(args, kwargs)
             out = handler(func, args, kwargs) if torch.is_grad_enabled() else func(*args, **kwargs)
@@ -74,6 +78,11 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         else:
             out = NotImplemented
         return _other(func, args, kwargs) if out is NotImplemented else out
+
+
+def _fallback() -> Any:
+    """Return transformers' own grouped product, which it takes where torch's does not compile; None without it."""
+    return getattr(torch.ops.transformers, "grouped_mm_fallback", None)
 
 
 def watched(args: Any, kwargs: dict[str, Any]) -> Iterable[Watched]:
@@ -94,28 +103,40 @@ def sync(args: Any, kwargs: dict[str, Any]) -> None:
 
 def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source: Any = args[0]
+    if func in FLIPS and source.dim() == 2:
+        func, args = torch.transpose, (source, 0, 1)  # compilers cannot mark what a property returns
     out = func(*args, **kwargs)
-    if isinstance(out, Tensor) and out is not source and not out._is_view():  # a cast or a clone
+    copied = isinstance(out, Tensor) and out is not source and _copies(func, out, args)
+    if copied:
         sync(args, kwargs)
         out = func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return out
         if func is _T.__getitem__:
             return lookups.gathered(out, source, args[1])
-    found = [_follow(o, source) for o in (out if isinstance(out, (tuple, list)) else (out,))]
+    if torch.compiler.is_compiling() and func not in STILL:
+        return NotImplemented
+    found = [_follow(o, source, copied) for o in (out if isinstance(out, (tuple, list)) else (out,))]
     if any(o is None for o in found):
         return NotImplemented
     return tuple(found) if isinstance(out, (tuple, list)) else found[0]
 
 
-def _follow(out: Tensor, source: Any) -> Any:
+def _copies(func: Callable[..., Any], out: Tensor, args: tuple[Any, ...]) -> bool:
+    """Say whether `out` has a storage of its own; compilers cannot ask the tensor."""
+    if torch.compiler.is_compiling():
+        return func in CASTS or (func is _T.__getitem__ and isinstance(args[1], Tensor))
+    return not out._is_view()
+
+
+def _follow(out: Tensor, source: Any, copied: bool) -> Any:
     """Return `out` as a view that knows its entries, or None if it holds other numbers than the source's."""
     if out is source:
         return out
     shift = getattr(source, "shift", 0)
-    if not out._is_view():
-        if out.shape != source.shape or out.stride() != source.stride():
-            return None
+    if copied and (out.shape != source.shape or out.stride() != source.stride()):
+        return None
+    if copied and not torch.compiler.is_compiling():
         shift = shift + source.storage_offset() - out.storage_offset()  # a cast: same entries, new storage
     made = out.as_subclass(LiveView)
     made.neurograft, made.shift = source.neurograft, shift
@@ -156,11 +177,17 @@ USES: dict[Any, Handler] = {
     torch.conv1d: lookups.conv, torch.conv2d: lookups.conv, torch.conv3d: lookups.conv,
 }  # fmt: skip
 
-VIEWS = frozenset({
-    torch.transpose, _T.transpose, torch.t, _T.t, _T.T.__get__, _T.mT.__get__, torch.permute, _T.permute,
+CASTS = frozenset({
+    _T.to, _T.float, _T.half, _T.bfloat16, _T.double, _T.type_as, _T.cpu, _T.cuda, torch.clone, _T.clone, _T.contiguous,
+})  # fmt: skip
+FLIPS = frozenset({_T.T.__get__, _T.mT.__get__})
+STILL = CASTS | FLIPS | frozenset({  # views that begin where their source does
+    torch.transpose, _T.transpose, torch.t, _T.t, torch.permute, _T.permute,
+    torch.squeeze, _T.squeeze, torch.unsqueeze, _T.unsqueeze, _T.view,
+})  # fmt: skip
+VIEWS = STILL | frozenset({
     _T.__getitem__, torch.select, _T.select, torch.narrow, _T.narrow, torch.chunk, _T.chunk, torch.split, _T.split,
-    torch.unbind, _T.unbind, torch.squeeze, _T.squeeze, torch.unsqueeze, _T.unsqueeze, _T.view, _T.contiguous,
-    _T.to, _T.float, _T.half, _T.bfloat16, _T.double, _T.type_as, _T.cpu, _T.cuda, torch.clone, _T.clone,
+    torch.unbind, _T.unbind,
 })  # fmt: skip
 
 # Their gradient by the weight is a sum over the gradient of their output: no larger than an activation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def auto(step: Step) -> Tensor:
     """
     if shifts(step.model) and "labels" in step.batch:
         return step.mean(-step.log_probs) + _balance(step)
+    if "labels" not in step.batch and "return_loss" in inspect.signature(step.model.forward).parameters:
+        step.batch = {**step.batch, "return_loss": True}  # contrastive models: every pair is its own label
     loss = getattr(step.outputs, "loss", None)
     if loss is None:
         raise RequestError(

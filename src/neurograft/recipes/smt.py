@@ -41,8 +41,8 @@ def smt(
         fraction: share of the candidate blocks (the paper's 0.86 % of Llama-2-7B are 7 % of q, k, v).
         block: side of a block.
         roles: candidate matrices; the paper finds v to matter most and gives the MLP nothing.
-        score: "abs_mean" |mean of the gradient|, the reference's default; "mean_abs", which the text describes; "l1";
-            "l2".
+        score: "abs_mean" |mean of the gradient|, the reference's default, blind to a block whose entries are pulled
+            both ways; "mean_abs", which the text describes and which is not; "l1"; "l2".
         per: the quota: "global" over all matrices, or "site" for each.
         warmup: "probe" or "rewind".
         warmup_examples: examples the gradients are gathered over (the paper: 100 batches).

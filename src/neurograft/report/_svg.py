@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from neurograft.report.words import number
 
@@ -118,3 +119,13 @@ def shortened(text: str, limit: int) -> str:
         return text
     half = (limit - 1) // 2
     return f"{text[: limit - 1 - half]}…{text[-half:]}"
+
+
+def low_end(change: Mapping[str, Any]) -> float:
+    """Return the lower end of an interval; the value where there is none."""
+    return float(change["value"] if change.get("low") is None else change["low"])
+
+
+def high_end(change: Mapping[str, Any]) -> float:
+    """Return the upper end of an interval; the value where there is none."""
+    return float(change["value"] if change.get("high") is None else change["high"])

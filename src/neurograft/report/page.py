@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from neurograft.report import charts
+from neurograft.report import charts, maps
 from neurograft.report.tables import decided_table, facts, gain_table, loss_table, prediction_table, tiles
 from neurograft.report.words import number
 
@@ -93,18 +93,18 @@ def _where(data: Data) -> str:
     layers = weights["layer_names"] if weights else []
     if weights and weights["parameters"]:
         share = f"{weights['entries']:,} of {weights['total']:,} numbers"
-        caption = f"{share} in {len(weights['parameters'])} parameters. Darker: a larger change."
-        found.append(figure("Neuron map", charts.neuron_map(weights["parameters"], layers), caption))
-        found.append(figure("Weights, by layer", charts.weight_bars(weights["layers"], layers)))
+        caption = f"{share} in {len(weights['parameters'])} parameters. Stronger colour: a larger change."
+        found.append(figure("Neuron map", maps.neuron_map(weights["parameters"], layers), caption))
+        found.append(figure("Weights, by layer", maps.weight_bars(weights["layers"], layers)))
     drifts = {n: d["representation_drift"] for n, d in data["domains"].items() if "representation_drift" in d}
     for key, title in (("cka_drift", "Representations, by layer"), ("cosine_drift", "Directions, by layer")):
         if drifts:
-            found.append(figure(title, charts.drift_lines(drifts, key), key=_lines_key(list(drifts))))
+            found.append(figure(title, maps.drift_lines(drifts, key), key=_lines_key(list(drifts))))
     for name, domain in data["domains"].items():
         parts = domain.get("damage", {}).get("parts")
         if parts:
             caption = f"The whole change costs {number(domain['damage']['whole'], sign=True)} nats here."
-            found.append(figure(f"Where the loss sits: {name}", charts.damage_bars(domain["damage"], layers), caption))
+            found.append(figure(f"Where the loss sits: {name}", maps.damage_bars(domain["damage"], layers), caption))
     lead = "What was moved, how far the layers' outputs moved with it, and which parts of the change do the harm."
     return section("Where", lead, _grid(found))
 

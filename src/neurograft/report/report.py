@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from neurograft.core.errors import RequestError
+from neurograft.core.graft import Graft
 from neurograft.report.page import page
 from neurograft.report.rules import Rules, rules_of
 from neurograft.report.verdict import verdict
@@ -62,6 +63,23 @@ class Report:
         """Return the report judged again by other rules; nothing is measured again."""
         measured = {k: v for k, v in self.data.items() if k not in ("format", "kind", "verdict", "rules")}
         return Report.of(measured, rules)
+
+    def recorded(self, graft: Graft) -> Graft:
+        """Return the graft with the verdict and its numbers on its card, as `audit`, for those who get the file.
+
+        Raises:
+            RequestError: the report is about another change.
+        """
+        about = [g["identity"] for g in self.data["provenance"]["change"]["grafts"]]
+        if about != [graft.identity]:
+            raise RequestError(
+                f"a report about {', '.join(a[:12] for a in about) or 'a tuned model'} for {graft.identity[:12]}",
+                expected="the graft that was audited",
+                do="audit this graft",
+            )
+        verdict, data = self.data["verdict"], self.data["provenance"]["data"]
+        told = {k: verdict[k] for k in ("verdict", "sentence", "gain", "domains")}
+        return replace(graft, card={**graft.card, "audit": {**told, "rules": self.data["rules"], "data": data}})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the data."""
