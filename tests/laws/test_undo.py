@@ -303,8 +303,9 @@ def test_an_interrupted_apply_leaves_nothing_behind(monkeypatch):
 
 
 def test_every_permutation_of_three():
-    model = pico("llama", dtype=torch.float16, num_hidden_layers=1)
-    base, grafts = bits(model), overlapping(model)[1:4]
+    # float32: a narrower dtype would round the order of a sum away
+    model = pico("llama", num_hidden_layers=1)
+    base, grafts = bits(model), [overlapping(model, seed=i, kinds=(2,))[0] for i in range(3)]
     reached = []
     for order in itertools.permutations(grafts):
         for graft in order:

@@ -208,13 +208,14 @@ class Stack:
         untying = {n for o in graft.operations if isinstance(o, Untie) for n in o.names}
         for tensor, delta in graft.deltas.items():
             name = named(tensor, graft, where)
+            for holder in where.modules(name):
+                check_writable(holder, weights[holder])
             if not isinstance(delta, New):
                 self.check(tensor, graft, model, where)
             whole = delta.on() if isinstance(delta, New) else delta
             region = everything(whole.shape, as_matrix(whole.shape)) if isinstance(whole, LowRank) else whole.region
             for piece in where.to_module(name, region):
                 weight = weights[piece.name]
-                check_writable(piece.name, weight)
                 if apart.get(id(weight), piece.name) not in {piece.name, *untying}:
                     raise RequestError(
                         f"a graft of {piece.name}, made while {apart[id(weight)]} was tied with it",
