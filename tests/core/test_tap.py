@@ -164,6 +164,18 @@ def test_gradients_are_those_of_autograd_and_touch_no_parameter():
     assert all(p.grad is None for p in model.model.parameters())
 
 
+def test_gradients_outside_of_the_mask_are_zero():
+    model = pico("llama")
+    batch, found = pico_batch(model), {}
+    for positions in ("all", "last"):
+        with gradients(model, neurons(1), lambda n, x, g, rows: found.__setitem__(positions, g), mask=positions):  # noqa: B023
+            model(**batch).logits.sum().backward()
+    kept = token_mask(batch, "last").reshape(-1)
+    assert torch.equal(found["last"][kept], found["all"][kept])
+    assert found["last"][~kept].abs().sum() == 0
+    assert found["all"][~kept].abs().sum() > 0
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputation_is_neither_counted_twice_nor_lost(reentrant):
     model = pico("llama").train()

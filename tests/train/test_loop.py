@@ -300,3 +300,24 @@ def test_a_kernel_that_bypasses_the_weight_is_noticed_and_can_be_served(pick):
         assert torch.equal(net[1].weight.detach()[[0, 2]], live.trained()["1.weight"])
     assert type(net[1]) is Custom
     assert type(net[0]) is nn.Linear
+
+
+def test_full_training_may_leave_a_part_unreached_and_names_it(pick):
+    """Nobody chose that part; a chosen one must be reached."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
+    batches = [{"x": torch.randn(4, 3)}]
+
+    def square(model, batch):
+        return model["used"](batch["x"]).square().mean()
+
+    with attach(net) as live:
+        fit(live, batches, steps=2, objective=square)
+        witness = Witness(live)
+        square(net, batches[0]).backward()
+        witness.gradients()
+        torch.optim.SGD(live.parameters(), lr=0.1).step()
+        assert witness.check() == {"tensors": 2, "numbers": 8, "unreached": ["idle.bias", "idle.weight"]}
+    both = pick(net, {"used.weight": ("row", [0]), "idle.weight": ("row", [0])})
+    with attach(net, both) as live, pytest.raises(RunError, match=r"no gradient reached idle\.weight"):
+        fit(live, batches, steps=2, objective=square)

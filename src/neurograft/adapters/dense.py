@@ -56,7 +56,9 @@ def dense(
             expected="at least one parameter",
             do="select more, or protect less",
         )
-    return DenseMount(model, names, new=new)
+    mount = DenseMount(model, names, new=new)
+    mount.declared = where is not None
+    return mount
 
 
 class DenseMount(Mount):

@@ -86,7 +86,7 @@ def _mounted(
         regions[name] = grown
     if route == "side":
         return SideMount(model, regions, new=new)
-    rules = {"protect": protect, "tied": tied}
+    rules = {"protect": protect, "tied": "both" if tied == "both" else "refuse"}  # of a turn to other units
     return SliceMount(model, regions, new=new, allow_dense=allow_dense, rules=rules)
 
 

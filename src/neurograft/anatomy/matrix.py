@@ -241,6 +241,8 @@ class Inventory:
 
     def find_matrix(self, name: str) -> Matrix | None:
         """Return the matrix of a module, or None if it is something else."""
+        if f"{name}.base_layer" in self:  # PEFT's wrapper: the matrix is inside, what passes is what it returns
+            return self.find_matrix(f"{name}.base_layer")
         module, weight, bias = self.get(name), self.param(name, "weight"), self.param(name, "bias")
         if module is None or weight is None or isinstance(module, nn.Embedding):
             return None

@@ -35,6 +35,7 @@ class Mount(ABC):
 
     def __init__(self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
         self.model, self.attached = model, True
+        self.declared = True  # False if nobody said what to train, so that a part may stay unreached
         self.ties: Untied | None = None
         self.where, self.stack = coordinates(model), Stack.of(model)
         self.found = Parameters.of(model)

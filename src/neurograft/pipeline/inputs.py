@@ -216,7 +216,8 @@ def check(example: Mapping[str, Any], model: nn.Module, index: int) -> None:
             )
     tokens = example.get("input_ids")
     config = getattr(model, "config", None)
-    size = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    text = getattr(config, "get_text_config", lambda: None)()
+    size = getattr(text, "vocab_size", None)
     if isinstance(tokens, Tensor) and tokens.numel() and size and int(tokens.max()) >= size:
         raise RequestError(
             f"token {int(tokens.max())} in row {index} for a vocabulary of {size}",

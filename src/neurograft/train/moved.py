@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,22 +51,23 @@ class Witness:
                 if parameter.grad is not None:
                     self.reached.add(name)
 
-    def check(self) -> dict[str, int]:
-        """Return how many tensors and numbers moved.
+    def check(self) -> dict[str, Any]:
+        """Return how many tensors and numbers moved, and which tensors no gradient reached.
 
         Raises:
-            RunError: an awake tensor got no gradient, or did not move.
+            RunError: an awake tensor got no gradient, or did not move. Where nobody said what to train
+                (where=None), a part that the objective does not use is named instead, as `unreached`.
         """
         now = self.mount.named_parameters()
+        moved = {n: int((now[n].detach() != self.start[n]).sum()) for n in self.awake}
         blind = sorted(self.awake - self.reached)
-        if blind or not self.awake:
+        if not self.awake or (blind and (self.mount.declared or not self.reached)):
             raise RunError(
                 f"no gradient reached {_listed(blind or sorted(now))}, although trained; its module is not used by "
                 "this objective, or a custom kernel bypasses the weight"
             )
-        moved = {n: int((now[n].detach() != self.start[n]).sum()) for n in self.awake}
         still = sorted(n for n, count in moved.items() if not count)
-        if still:
+        if still and (self.mount.declared or len(still) == len(moved)):
             raise RunError(
                 f"{_listed(still)} did not move, although trained; no example reaches it, the learning rate is too "
                 "small for its numbers, or every step was skipped"
@@ -73,7 +75,8 @@ class Witness:
         lost = sorted(n for n in self.awake if not bool(torch.isfinite(now[n]).all()))
         if lost:
             raise RunError(f"{_listed(lost)} holds numbers that are not finite after training; lower the learning rate")
-        return {"tensors": len(moved), "numbers": sum(moved.values())}
+        found: dict[str, Any] = {"tensors": len(moved) - len(still), "numbers": sum(moved.values())}
+        return found | ({"unreached": still} if still else {})
 
 
 def _listed(names: list[str]) -> str:

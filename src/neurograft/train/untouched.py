@@ -72,8 +72,17 @@ class _Kept:
             del mine[name]
         mine.update(self.attributes)
         for container, copy in self.inside:
-            container.clear()
-            container.extend(copy) if isinstance(container, list) else container.update(copy)
+            if not _same(container, copy):
+                container.clear()
+                container.extend(copy) if isinstance(container, list) else container.update(copy)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, set):
+        return bool(one == other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(one[k] is other[k] for k in one)
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other))
 
 
 def _configs(model: nn.Module) -> list[Any]:

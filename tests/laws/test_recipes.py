@@ -1,0 +1,96 @@
+"""Laws of recipes: known papers, sound defaults, and each runs on families that its proof never saw.
+
+From a saved model folder with a user's JSONL, through `ng.run` and through the command line, to one graft.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import neurograft as ng
+from neurograft.cli import main
+from neurograft.core.choose import option_names
+from neurograft.core.resolve import resolve
+from neurograft.pipeline.papers import card, known
+from neurograft.pipeline.recipe import recipe, recipes
+from neurograft.worlds.letters import letters
+from neurograft.worlds.pico import pico
+
+FAMILIES = {"text-generation": ("gpt2", "qwen2"), "text-classification": ("roberta", "distilbert")}
+ROWS = {
+    "text-generation": [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(4) for b in range(2)],
+    "text-classification": [{"text": f"{a} and {b}", "label": (a + b) % 3} for a in range(4) for b in range(2)],
+}
+# What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up.
+BRISK = {"lr": 1e-2, "warmup": 0.0, "epochs": 1, "batch": 4}
+
+
+def changes_of(name):
+    mine = option_names(resolve(f"neurograft.recipes.{name}"))
+    return {k: v for k, v in BRISK.items() if k in mine and not (k == "warmup" and isinstance(mine[k].default, str))}
+
+
+CASES = [(n, f) for n in recipes() if card(n).task for f in FAMILIES[card(n).task]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return family -> a saved model folder and a JSONL file, made when first asked for."""
+    made = {}
+
+    def folder(family, task):
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            pico(family).save_pretrained(path / "model")
+            letters().save_pretrained(path / "model")
+            (path / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS[task])))
+            made[family] = path
+        return made[family] / "model", made[family] / "data.jsonl"
+
+    return folder
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_plain_data_of_a_known_paper(name):
+    made = recipe(name)
+    assert made.name == name
+    assert made.paper == card(name).paper
+    if made.paper is not None:
+        assert made.paper in known()
+        assert name == made.paper.replace("-", "_")
+    json.dumps(made.steps)
+    json.dumps(made.as_dict())
+    assert resolve(f"neurograft.recipes.{name}").__doc__
+
+
+@pytest.mark.parametrize("name", [n for n in recipes() if card(n).paper])
+def test_the_proof_has_not_seen_these_families(name):
+    text = (Path(__file__).parents[1] / "proofs" / f"test_{name}.py").read_text()
+    assert not any(f'"{family}"' in text for family in FAMILIES.get(card(name).task, ()))
+
+
+@pytest.mark.parametrize(("name", "family"), CASES, ids=["-".join(c) for c in CASES])
+def test_it_runs_on_two_other_families_from_python_and_the_command_line(name, family, saved, monkeypatch, capsys):
+    model, data = saved(family, card(name).task)
+    changes = changes_of(name)
+    graft = ng.run(name, str(model), str(data), changes=changes).graft
+    assert graft.numel > 0
+    assert graft.card["recipe"]["name"] == name
+    assert graft.card["recipe"]["options"]["lr"] == changes["lr"]
+    target = model.parent / f"{name}-graft"
+    words = [f"{k}={v}" for k, v in changes.items()]
+    monkeypatch.setattr(sys, "argv", ["neurograft", "run", name, str(model), str(data), *words, "-o", str(target)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    assert (end.value.code or 0) == 0, printed.err
+    same = ng.Graft.load(target)
+    assert same.identity == graft.identity
+    net = type(pico(family)).from_pretrained(model).eval()
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    with same.on(net):
+        assert any(not torch.equal(p, before[n]) for n, p in net.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
