@@ -82,6 +82,7 @@ def test_names_layers_and_plain_data(family):
     found = anatomy(model)
     names = dict(model.named_modules())
     assert found.layers
+    assert found.note == ""
     assert len(found.branches) == len(found.layers) == len(set(found.layers))
     assert all(module in names for branches in found.branches for module in branches.values())
     for kind in kinds_of(family):
@@ -187,6 +188,18 @@ def test_layers_that_share_their_weights_are_one_site_that_fires_often():
 def test_a_wrong_request_is_answered_with_what_would_have_been_right(options, words):
     with pytest.raises(RequestError, match=re.escape(words)):
         sites(model_of("llama"), **options)
+
+
+def test_blocks_that_no_file_knows_beside_known_ones_are_named():
+    model = pico("llava")
+    tower = model.model.vision_tower.encoder.layers[0]
+    type(tower).__name__, name = "ForeignLayer", type(tower).__name__
+    try:
+        found = anatomy(model)
+    finally:
+        type(tower).__name__ = name
+    assert found.note == "model.vision_tower.encoder.layers.#: no family file knows ForeignLayer"
+    assert found.layers == ["model.language_model.layers.0", "model.language_model.layers.1"]
 
 
 def test_a_model_under_peft_keeps_its_anatomy():

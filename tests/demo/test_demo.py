@@ -67,7 +67,7 @@ def test_answers_are_in_the_order_of_the_questions(shipped, correction):
     for i in (0, 11, 39):
         (batch,) = atlas.batches([rows[i]], tokenizer)
         assert found.right[i] == exact(model, [batch])
-        assert found.loss[i] == pytest.approx(float(model(**batch).loss), abs=1e-4)
+        assert found.loss[i] == pytest.approx(model(**batch).loss.item(), abs=1e-4)
 
 
 def test_a_step_has_its_share_of_old_questions(shipped, correction):

@@ -8,11 +8,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
+from neurograft.anatomy.sites import sites
 from neurograft.core.coordinates import coordinates
 from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
 from neurograft.core.graft import Graft
+from neurograft.core.intervene import Intervention
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
 from neurograft.core.untie import Untie
@@ -168,3 +170,33 @@ def test_a_patch_by_hand_gives_the_grafted_checkpoint_and_its_undo_the_base(fami
                     whole.copy_(values.view(whole.shape))
         assert all(same_bits(tensors[n], wanted[n]) for n in wanted)
         assert not all(same_bits(on[n], base[n]) for n in base)
+
+
+def test_merged_folds_operations_into_the_grafted_weights(tmp_path):
+    model = pico("llama")
+    neurons = sites(model, "neuron")
+    site = next(iter(neurons.values()))
+    step = Intervention(site, torch.tensor([2, 5]), "scale", torch.tensor(0.25))
+    down = "model.layers.0.mlp.down_proj.weight"
+    columns = Slice(Region.of((32, 48), "cols", [5, 6]), torch.full((2, 32), 0.5))
+    graft = Graft.made(model, {down: columns}, operations=(step,))
+    batch, before = pico_batch(model), state(model)
+    folder = graft.export(tmp_path / "m", to="merged", model=model)
+    assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        with graft.on(model):
+            wanted = model(**batch).logits
+        plain = model(**batch).logits
+        found = type(model).from_pretrained(folder).eval()(**batch).logits
+    assert (wanted - plain).abs().max() > 1e-3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    written = type(model).from_pretrained(folder).get_parameter(down)
+    assert torch.equal(written[:, 5], torch.full((32,), 0.125))
+    pinned = Graft.made(model, {}, operations=(Intervention(site, torch.tensor([2]), "pin", torch.tensor(1.0)),))
+    with pytest.raises(RequestError, match="bias"):
+        pinned.export(tmp_path / "n", to="merged", model=model)
+    assert not (tmp_path / "n").exists()
+    assert all(same_bits(v, before[k]) for k, v in model.state_dict().items())
+    for form in ("lora", "supertuning", "patch"):
+        with pytest.raises(RequestError, match="merged"):
+            graft.export(tmp_path / form, to=form, model=model)

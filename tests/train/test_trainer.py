@@ -95,6 +95,22 @@ def test_accumulation_equals_one_big_batch(objective, llama, pick, examples):
         torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=2e-5)
 
 
+def test_accumulation_for_a_classifier():
+    """The stock Trainer neither counts labels nor divides here, and takes steps k times too long."""
+    model = pico("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    rows = [{k: v[0] for k, v in pico_batch(model, batch=1, seed=s).items()} for s in range(8)]
+
+    def run(size, steps):
+        args = {"max_steps": 1, "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        args |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        return ng.tune(model, rows, optimizer="SGD", args=args)
+
+    whole, parts = run(8, 1), run(2, 4)
+    assert whole.card["losses"] == pytest.approx(parts.card["losses"], abs=1e-5)
+    for name, value in values(whole).items():
+        torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=1e-5)
+
+
 def test_checkpointing_changes_nothing_and_costs_no_extra_gradients(llama, pick, examples, monkeypatch):
     kinds = [{}, {"activation_checkpointing": True}]
     kinds += [{"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}]

@@ -11,6 +11,7 @@ from neurograft.core.units import Part, Site, Tap
 
 
 def neurons(reading: Reading) -> Iterator[Site]:
+    """Yield the hidden neurons of each FFN, those of each expert apart."""
     for block in reading.anatomy.blocks:
         for ffn in block.ffns:
             at = reading.at_or_offer(_neuron_ats(ffn), "neuron")
@@ -43,6 +44,7 @@ def _neuron(reading: Reading, ffn: Ffn, at: str) -> Site:
 
 
 def heads(reading: Reading) -> Iterator[Site]:
+    """Yield the heads of each attention: query heads, or the key/value heads that they share."""
     for block in reading.anatomy.blocks:
         for attention in block.attentions:
             at = reading.at_or_offer(AT["head"] if "v" in attention.made else ("out",), "head")
@@ -62,6 +64,7 @@ def _head(reading: Reading, attention: Attention, at: str) -> Site:
 
 
 def experts(reading: Reading) -> Iterator[Site]:
+    """Yield the experts of each mixture: one site for a fused bank, one for each separate module."""
     for block in reading.anatomy.blocks:
         for mixture in block.mixtures:
             at = reading.at_or_offer(("", "router") if mixture.router else ("",), "expert")

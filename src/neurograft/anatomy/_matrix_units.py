@@ -11,6 +11,7 @@ from neurograft.core.units import Part, Site, Tap
 
 
 def modules(reading: Reading) -> Iterator[Site]:
+    """Yield each module that holds parameters itself, as one unit."""
     seen: set[str] = set()
     for name in reading.inventory.modules:
         params = [p for _, p in reading.inventory.own(name) if p not in seen]
@@ -32,6 +33,7 @@ def modules(reading: Reading) -> Iterator[Site]:
 
 
 def norms(reading: Reading) -> Iterator[Site]:
+    """Yield the features of each norm."""
     for name in reading.anatomy.norms:
         own = dict(reading.inventory.own(name))
         gain = own["weight"]
@@ -44,6 +46,7 @@ def norms(reading: Reading) -> Iterator[Site]:
 
 
 def biases(reading: Reading) -> Iterator[Site]:
+    """Yield the entries of each bias."""
     for name in reading.inventory.modules:
         for short, param in reading.inventory.own(name):
             if (short == "bias" or short.endswith("_bias")) and reading.named(short):
@@ -53,6 +56,7 @@ def biases(reading: Reading) -> Iterator[Site]:
 
 
 def tokens(reading: Reading) -> Iterator[Site]:
+    """Yield the words of the embedding, or of the output head."""
     embedding, head = reading.anatomy.embedding, reading.anatomy.head
     weight = reading.inventory.param(embedding, "weight") if embedding is not None else None
     if embedding is None or weight is None:
@@ -79,6 +83,7 @@ def _matrices(reading: Reading) -> Iterator[tuple[str, str, Matrix | Bank]]:
 
 
 def rows(reading: Reading) -> Iterator[Site]:
+    """Yield the output features of each matrix, with their biases."""
     for name, at, m in _matrices(reading):
         parts = (m.each_row(), *m.each_shift()) if isinstance(m, Bank) else (m.rows(), *m.shifts())
         passes = None
@@ -89,6 +94,7 @@ def rows(reading: Reading) -> Iterator[Site]:
 
 
 def columns(reading: Reading) -> Iterator[Site]:
+    """Yield the input features of each matrix."""
     for name, at, m in _matrices(reading):
         if isinstance(m, Matrix) and m.grouped:
             continue  # its input features meet some outputs only
@@ -100,12 +106,14 @@ def columns(reading: Reading) -> Iterator[Site]:
 
 
 def weights(reading: Reading) -> Iterator[Site]:
+    """Yield the single weights of each matrix."""
     for name, at, m in _matrices(reading):
         part = m.each_entry() if isinstance(m, Bank) else m.entries()
         yield Site(label(name, "weight", at), "weight", part.n, (part,), None, reading.layer(name), at)
 
 
 def blocks(reading: Reading) -> Iterator[Site]:
+    """Yield the rectangles of a grid over each matrix."""
     for name, at, m in _matrices(reading):
         first = m.first if isinstance(m, Bank) else m
         if first.kernel > 1 or (reading.only is not None and label(name, "block", at) not in reading.only):

@@ -11,6 +11,7 @@ from neurograft.core.units import Part, Site, Tap
 
 
 def channels(reading: Reading) -> Iterator[Site]:
+    """Yield the residual channels as each sub-layer writes them, and the feature maps of convolutions."""
     at = reading.at_or_offer(AT["channel"], "channel")
     if at == "residual":
         yield from (_stream(reading, b) for b in reading.anatomy.blocks if b.repeated)
@@ -77,6 +78,7 @@ def _feature_map(reading: Reading, name: str, matrix: Matrix) -> Site:
 
 
 def layers(reading: Reading) -> Iterator[Site]:
+    """Yield each block, or one sub-layer of each, as one unit."""
     for i, block in enumerate(b for b in reading.anatomy.blocks if b.repeated):
         roles = {b.role: b for b in block.branches}
         at = reading.at_or_offer(("", *roles, "residual"), "layer")

@@ -12,6 +12,7 @@ from torch import nn
 
 from neurograft.anatomy._blocks import read_block
 from neurograft.anatomy._data import Family, families
+from neurograft.anatomy._names import numbered, pattern
 from neurograft.anatomy._types import Anatomy, Block
 from neurograft.anatomy.matrix import Inventory
 from neurograft.anatomy.structural import structural
@@ -38,42 +39,20 @@ def anatomy(model: nn.Module, *, batch: Mapping[str, Any] | None = None) -> Anat
 
 def describe(inventory: Inventory, *, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """Describe a model whose modules have been read; see `anatomy`."""
-    known = _by_class()
-    blocks: list[Block] = []
-    channels: dict[str, str] = {}
-    one_plus: set[str] = set()
-    for name, module in inventory.modules.items():
-        for cls in (c.__name__ for c in type(module).__mro__):
-            if cls not in known:
-                continue
-            family, what = known[cls]
-            if what == "one_plus":
-                one_plus.add(name)
-            elif what == "channels":
-                pair = family.channels[cls]
-                channels[f"{name}.{pair['conv']}"] = f"{name}.{pair['norm']}"
-            else:
-                repeated = what == "blocks"
-                entries = (family.blocks if repeated else family.extra)[cls]
-                block = read_block(inventory, name, entries, family.name, repeated=repeated)
-                if block is None:
-                    continue
-                blocks.append(block)
-            break
-    note = ""
-    if not blocks:
+    blocks, channels, one_plus = _by_file(inventory)
+    note = "; ".join(_undescribed(inventory, blocks))
+    if not any(block.repeated for block in blocks):
         try:
             found = structural(inventory, batch)
-            blocks, note = found.blocks, "; ".join(found.notes)
-            one_plus = {n for n, m in inventory.modules.items() if is_norm(m) and is_one_plus(m)}
+            blocks, note = blocks + found.blocks, "; ".join(found.notes)
+            one_plus |= {n for n, m in inventory.modules.items() if is_norm(m) and is_one_plus(m)}
         except RequestError as refusal:
             if batch is not None:
                 raise
             note = str(refusal)  # its matrices are known all the same; only units of blocks are not
-    layers = [b.name for b in blocks if b.repeated]
     return Anatomy(
         family=_family_name(inventory.model, blocks),
-        layers=layers,
+        layers=[b.name for b in blocks if b.repeated],
         branches=[{b.role: b.module for b in block.branches} for block in blocks if block.repeated],
         embedding=embedding_of(inventory),
         head=head_of(inventory),
@@ -83,6 +62,45 @@ def describe(inventory: Inventory, *, batch: Mapping[str, Any] | None = None) ->
         one_plus=frozenset(one_plus),
         note=note,
     )
+
+
+def _by_file(inventory: Inventory) -> tuple[list[Block], dict[str, str], set[str]]:
+    """Return the blocks, the convolutions with their norms, and the norms by 1 + weight, that the files know."""
+    known = _by_class()
+    blocks: list[Block] = []
+    channels: dict[str, str] = {}
+    one_plus: set[str] = set()
+    for name, module in inventory.modules.items():
+        cls = next((c.__name__ for c in type(module).__mro__ if c.__name__ in known), None)
+        if cls is None:
+            continue
+        family, what = known[cls]
+        if what == "one_plus":
+            one_plus.add(name)
+        elif what == "channels":
+            pair = family.channels[cls]
+            channels[f"{name}.{pair['conv']}"] = f"{name}.{pair['norm']}"
+        else:
+            repeated = what == "blocks"
+            entries = (family.blocks if repeated else family.extra)[cls]
+            block = read_block(inventory, name, entries, family.name, repeated=repeated)
+            blocks.extend([block] if block is not None else [])
+    return blocks, channels, one_plus
+
+
+def _undescribed(inventory: Inventory, blocks: list[Block]) -> list[str]:
+    """Name the repeated modules with linear layers that lie beside the known blocks, as of a foreign image tower."""
+    known = {block.name for block in blocks}
+    above = {name[:i] for name in known for i, letter in enumerate(name) if letter == "."}
+    left: dict[str, str] = {}
+    for name, module in inventory.modules.items():
+        steps = name.split(".")
+        inside = any(".".join(steps[:i]) in known for i in range(1, len(steps) + 1))
+        if inside or name in above or not numbered(inventory, name):
+            continue
+        if sum(isinstance(m, nn.Linear) for m in module.modules()) > 1:
+            left.setdefault(pattern(inventory, name), type(module).__name__)
+    return [f"{where}: no family file knows {cls}" for where, cls in left.items()]
 
 
 @cache

@@ -205,9 +205,9 @@ def verdict(found: Mapping[str, Any]) -> tuple[str, str]:
     """Return a word and a sentence: no better than random is said first."""
     families = found["families"]
     random = families["random"]["difference"]
-    sizes = f"{found['units']} units"
+    chosen_units = "the unit" if found["units"] == 1 else f"the {found['units']} units"
     fact = (
-        f"silencing the {sizes} changes the loss by {found['effect']['value']:+.4g} nats per place, "
+        f"silencing {chosen_units} changes the loss by {found['effect']['value']:+.4g} nats per place, "
         f"as many random ones by {families['random']['mean']:+.4g} (difference {random['value']:+.4g}, "
         f"{100 * found['level']:g} % interval {random['low']:+.4g} to {random['high']:+.4g}, "
         f"{found['controls']} controls, {found['examples']} examples)"

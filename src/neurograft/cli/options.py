@@ -89,7 +89,8 @@ def typed(name: str, text: Any, annotation: str) -> Any:
         ([0, 2], 7)
     """
     if isinstance(text, list):
-        return pairs(name, text)
+        several = annotation.startswith(("Sequence", "list", "Iterable"))
+        return text if several and "Mapping" not in annotation else pairs(name, text)
     if not isinstance(text, str):
         return text
     if annotation.startswith("Choice"):

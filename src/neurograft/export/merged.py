@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from neurograft.core.card import method
 from neurograft.core.coordinates import coordinates, holders
+from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
 from neurograft.core.graft import Graft
+from neurograft.core.operation import Operation
 from neurograft.core.region import Region
-from neurograft.core.stack import Stack
+from neurograft.core.stack import ATTRIBUTE, Stack
 from neurograft.core.untie import Untie
 from neurograft.export._changes import base_model, base_name, place
 from neurograft.export._readme import readme
@@ -133,7 +135,7 @@ def folded(grafts: Sequence[Graft], model: nn.Module) -> Iterator[None]:
                 for operation in graft.operations:
                     if isinstance(operation, Untie):
                         continue
-                    for name, change in operation.scaled(graft.strength).fold(model).items():
+                    for name, change in _now(operation.scaled(graft.strength), model).items():
                         weight = holders(model)[name]
                         written.append((weight, change.region, change.region.read(weight)))
                         change.region.write_(weight, change.values)
@@ -141,3 +143,13 @@ def folded(grafts: Sequence[Graft], model: nn.Module) -> Iterator[None]:
         finally:
             for weight, region, before in reversed(written):
                 region.write_(weight, before)
+
+
+def _now(operation: Operation, model: nn.Module) -> dict[str, Slice]:
+    """Fold an operation into the weights as they are now, as if the grafted numbers were a base's."""
+    stack = model.__dict__.pop(ATTRIBUTE, None)
+    try:
+        return operation.fold(model)
+    finally:
+        if stack is not None:
+            model.__dict__[ATTRIBUTE] = stack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def diff(
     *,
     revision: str | None = None,
     tuned_revision: str | None = None,
-    progress: Any = None,
+    progress: Callable[[Iterable[str], str], Iterable[str]] | None = None,
 ) -> Graft:
     """Return the graft that turns a base into a tuned model.
 
@@ -45,7 +46,7 @@ def diff(
         tuned: a PeftModel or an adapter's folder; or the whole tuned model, live, path or Hub id.
         revision: of the base, if it is a Hub id.
         tuned_revision: of the tuned one, if it is a Hub id.
-        progress: wraps the list of tensors to show how far it is.
+        progress: (items, what) -> items, to show a bar.
 
     Raises:
         RequestError: nothing is there, the models have nothing in common, or a change has no graft form
@@ -117,7 +118,11 @@ def _homes(model: nn.Module, apart: Untie | None) -> dict[str, str]:
 
 
 def _compared(
-    model: nn.Module, mine: Source, theirs: Source, where: Coordinates, progress: Any
+    model: nn.Module,
+    mine: Source,
+    theirs: Source,
+    where: Coordinates,
+    progress: Callable[[Iterable[str], str], Iterable[str]] | None,
 ) -> tuple[dict[str, Delta], dict[str, str], dict[str, Any]]:
     """Return the changes, the digests of what they touch, and what the card says of the rest."""
     shared = [name for name in where.names() if name in mine.known and name in theirs.known]
@@ -130,7 +135,7 @@ def _compared(
     deltas: dict[str, Delta] = {}
     digests: dict[str, str] = {}
     skipped: list[str] = []
-    for name in progress(shared) if progress else shared:
+    for name in progress(shared, "tensors") if progress else shared:
         before, after = mine.known[name][0](), theirs.known[name][0]()
         _same_numbers(name, theirs, after)
         if not before.is_floating_point():

@@ -58,7 +58,7 @@ def build(folder: Path, *, seed: int = 0, steps: int = STEPS) -> dict[str, Any]:
     (folder / "SOURCES").write_text(_atlas_tables.sources(), encoding="utf-8")
     tokenizer = trained_tokenizer(known, seed)
     tokenizer.save_pretrained(folder)
-    model = fresh(tokenizer, seed)
+    model: Any = fresh(tokenizer, seed)
     for step, loss in enumerate(fit(model, batches(known, tokenizer, seed), steps), start=1):
         if step % 25 == 0 or step == steps:
             log.info("step %d of %d, loss %.3f, %.0f s", step, steps, loss, time.monotonic() - started)
@@ -155,15 +155,15 @@ def fit(model: nn.Module, data: Iterator[dict[str, Tensor]], steps: int) -> Iter
         yield float(loss.detach())
 
 
-def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Return the mean loss of the answers' tokens; logits are made there only.
 
     Rows are padded on the right and the model looks back only, so no mask is needed.
     """
-    hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]  # type: ignore[operator,union-attr]
+    hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     keep = labels != IGNORE
-    return F.cross_entropy(model.lm_head(hidden[keep]), labels[keep])  # type: ignore[operator]
+    return F.cross_entropy(model.lm_head(hidden[keep]), labels[keep])
 
 
 def _write(path: Path, data: Any) -> None:

@@ -92,8 +92,8 @@ def planted(
         (1.0, 0.0)
     """
     one_of(family, ("llama", "mixtral"), what="planted family")
-    model = pico(family, seed=seed, **config)
-    layers = model.get_submodule("model.layers")
+    model: Any = pico(family, seed=seed, **config)
+    layers = model.model.layers
     rng, experts = generator(seed, "planted", family), {}
     true: dict[str, list[Tensor]] = {}
     false: dict[str, list[Tensor]] = {}
@@ -101,7 +101,9 @@ def planted(
         _clear(model, rng)
         for index, layer in enumerate(layers):
             name, mlp = f"model.layers.{index}.mlp", layer.mlp
-            expert = int(torch.randint(_experts(model), (1,), generator=rng)) if family == "mixtral" else None
+            expert = (
+                int(torch.randint(model.config.num_local_experts, (1,), generator=rng)) if family == "mixtral" else None
+            )
             gate, up, down, names = _weights(mlp, name, expert)
             if per_layer + decoys > gate.shape[0]:
                 raise RequestError(
@@ -146,19 +148,15 @@ def _clear(model: nn.Module, rng: torch.Generator) -> None:
             weight[..., UNREAD] = 0
 
 
-def _experts(model: nn.Module) -> int:
-    return int(model.config.num_local_experts)  # type: ignore[union-attr,arg-type]
-
-
-def _weights(mlp: nn.Module, name: str, expert: int | None) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+def _weights(mlp: Any, name: str, expert: int | None) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     """Return gate [n, d], up [n, d] and down [d, n] as views of the parameters, and the parameters' names."""
     if expert is None:
         names = tuple(f"{name}.{part}_proj.weight" for part in ("gate", "up", "down"))
-        return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, names  # type: ignore[union-attr,return-value]
-    both, down = mlp.experts.gate_up_proj, mlp.experts.down_proj  # type: ignore[union-attr]
-    half = both.shape[1] // 2  # type: ignore[union-attr,operator]
+        return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, names
+    both, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
+    half = both.shape[1] // 2
     names = (f"{name}.experts.gate_up_proj", f"{name}.experts.gate_up_proj", f"{name}.experts.down_proj")
-    return both[expert, :half], both[expert, half:], down[expert], names  # type: ignore[index]
+    return both[expert, :half], both[expert, half:], down[expert], names
 
 
 def _plant(gate: Tensor, up: Tensor, down: Tensor, ids: Tensor, channel: int, size: float) -> None:

@@ -92,9 +92,9 @@ def tiny(kind: str = "llama", *, steps: int | None = None, seed: int = 0, **conf
     return fit(model, data(steps or default, derive(seed, "tiny", kind)), lr=lr)
 
 
-def classifier(encoder: nn.Module, labels: int, *, seed: int = 0) -> nn.Module:
+def classifier(encoder: Any, labels: int, *, seed: int = 0) -> nn.Module:
     """Return a BertForSequenceClassification on a copy of a masked-token model's encoder, with a fresh head."""
-    config = {**encoder.config.to_dict(), "num_labels": labels, "id2label": None, "label2id": None}  # type: ignore[union-attr,operator]
+    config = {**encoder.config.to_dict(), "num_labels": labels, "id2label": None, "label2id": None}
     kept = {k: v for k, v in config.items() if k not in ("architectures", "transformers_version", "dtype")}
     model = pico("bert", seed=seed, **{k: v for k, v in kept.items() if v is not None})
     state = {n: p for n, p in encoder.state_dict().items() if n.startswith("bert.")}
@@ -115,7 +115,7 @@ def _encoder(seed: int, config: dict[str, Any]) -> nn.Module:
     from transformers import BertForMaskedLM
 
     size = {k: v for k, v in _SIZE.items() if k != "num_key_value_heads"}
-    shape = pico("bert", seed=seed, **{**size, **_STILL, **config})
+    shape: Any = pico("bert", seed=seed, **{**size, **_STILL, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "tiny", "bert"))
         return _widened(BertForMaskedLM(shape.config), seed)
