@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -97,7 +98,8 @@ def in_decoder(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
     Raises:
         RequestError: none of them lies in it.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    ask: Any = getattr(model, "get_decoder", None)
+    decoder = None if ask is None else ask()
     prefix = next((n for n, m in model.named_modules() if m is decoder), "")
     found = {n: s for n, s in sites.items() if all(p.param.startswith(prefix + ".") for p in s.parts)}
     if not prefix:

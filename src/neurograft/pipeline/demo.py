@@ -98,12 +98,12 @@ def _runs(
     made: dict[tuple[int, tuple[str, ...]], list[Run]] = {}
     if processes <= 1:
         for job in watch(jobs, "trainings"):
-            made[job] = _job(*job, options)
+            made[job] = _job(job[0], job[1], options)
     else:
         # A forked child of a process that has used threads may hang; a spawned one starts clean.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool:
-            futures = {pool.submit(_job, *job, options): job for job in jobs}
+            futures = {pool.submit(_job, job[0], job[1], options): job for job in jobs}
             for future in watch(as_completed(futures), "trainings"):
                 made[futures[future]] = future.result()
     ordered = [run for job in jobs for run in made[job]]

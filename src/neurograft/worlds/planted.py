@@ -174,8 +174,8 @@ def _note(
 ) -> None:
     """Record the flat entries of the planted rows and columns; a view's offset and strides give them."""
     for view, name, rows in zip(views, names, (True, True, False)):
-        width = view.shape[1]
-        entries = view.storage_offset() + torch.arange(view.numel()).reshape(view.shape[0], width)
+        width = int(view.shape[1])
+        entries = int(view.storage_offset()) + torch.arange(view.numel()).reshape(view.shape[0], width)
         into.setdefault(name, []).append((entries[ids] if rows else entries[:, ids]).reshape(-1))
 
 
