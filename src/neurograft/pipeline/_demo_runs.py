@@ -25,12 +25,12 @@ from neurograft.worlds import atlas
 LOCATED = "located neurons"
 # contender: learning rates, lowest first. A rate suits a budget and a shape, so each has its own range.
 RATES = {
-    LOCATED: (5e-3, 1e-2, 2e-2),
-    "random neurons of these layers": (5e-3, 1e-2, 2e-2),
-    "random neurons anywhere": (5e-3, 1e-2, 2e-2),
-    "LoRA r=3 on FFN": (5e-3, 1e-2, 2e-2),
-    "LoRA r=2 on all": (5e-3, 1e-2, 2e-2),
-    "full fine-tuning": (3e-4, 5e-4, 1e-3),
+    LOCATED: (1e-2, 2e-2, 4e-2),
+    "random neurons of these layers": (1e-2, 2e-2, 4e-2),
+    "random neurons anywhere": (1e-2, 2e-2, 4e-2),
+    "LoRA r=3 on FFN": (1e-2, 2e-2, 4e-2),
+    "LoRA r=2 on all": (1e-2, 2e-2, 4e-2),
+    "full fine-tuning": (5e-4, 1e-3, 2e-3),
 }
 
 

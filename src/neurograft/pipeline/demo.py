@@ -31,7 +31,7 @@ def demo(
     *,
     output: str | Path | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 45,
+    steps: int = 32,
     units: int = 15,
     rates: int = 3,
     cell: int = 6,
