@@ -34,7 +34,7 @@ def demo(
     steps: int = 32,
     units: int = 15,
     rates: int = 3,
-    cell: int = 6,
+    cell: int = 4,
     processes: int = 2,
     report: bool = True,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
