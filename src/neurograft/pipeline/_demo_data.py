@@ -38,7 +38,7 @@ class Correction:
     tests: dict[str, list[Row]]
 
     @staticmethod
-    def draw(seed: int, *, facts: int = 24, cell: int = 6) -> Correction:
+    def draw(seed: int, *, facts: int = 24, cell: int = 4) -> Correction:
         """Draw facts and questions.
 
         Args:
@@ -136,7 +136,7 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[Row], *, size: int = 96) 
         labels = batch["labels"][:, 1:]
         keep = labels != IGNORE
         # Logits at the answers only: the vocabulary is most of the work.
-        hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
+        hidden = model.model(batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
         logits = model.lm_head(hidden[keep])
         hit, each = torch.ones(keep.shape), torch.zeros(keep.shape)
         hit[keep] = (logits.argmax(-1) == labels[keep]).float()

@@ -181,9 +181,9 @@ def sentence(against: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _said(against: Mapping[str, Mapping[str, Any]], measure: str, *, better: int, digits: int) -> str:
-    groups: dict[str, list[str]] = {"beat": [], "did no better than": [], "did worse than": []}
+    groups: dict[str, list[str]] = {"beat": [], "did not beat": [], "did worse than": []}
     for contender, found in against.items():
         low, high = sorted((better * found[measure]["low"], better * found[measure]["high"]))
-        verb = "beat" if low > 0 else "did worse than" if high < 0 else "did no better than"
+        verb = "beat" if low > 0 else "did worse than" if high < 0 else "did not beat"
         groups[verb].append(f"{contender} {found[measure]['difference']:+.{digits}f}")
     return ", ".join(f"{verb} {listed(names)}" for verb, names in groups.items() if names)

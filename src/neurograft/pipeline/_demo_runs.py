@@ -23,14 +23,15 @@ from neurograft.train.loop import fit
 from neurograft.worlds import atlas
 
 LOCATED = "located neurons"
-# contender: learning rates, lowest first. A rate suits a budget and a shape, so each has its own range.
+# contender: learning rates, from about the least that learns in so few steps to one that breaks things; a range
+# that stops too early makes whoever it stops look worse.
 RATES = {
-    LOCATED: (5e-3, 1e-2, 2e-2),
-    "random neurons of these layers": (5e-3, 1e-2, 2e-2),
-    "random neurons anywhere": (5e-3, 1e-2, 2e-2),
-    "LoRA r=3 on FFN": (5e-3, 1e-2, 2e-2),
-    "LoRA r=2 on all": (5e-3, 1e-2, 2e-2),
-    "full fine-tuning": (3e-4, 5e-4, 1e-3),
+    LOCATED: (2e-2, 4e-2, 8e-2),
+    "random neurons of these layers": (2e-2, 4e-2, 8e-2),
+    "random neurons anywhere": (2e-2, 4e-2, 8e-2),
+    "LoRA r=3 on FFN": (2e-2, 4e-2, 8e-2),
+    "LoRA r=2 on all": (2e-2, 4e-2, 8e-2),
+    "full fine-tuning": (1e-3, 2e-3, 4e-3),
 }
 
 
