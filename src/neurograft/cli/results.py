@@ -119,6 +119,7 @@ def papers(found: Sequence[Mapping[str, Any]], target: Path | None, shown: Shown
     rows = [{k: row[k] for k in ("slug", "room", "working", "scale", "recipe")} for row in found]
     rows.sort(key=lambda row: not row["working"])
     working = sum(bool(row["working"]) for row in rows)
+    rows = [{**row, "working": "yes" if row["working"] else None} for row in rows]
     shown.result(list(found), lines=[f"{working} of {len(rows)} papers work in this version"], table=table_of(rows))
 
 

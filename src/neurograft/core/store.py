@@ -52,6 +52,7 @@ def save(graft: Graft, folder: Path) -> Path:
             with open(work / name, "rb") as file:
                 os.fsync(file.fileno())
         folder.mkdir(exist_ok=True)
+        shutil.copymode(work / TEXT, work / TENSORS)  # safetensors writes files that only their owner may read
         # The text names the tensor file's digest: whatever is interrupted, a mixture is refused on reading.
         os.replace(work / TENSORS, folder / TENSORS)
         os.replace(work / TEXT, folder / TEXT)
