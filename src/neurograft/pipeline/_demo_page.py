@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neurograft.pipeline._demo_runs import RATES
-from neurograft.report._svg import WIDTH, dot, drawing, padded, scale, words, x_axis, y_axis
+from neurograft.report._svg import WIDTH, dot, drawing, line, scale, words, x_axis
 from neurograft.report.page import figure, section
 from neurograft.report.words import interval, number
 
@@ -19,12 +20,15 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --d0: #82b1ff; --d1: #8fd0ee; --d2: #a5adbb; --d3: #f0ab52; --d4: #ff9db5; --d5: #4fc79a; }
 }
+h1 { font-size: clamp(17px, 2vw, 21px); }
 circle.run { stroke: var(--paper); stroke-width: 1; }
 .d0 { fill: var(--d0); } .d1 { fill: var(--d1); } .d2 { fill: var(--d2); }
 .d3 { fill: var(--d3); } .d4 { fill: var(--d4); } .d5 { fill: var(--d5); }
 .key i.dot { width: 10px; height: 10px; border-radius: 50%; }
 """ + "".join(f".key i.k{i} {{ background: var(--d{i}); }}\n" for i in range(6))
 LEVEL = "95 %"
+# Trainings that broke the model lose a thousand times what careful ones do: the loss axis is logarithmic.
+LEAST, TICKS = 0.01, (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
 def page(data: Data) -> str:
@@ -60,19 +64,33 @@ def _clouds(data: Data) -> str:
     ]
     lead = (
         "One point is one training: every contender, learning rate and seed, not the best alone. Right is a better "
-        "correction, down is less forgotten; larger points use the learning rate chosen on validation."
+        "correction, down is less forgotten; larger points use the learning rate chosen on validation. Rises below "
+        f"{LEAST} stand there."
     )
     return section("The whole cloud", lead, f'<div class="grid">{"".join(pictures)}</div>')
 
 
+def _log(harm: float) -> float:
+    return math.log10(max(harm, LEAST))
+
+
 def _cloud(data: Data, key: str, what: str) -> str:
     runs = data["runs"]
-    xs, ys = (0.0, 1.03), padded([r["harm"] for r in runs])
+    xs, most = (0.0, 1.03), max(r["harm"] for r in runs)
     left, right, top, bottom = 48, WIDTH - 12, 12, 218
-    at_x, at_y = scale(*xs, left, right), scale(*ys, bottom, top)
-    body = y_axis(at_y, *ys, left, right)
+    at_x, linear = scale(*xs, left, right), scale(_log(LEAST), _log(1.3 * max(most, 10 * LEAST)), bottom, top)
+
+    def at_y(harm: float) -> float:
+        return linear(_log(harm))
+
+    body = []
+    for tick in (t for t in TICKS if LEAST <= t <= 1.3 * most):
+        body += [
+            line(left, at_y(tick), right, at_y(tick), "grid"),
+            words(left - 5, at_y(tick) + 3.5, f"{tick:g}", "t s", anchor="end"),
+        ]
     body += x_axis(at_x, *xs, bottom, top, f"right {what} →", middle=(left + right) / 2)
-    body += [words(12, (top + bottom) / 2, "loss rise: nats →", "t s up", anchor="middle")]
+    body += [words(12, (top + bottom) / 2, "loss rise: nats, logarithmic →", "t s up", anchor="middle")]
     order = list(RATES)
     for r in runs:
         big = data["rates"]["far"][r["contender"]] == r["rate"]
