@@ -111,6 +111,8 @@ def anatomy(found: Any, target: Path | None, shown: Shown) -> None:
     facts = plain(found)
     rows = next((v for v in facts.values() if isinstance(v, list)), []) if isinstance(facts, Mapping) else facts
     lines = [f"{k}: {v}" for k, v in facts.items() if not isinstance(v, list)] if isinstance(facts, Mapping) else []
+    lines += [f"{r['architecture']}: {r['reason']}" for r in rows if r.get("reason") and "architecture" in r]
+    rows = [{k: v for k, v in r.items() if k != "reason" or "architecture" not in r} for r in rows]
     shown.result(facts, lines=lines, table=table_of(rows) if rows else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class Shown:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(highlight=False, soft_wrap=True)
+        wide = None if sys.stdout.isatty() else 160  # a pipe has no width of its own
+        self.console = Console(highlight=False, soft_wrap=True, width=wide)
 
     def result(self, data: Any, *, lines: Iterable[str] = (), table: Table | None = None) -> None:
         """Print a result: `data` as JSON, or lines and a table for people."""
