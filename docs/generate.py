@@ -127,7 +127,7 @@ def paper_page(name: str) -> str:
     slug, function, mine = name.replace("_", "-"), resolve(f"neurograft.recipes.{name}"), card(name)
     made = recipe(name)
     text = f"{NOTE}# {known()[slug]['title']}\n\n{cite(slug)[0]}\n\n{described(function)}"
-    text += f"```python\nout = ng.run({name!r}, model, data)\nout.graft.save({slug + '-graft'!r})\n```\n\n"
+    text += f'```python\nout = ng.run("{name}", model, data)\nout.graft.save("{slug}-graft")\n```\n\n'
     text += f"```sh\nneurograft run {name} MODEL DATA -o {slug}-graft\n```\n\n## Steps\n\n```yaml\n{steps(made)}```\n"
     if mine.departs:
         text += f"\n## Where it departs from the paper\n\n{mine.departs}\n"
