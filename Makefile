@@ -29,7 +29,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 proofs: setup
-	OMP_NUM_THREADS=2 $(BIN)/python -m tests.proofs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.proofs
 
 atlas: setup
 	$(BIN)/python -m neurograft.worlds.atlas_build
