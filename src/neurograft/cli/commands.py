@@ -6,6 +6,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,11 @@ def _verb(row: Row) -> Callable[..., None]:
         if "output" in own:
             given["output"] = target
         quiet()
-        show(function(**given), Path(target) if target else None, shown)
+        if "args" in own and sys.stderr.isatty():  # the Trainer draws its own bar
+            given["args"] = {"disable_tqdm": False, **(given.get("args") or {})}
+        with nullcontext() if own & {"progress", "args"} else shown.busy(dotted.rpartition(".")[2]):
+            found = function(**given)
+        show(found, Path(target) if target else None, shown)
 
     return command_of(function, body, arguments=words, extra=_extra(output), without=("output",))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Shown:
             self.console.print(line, markup=False)
         if table is not None:
             self.console.print(table)
+
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """Show, on standard error and where somebody looks, that something is being done."""
+        errors = Console(stderr=True)
+        return errors.status(what) if errors.is_terminal and not self.as_json else nullcontext()
 
     def progress(self, items: Iterable[Any], what: str) -> Iterable[Any]:
         """Show a bar over items, on standard error, where somebody looks."""
