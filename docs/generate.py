@@ -149,9 +149,22 @@ def proof(slug: str) -> str:
     if record["broken"]:
         text += "\nIt fails, as it must, under each of these sabotages:\n\n"
         text += "".join(f"- {words(name)}: noticed by `{test}`\n" for name, test in record["broken"].items() if test)
+    text += bars(record.get("bars", {}))
     if record["numbers"]:
         text += "\nMeasured, a number for each seed:\n\n| | |\n|---|---|\n"
         text += "".join(f"| {words(key)} | {figures(value)} |\n" for key, value in record["numbers"].items())
+    return text
+
+
+def bars(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what the paper's card asks beside what was reached."""
+    if not found:
+        return ""
+    text = (
+        "\nWhat is asked of the mean over seeds, and what was reached:\n\n| | asked | reached | |\n|---|---|---|---|\n"
+    )
+    for what, b in found.items():
+        text += f"| {what} | {b['asked']} | {figures(b['reached'])} | {'met' if b['met'] else '**not met**'} |\n"
     return text
 
 

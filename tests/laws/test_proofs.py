@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from tests.proofs import __main__ as runner
-from tests.proofs import note
+from tests.proofs import bar, note
 from tests.proofs._run import SCALES, Proof, find, noticed, traced
 
 from neurograft.pipeline import _proofs
@@ -94,6 +94,24 @@ def test_the_runner_sees_failures_and_sabotages_that_pass():
     bad, text = runner.record(proof_of(fails, harmless))
     assert _proofs.standing(bad) == "failing"
     assert "AssertionError" in text
+
+
+def test_a_bar_that_is_missed_is_declared_and_lowers_the_scale():
+    def undeclared():
+        bar("kept", [0.9, 0.6], at_least=0.9)
+
+    def declared():
+        bar("kept", [0.9, 0.6], at_least=0.9, missed=True)
+
+    assert not runner.record(proof_of(undeclared, harmless))[0]["passed"]
+    record, _ = runner.record(proof_of(declared, harmless))
+    assert record["passed"]
+    assert record["bars"] == {"kept": {"asked": "≥ 0.9", "reached": [0.9, 0.6], "met": False}}
+    grand = proof_of(declared, harmless)
+    grand.module.SCALE = "tiny"
+    record, text = runner.record(grand)
+    assert not record["passed"]
+    assert "kept" in text
 
 
 def test_a_record_goes_stale_with_any_file_it_ran_through(tmp_path, monkeypatch):

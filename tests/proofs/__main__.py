@@ -72,6 +72,9 @@ def order(proofs: list[Proof], records: Mapping[str, Mapping[str, Any]]) -> list
 def record(proof: Proof) -> tuple[dict[str, Any], str]:
     """Run one proof and return its record, and what to print if it does not stand."""
     outcome = attempt(proof)
+    short = [what for what, bar in outcome.notes.get("bars", {}).items() if not bar["met"]]
+    if outcome.error is None and short and proof.module.SCALE != "identity":
+        outcome.error = f"not reached, so its scale is identity and not {proof.module.SCALE}: {'; '.join(short)}"
     text = outcome.error or ""
     broken: dict[str, bool | str] = {}
     for name, sabotage in proof.broken.items() if outcome.error is None else ():
@@ -87,11 +90,13 @@ def record(proof: Proof) -> tuple[dict[str, Any], str]:
 
 def _plain(proof: Proof, outcome: Outcome, broken: Mapping[str, bool | str]) -> dict[str, Any]:
     method = f"recipes/{proof.name}.py"
+    bars = outcome.notes.get("bars", {})
     return {
         "passed": outcome.error is None,
         "broken": dict(broken),
         "scale": proof.module.SCALE,
-        "numbers": outcome.notes,
+        "numbers": {name: value for name, value in outcome.notes.items() if name != "bars"},
+        "bars": bars,
         "tests": {name: _proofs.file_digest(_proofs.TESTS / name) for name in _test_files(proof)},
         "files": _proofs.digests([*outcome.files, method]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

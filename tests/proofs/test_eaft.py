@@ -13,10 +13,10 @@ from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
-from tests.proofs import effect, note, patched
+from tests.proofs import bar, effect, note, patched
 from tests.proofs._tools import gradient_of, said
 
-PAPER, SCALE = "eaft", "tiny"
+PAPER, SCALE = "eaft", "identity"
 
 
 def _weighed(weight):
@@ -147,7 +147,7 @@ def test_new_facts_as_fast_as_by_cross_entropy_contradicted_ones_flip_last():
     """24 new facts, 10 contradictions, 22 old facts agreed with; 30 steps of SGD, 3 seeds.
 
     AdamW takes a small gradient for a large step, so it undoes much of the weight; the effect is shown with SGD. Of
-    the contradicted old facts the card hopes for 90 % kept; the numbers noted here are what is measured.
+    the contradicted old facts the card asks for 90 % kept, which this world does not reach.
     """
     table = {f"{name}_{what}": [] for name in ("likelihood", "dft", "eaft") for what in ("new", "old_kept")}
     for seed in range(3):
@@ -161,6 +161,7 @@ def test_new_facts_as_fast_as_by_cross_entropy_contradicted_ones_flip_last():
                 table[f"{name}_old_kept"].append(right(model, keys[:CONTRADICTED], values[:CONTRADICTED]))
     note(**{k: [round(x, 3) for x in v] for k, v in table.items()})
     mean = {k: sum(v) / len(v) for k, v in table.items()}
+    bar("contradicted old facts kept", table["eaft_old_kept"], at_least=0.9, missed=True)
     assert mean["eaft_new"] >= mean["likelihood_new"]
     assert mean["eaft_old_kept"] > mean["likelihood_old_kept"] + 0.5
     assert mean["dft_old_kept"] > mean["likelihood_old_kept"] + 0.5
