@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 from neurograft.report import charts, maps
@@ -35,10 +36,11 @@ def _head(data: Data) -> str:
     more = "".join(f"<p>{escape(reason[:1].upper() + reason[1:])}.</p>" for reason in verdict["reasons"][1:])
     grafts = [g["identity"][:12] for g in data["provenance"]["change"]["grafts"]]
     change = f"graft {', '.join(grafts)}" if grafts else "a tuned model"
-    name = base.get("name") or base["class"]
+    name = str(base.get("name") or base["class"])
+    name = PurePath(name).name if PurePath(name).is_absolute() else name
     return (
         f'<header>\n<div class="verdict {kind}"><h1><b>{escape(first)}:</b>{escape(rest)}</h1>{more}</div>\n'
-        f'<p class="over" style="margin-top:14px">neurograft audit of {escape(change)} on {escape(str(name))}</p>\n'
+        f'<p class="over" style="margin-top:14px">neurograft audit of {escape(change)} on {escape(name)}</p>\n'
         f"{tiles(data)}</header>\n"
     )
 
