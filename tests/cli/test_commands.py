@@ -58,6 +58,22 @@ def test_choices_take_options(folder, monkeypatch, capsys):
     assert json.loads(out)["units"] == 48
 
 
+def test_locate_comes_with_evidence_on_examples_it_kept_back(folder, monkeypatch, capsys):
+    many = folder / "many.jsonl"
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10, 15) for b in range(4)]
+    many.write_text("\n".join(map(json.dumps, [*rows, *rows])))  # copies must not fall on both sides
+    words = ("locate", folder / "model", many, "--controls", "3", "--fraction", "0.1", "-o", folder / "e.safetensors")
+    status, out, err = run(monkeypatch, capsys, *words, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert len(found["evidence"]["families"]["random"]["effects"]) == 3
+    assert found["evidence"]["provenance"]["disjoint"] is True
+    assert found["evidence"]["provenance"]["dropped"] == 0
+    assert len(found["card"]["examples"]) == 30
+    assert run(monkeypatch, capsys, *words)[1].startswith("evidence: ")
+    assert run(monkeypatch, capsys, *words, "--no-evidence")[1].startswith("no evidence: not wanted")
+
+
 WRONG = {
     "unknown model": (("locate", "nowhere/at/all", "--by", "noise"), "no folder is"),
     "unknown kind": (("locate", "MODEL", "--by", "noise", "--units", "neurn"), "'neuron'"),

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from neurograft import __version__
-from neurograft.cli import results
+from neurograft.cli import locating, results
 from neurograft.cli.options import command_of, value
 from neurograft.cli.show import Shown
 from neurograft.core.errors import RequestError
@@ -74,7 +74,7 @@ def _verb(row: Row) -> Callable[..., None]:
         target, shown = given.pop("output"), Shown(given.pop("as_json"))
         if "progress" in own:
             given["progress"] = shown.progress
-        _keep_inputs(target, given)
+        keep_inputs(target, given)
         if "output" in own:
             given["output"] = target
         quiet()
@@ -95,7 +95,7 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _keep_inputs(target: str | None, given: Mapping[str, Any]) -> None:
+def keep_inputs(target: str | None, given: Mapping[str, Any]) -> None:
     """Raise if a command would write over something it reads."""
     if target is None:
         return
@@ -133,7 +133,7 @@ def run(
 
     changes = {w.partition("=")[0]: value(w.partition("=")[2]) for w in words if "=" in w}
     names = [w for w in words if "=" not in w]
-    _keep_inputs(output, {"words": names})
+    keep_inputs(output, {"words": names})
     quiet()
     made = run_words(names, changes, seed=seed, revision=revision, dtype=dtype, device_map=device)
     results.outcome(made, Path(output or "graft"), Shown(as_json))
@@ -153,7 +153,7 @@ def export(
     from neurograft.core.graft import Graft
     from neurograft.pipeline.models import load_model
 
-    _keep_inputs(output, {"graft": graft, "model": model or ""})
+    keep_inputs(output, {"graft": graft, "model": model or ""})
     found = Graft.load(graft)
     base = load_model(model) if model else None
     written = found.export(output, to=to, model=base, **pairs("option", options or []))
@@ -182,7 +182,7 @@ def filled(words: list[str]) -> typer.Typer:
         if summary is None:
             _placeholder(name, "Not in this version.", hidden=True)
         elif name in words[:1]:
-            app.command(name)(_verb(row))
+            app.command(name)(locating.command(row[1], _extra(row[2])) if name == "locate" else _verb(row))
         else:
             _placeholder(name, summary, hidden=False)
     for name in LATER:

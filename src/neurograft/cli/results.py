@@ -12,8 +12,8 @@ import typer
 from neurograft.cli.show import Shown, dump, human, plain, size, table_of
 
 
-def scores(found: Any, target: Path | None, shown: Shown) -> None:
-    """Write scores and show the best units."""
+def scores(found: Any, target: Path | None, shown: Shown, *, proof: Any = None, reason: str = "") -> None:
+    """Write scores, show the best units, and what they are worth or why that is not known."""
     written = found.save(target) if target else None
     best = found.top(count=min(10, sum(s.n for s in found.sites.values())))
     rows = [
@@ -24,8 +24,17 @@ def scores(found: Any, target: Path | None, shown: Shown) -> None:
     rows.sort(key=lambda row: -row["score"])
     total = sum(s.n for s in found.sites.values())
     shown.result(
-        {"path": str(written), "units": total, "top": rows, "card": plain(found.card)},
-        lines=[f"{total} units scored: {written}", "no evidence yet: neurograft evidence MODEL WHERE DATA"],
+        {
+            "path": str(written),
+            "units": total,
+            "top": rows,
+            "evidence": {"none": reason} if proof is None else plain(proof),
+            "card": plain(found.card),
+        },
+        lines=[
+            f"no evidence: {reason}" if proof is None else f"evidence: {proof.sentence}",
+            f"{total} units scored: {written}",
+        ],
         table=table_of(rows),
     )
 
