@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.audits._compare import Paired
-from neurograft.audits._measures import averaged, mean, measure, numbers, overview
+from neurograft.audits._measures import Average, averages, measure, numbers, overview
 from neurograft.audits._paired import Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
@@ -70,24 +70,14 @@ def calibration(
                 name="ece",
                 **options,
             ),
-            "brier": measure(
+            **averages(
                 measured,
-                averaged(lambda p: p.new_brier.double() - p.base_brier.double()),
-                unit="squared probability",
-                better="lower",
-                base=mean(lambda p: p.base_brier),
-                new=mean(lambda p: p.new_brier),
-                name="brier",
-                **options,
-            ),
-            "confidence": measure(
-                measured,
-                averaged(lambda p: p.new_top.double() - p.base_top.double()),
-                unit="probability",
-                better="zero",
-                base=mean(lambda p: p.base_top),
-                new=mean(lambda p: p.new_top),
-                name="confidence",
+                {
+                    "brier": Average(
+                        "squared probability", "lower", base=lambda p: p.base_brier, new=lambda p: p.new_brier
+                    ),
+                    "confidence": Average("probability", "zero", base=lambda p: p.base_top, new=lambda p: p.new_top),
+                },
                 **options,
             ),
         },

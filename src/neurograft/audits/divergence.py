@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from neurograft.audits._measures import averaged, mean, measure, overview
+from neurograft.audits._measures import Average, averages, overview
 from neurograft.audits._paired import Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
@@ -49,32 +49,14 @@ def divergence(
     options: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
     seen, paired = overview(measured), measured["change"]
     nats = f"nats per {seen['place']}"
-    entropy = averaged(lambda p: p.new_entropy.double() - p.base_entropy.double())
+    wanted = {
+        "kl": Average(nats, "zero", lambda p: p.kl),
+        "kl_reverse": Average(nats, "zero", lambda p: p.kl_reverse),
+        "flips": Average(f"share of {seen['place']}s", "zero", lambda p: p.flip),
+        "entropy": Average(nats, "zero", base=lambda p: p.base_entropy, new=lambda p: p.new_entropy),
+    }
     return {
         **seen,
-        "measures": {
-            "kl": measure(measured, averaged(lambda p: p.kl), unit=nats, better="zero", name="kl", **options),
-            "kl_reverse": measure(
-                measured, averaged(lambda p: p.kl_reverse), unit=nats, better="zero", name="kl_reverse", **options
-            ),
-            "flips": measure(
-                measured,
-                averaged(lambda p: p.flip),
-                unit=f"share of {seen['place']}s",
-                better="zero",
-                name="flips",
-                **options,
-            ),
-            "entropy": measure(
-                measured,
-                entropy,
-                unit=nats,
-                better="zero",
-                base=mean(lambda p: p.base_entropy),
-                new=mean(lambda p: p.new_entropy),
-                name="entropy",
-                **options,
-            ),
-        },
+        "measures": averages(measured, wanted, **options),
         "forgetting_ce": float((paired.base_entropy.double() + paired.kl.double()).mean()),
     }

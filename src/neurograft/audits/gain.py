@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neurograft.audits._compare import Paired
-from neurograft.audits._measures import averaged, by_metric, mean, measure, overview
+from neurograft.audits._measures import Average, averages, by_metric, measure, overview
 from neurograft.audits._paired import Metric, Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
@@ -75,34 +75,18 @@ def gain(
 def built_in(measured: Runs, *, level: float, draws: int, seed: int) -> dict[str, Any]:
     """Return likelihood, accuracy and exact match."""
     place = overview(measured)["place"]
-    logp: Callable[[Paired], Tensor] = lambda p: p.new_logp.double() - p.base_logp.double()  # noqa: E731
-    right: Callable[[Paired], Tensor] = lambda p: p.new_right.double() - p.base_right.double()  # noqa: E731
-    options: dict[str, Any] = {"better": "higher", "level": level, "draws": draws, "seed": seed}
-    found = {
-        "likelihood": measure(
-            measured,
-            averaged(logp),
-            unit=f"nats per {place}",
-            base=mean(lambda p: p.base_logp),
-            new=mean(lambda p: p.new_logp),
-            name="likelihood",
-            **options,
-        ),
-        "accuracy": measure(
-            measured,
-            averaged(right),
-            unit=f"share of {place}s",
-            base=mean(lambda p: p.base_right),
-            new=mean(lambda p: p.new_right),
-            name="accuracy",
-            **options,
-        ),
+    options: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
+    wanted = {
+        "likelihood": Average(f"nats per {place}", "higher", base=lambda p: p.base_logp, new=lambda p: p.new_logp),
+        "accuracy": Average(f"share of {place}s", "higher", base=lambda p: p.base_right, new=lambda p: p.new_right),
     }
+    found = averages(measured, wanted, **options)
     if place == "token":
         found["exact"] = measure(
             measured,
             lambda p: _exact(p, p.new_right) - _exact(p, p.base_right) * torch.tensor([1.0, 0.0]),
             unit="share of items",
+            better="higher",
             base=lambda p: float(_exact(p, p.base_right)[:, 0].mean()),
             new=lambda p: float(_exact(p, p.new_right)[:, 0].mean()),
             name="exact",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._compare import Paired
-from neurograft.audits._measures import averaged, by_metric, histogram, mean, measure, numbers, overview
+from neurograft.audits._measures import Average, averages, by_metric, histogram, numbers, overview
 from neurograft.audits._paired import Metric, Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
@@ -56,33 +55,18 @@ def loss(
     if metric is not None:
         return _by_metric(model, change, batches, metric, nulls=nulls, level=level, draws=draws, seed=seed)
     measured = runs(model, change, batches, nulls=nulls, seed=seed) if measured is None else measured
-    options: dict[str, Any] = {"better": "lower", "level": level, "draws": draws, "seed": seed}
+    options: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
     seen, paired = overview(measured), measured["change"]
-    lost: Callable[[Paired], Tensor] = lambda p: p.base_logp.double() - p.new_logp.double()  # noqa: E731
-    wrong: Callable[[Paired], Tensor] = lambda p: p.base_right.double() - p.new_right.double()  # noqa: E731
-    sums = paired.per_item(lost(paired))
+    wanted = {
+        "loss": Average(f"nats per {seen['place']}", "lower", base=lambda p: -p.base_logp, new=lambda p: -p.new_logp),
+        "errors": Average(
+            f"share of {seen['place']}s", "lower", base=lambda p: ~p.base_right, new=lambda p: ~p.new_right
+        ),
+    }
+    sums = paired.per_item(wanted["loss"].at_places(paired))
     return {
         **seen,
-        "measures": {
-            "loss": measure(
-                measured,
-                averaged(lost),
-                unit=f"nats per {seen['place']}",
-                base=mean(lambda p: -p.base_logp),
-                new=mean(lambda p: -p.new_logp),
-                name="loss",
-                **options,
-            ),
-            "errors": measure(
-                measured,
-                averaged(wrong),
-                unit=f"share of {seen['place']}s",
-                base=mean(lambda p: ~p.base_right),
-                new=mean(lambda p: ~p.new_right),
-                name="errors",
-                **options,
-            ),
-        },
+        "measures": averages(measured, wanted, **options),
         **_by_item(sums[:, 0] / sums[:, 1], paired.item.unique()),
     }
 
