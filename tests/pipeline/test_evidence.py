@@ -13,6 +13,7 @@ from neurograft.core.board import ATTRIBUTE
 from neurograft.core.examples import row_digests, singles
 from neurograft.core.selection import Selection
 from neurograft.core.units import Site
+from neurograft.pipeline.evidence import located_on
 from neurograft.worlds.pico import pico, pico_batch
 
 SITE = "model.layers.1.mlp/neuron"
@@ -204,6 +205,21 @@ def test_data_it_was_located_on_is_refused_or_dropped():
     with pytest.raises(ng.RequestError, match="4 examples"):
         ng.evidence(model, where, singly, controls=2, draws=20)
     assert ng.evidence(model, where, batches[1:], controls=2, draws=20, limit=3).as_dict()["examples"] == 3
+
+
+def test_combined_selections_remember_the_data_of_both():
+    model = pico("llama")
+    rows = [
+        {k: v[i] for k, v in b.items()}
+        for s in range(3)
+        for b in [pico_batch(model, batch=4, seed=s)]
+        for i in range(4)
+    ]
+    one, two = (ng.locate(model, part, units="neuron").top(count=4) for part in (rows[:4], rows[4:8]))
+    for both in (one | two, one - two, ~(one & two), (one | two) & one):
+        assert len(located_on(both)) == 8
+    with pytest.raises(ng.RequestError, match="4 examples on which this selection was located"):
+        ng.evidence(model, one | two, rows[4:], controls=1)
 
 
 def test_stability_over_halves_and_overlap_with_protected():

@@ -44,7 +44,7 @@ def convert(selection: Selection, to: Mapping[str, Site]) -> Selection:
             expected="units that own all numbers of some other unit",
             do="convert toward smaller units, or locate units of that kind",
         )
-    return Selection.of(to, ids, {"rule": "convert", "of": [selection.digest]})
+    return Selection.of(to, ids, {"rule": "convert", "of": [selection.origin()]})
 
 
 def _owned(selection: Selection, to: Mapping[str, Site]) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ class Selection:
     def __invert__(self) -> Selection:
         masks = self.masks()
         ids = {name: (~mask).nonzero().reshape(-1) for name, mask in masks.items()}
-        return Selection(self.sites, ids, {"rule": "~", "of": [self.digest]})
+        return Selection(self.sites, ids, {"rule": "~", "of": [self.origin()]})
 
     def masks(self) -> dict[str, Tensor]:
         """Return bool [n] for each site."""
@@ -171,6 +171,10 @@ class Selection:
             mask[self.ids[name]] = True
             found[name] = mask
         return found
+
+    def origin(self) -> dict[str, Any]:
+        """Return what a combination remembers of this selection, so that evidence knows all data it was located on."""
+        return {"digest": self.digest, **self.card}
 
     def _with(self, other: Selection, join: Callable[[Tensor, Tensor], Tensor], sign: str) -> Selection:
         sites = {**self.sites, **other.sites}
@@ -185,7 +189,7 @@ class Selection:
         for name, site in sites.items():
             nothing = torch.zeros(site.n, dtype=torch.bool)
             ids[name] = join(mine.get(name, nothing), theirs.get(name, nothing)).nonzero().reshape(-1)
-        return Selection(sites, ids, {"rule": sign, "of": [self.digest, other.digest]})
+        return Selection(sites, ids, {"rule": sign, "of": [self.origin(), other.origin()]})
 
     def overlap(self, other: Selection) -> dict[str, float]:
         """Compare with another selection and with chance.
