@@ -1,0 +1,88 @@
+"""The picture of gain against forgetting, a dot for each contender, as one SVG file that follows light and dark."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from neurograft.report._svg import dot, drawing, line, scale, words
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 56, 700, 34, 400
+STYLE = (
+    "<style>text{font:12px system-ui,'DejaVu Sans',sans-serif;fill:#16181d}.s{fill:#565d6b;font-size:11px}"
+    "line{stroke:#e9ecf1}.edge{stroke:#1f5fbf;stroke-width:1.5;stroke-dasharray:4 3}.one{fill:#7b8494}"
+    ".best{fill:#1f5fbf}.reference{fill:#b03a00}.paper{fill:#fff}"
+    "@media(prefers-color-scheme:dark){text{fill:#eceef2}.s{fill:#a5adbb}line{stroke:#292d36}.paper{fill:#14161b}"
+    ".edge{stroke:#82b1ff}.best{fill:#82b1ff}.reference{fill:#ff8a57}}</style>"
+)
+REFERENCES = ("full fine-tuning", "random neurons", "PEFT LoRA", "PEFT SHiRA", "PEFT Super-Tuning")
+
+
+def picture(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the picture: right is a better task, up a smaller loss of what was known, dots as large as the graft."""
+    rows = {n: r for n, r in found.items() if "none" not in r}
+    points = {n: (statistics.fmean(r["test"]), _log(statistics.fmean(r["forgetting"]))) for n, r in rows.items()}
+    xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
+    x_at = scale(min(xs) - 0.03, max(xs) + 0.03, LEFT, RIGHT)
+    y_at = scale(min(ys) - 0.1, max(ys) + 0.1, TOP, BOTTOM)
+    body = [STYLE, f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>']
+    for exponent in range(math.floor(min(ys)), math.ceil(max(ys)) + 1):
+        if TOP - 1 <= y_at(exponent) <= BOTTOM + 1:
+            body.append(line(LEFT, y_at(exponent), RIGHT, y_at(exponent), ""))
+            body.append(words(LEFT - 6, y_at(exponent) + 4, f"{10.0**exponent:g}", "s", anchor="end"))
+    for tenth in range(math.ceil(10 * min(xs)), math.floor(10 * max(xs)) + 1):
+        body.append(line(x_at(tenth / 10), TOP, x_at(tenth / 10), BOTTOM, ""))
+        body.append(words(x_at(tenth / 10), BOTTOM + 16, f".{tenth}" if tenth < 10 else "1", "s", anchor="middle"))
+    front = sorted(n for n in points if not any(_beats(points[m], points[n]) for m in points if m != n))
+    front.sort(key=lambda n: points[n][0])
+    for a, b in itertools.pairwise(front):
+        body.append(line(*_at(points[a], x_at, y_at), *_at(points[b], x_at, y_at), "edge"))
+    places: list[tuple[float, float, str, str]] = []
+    for name, point in points.items():
+        kind = "reference" if name in REFERENCES else "best" if name in front else "one"
+        size = 2.5 + 1.6 * max(0.0, math.log10(max(1.0, statistics.fmean(rows[name]["numbers"]))) - 2)
+        x, y = _at(point, x_at, y_at)
+        body.append(dot(x, y, size, kind, title=f"{name}: accuracy {point[0]:.2f}, loss rise {10 ** point[1]:.3g}"))
+        places.append((x, y, name, kind))
+    body += _labels(places)
+    body.append(words(LEFT, HEIGHT - 16, "accuracy on the new task, to the right", "s"))
+    body.append(words(LEFT, TOP - 16, "loss rise on what was known, less is higher; a larger dot: a larger graft", "s"))
+    return drawing(body, HEIGHT, title="Gain against forgetting of selective tuning", width=WIDTH).replace(
+        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
+    )
+
+
+def _log(rise: float) -> float:
+    return math.log10(max(rise, 1e-3))
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] >= other[0] and one[1] <= other[1] and one != other
+
+
+def _at(point: tuple[float, float], x_at: Any, y_at: Any) -> tuple[float, float]:
+    return x_at(point[0]), y_at(point[1])
+
+
+def _labels(places: list[tuple[float, float, str, str]]) -> list[str]:
+    """Write names beside their dots, moved apart where they would lie on one another."""
+    done: list[tuple[float, float, float]] = []
+    found = []
+    for x, y, name, _ in sorted(places, key=lambda p: p[1]):
+        width = 6.4 * len(name)
+        sides = [(x + 9, "start"), (x - 9 - width, "end")]
+        free = [
+            (left, anchor, y + 4 + lower)
+            for lower in range(0, 200, 3)
+            for left, anchor in sides
+            if left > 0
+            and left + width < WIDTH
+            and not any(abs(y + 4 + lower - t) < 13 and left < r and left + width > a for a, r, t in done)
+        ]
+        left, anchor, top = free[0]
+        done.append((left, left + width, top))
+        found.append(words(left if anchor == "start" else left + width, top, name, "", anchor=anchor))
+    return found
