@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from neurograft.core.choose import Chosen, choose
+from neurograft.anatomy.depth import Depths, depths
+from neurograft.core.choose import Chosen, choose, option_names
 from neurograft.core.context import Phase
 from neurograft.core.errors import RequestError, near
 from neurograft.core.mount import Mount
@@ -26,6 +28,8 @@ class Conductor:
             reducer waits for every tensor.
         reselect: (model, step) -> Selection, for schedules that turn to other units.
         witness: told of every turn.
+        seed: for schedules that draw, unless their options name one. Such schedules are pure in (seed, step), so
+            that every process wakes the same tensors.
     """
 
     def __init__(
@@ -36,8 +40,16 @@ class Conductor:
         freeze: bool = True,
         reselect: Callable[[nn.Module, int], Selection] | None = None,
         witness: Witness | None = None,
+        seed: int = 0,
     ) -> None:
         self.schedule: Chosen | None = None if schedule is None else choose("schedules", schedule)
+        self.given: dict[str, Any] = {}
+        if self.schedule is not None:
+            takes = option_names(self.schedule.function)
+            if "seed" in takes and "seed" not in self.schedule.options:
+                self.schedule = replace(self.schedule, options={**self.schedule.options, "seed": seed})
+            if "depth" in takes:
+                self.given["depth"] = _depths(mount)
         self.mount, self.freeze, self.reselect, self.witness = mount, freeze, reselect, witness
         self.phase = Phase()
         self.rates: list[float] = []
@@ -52,10 +64,10 @@ class Conductor:
         """
         if self.schedule is None:
             return self.phase
-        phase: Phase = self.schedule(step, list(self.mount.named_parameters()))
+        phase = self._asked(step)
         if phase.reselect:
             self._turn(step, optimizer, scheduler, phase.moments)
-            phase = self.schedule(step, list(self.mount.named_parameters()))
+            phase = self._asked(step)
         parameters = self.mount.named_parameters()
         awake = set(parameters) if phase.awake is None else set(phase.awake)
         odd = sorted((awake | set(phase.lr)) - set(parameters))
@@ -74,12 +86,23 @@ class Conductor:
         self.phase = phase
         return phase
 
+    def _asked(self, step: int) -> Phase:
+        assert self.schedule is not None
+        phase: Phase = self.schedule(step, list(self.mount.named_parameters()), **self.given)
+        return phase
+
     def _turn(self, step: int, optimizer: Any, scheduler: Any, moments: str) -> None:
         turn = getattr(self.mount, "reselect", None)
-        if self.reselect is None or turn is None or not self.freeze:
+        if not self.freeze:
+            raise RequestError(
+                f"a schedule that selects anew at step {step}, of a wrapped model (several processes, or compiled)",
+                expected="one process and the plain model: the wrapper is built over the tensors it began with",
+                do="train in one process, or take a schedule that is pure in (seed, step), such as 'sampled'",
+            )
+        if self.reselect is None or turn is None:
             raise RequestError(
                 f"a schedule that selects anew at step {step}",
-                expected="a locator to ask, adapter='slice' in place, and one process",
+                expected="a locator to ask and adapter='slice' in place",
                 do="pass reselect=(model, step) -> Selection",
             )
         if self.witness is not None and self.witness.awake:  # none yet at the start and after a resume
@@ -113,3 +136,13 @@ class Conductor:
         if self.schedule is not None:
             for parameter in self.mount.parameters():
                 parameter.requires_grad_(True)
+
+
+def _depths(mount: Mount) -> Depths:
+    here = {n for n, _ in mount.model.named_parameters(remove_duplicate=False)}
+    # Adapter layers in the place of the model's own hide its anatomy; the others leave the modules as they are.
+    ended = mount.rest() if set(mount.found.by_name) - here else lambda: None
+    try:
+        return depths(mount.model)
+    finally:
+        ended()

@@ -75,7 +75,7 @@ def fit(
     model = mount.model
     asked = Asked.of(objective, anchor, seed=seed)
     witness, order = Witness(mount), _ordered(batches, seed)
-    conductor = Conductor(schedule, mount, freeze=call is None, reselect=reselect, witness=witness)
+    conductor = Conductor(schedule, mount, freeze=call is None, reselect=reselect, witness=witness, seed=seed)
     groups = groups_of(
         mount.named_parameters(),
         decay=decaying(model, mount),
