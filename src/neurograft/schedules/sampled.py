@@ -29,6 +29,7 @@ def sampled(
     ends: bool = True,
     redraw: bool = True,
     moments: Literal["keep", "drop"] = "drop",
+    values: Literal["keep", "rewind"] = "keep",
     seed: int = 0,
 ) -> Phase:
     """Wake `count` of the N layers, drawn uniformly without replacement every `every` steps: gamma and K.
@@ -44,6 +45,7 @@ def sampled(
         ends: what lies in no layer (embeddings, final norm, head) is always awake; otherwise it never is.
         redraw: False keeps the first draw to the end, the control.
         moments: what happens to the optimizer's state of a layer that falls asleep.
+        values: what happens to its values: "keep", or "rewind" to those before the training.
         seed: names the draws; the training's own if not given.
 
     Raises:
@@ -67,4 +69,6 @@ def sampled(
     awake = {n for d in drawn for n in layers[d]}
     if ends:
         awake |= set(names) - {n for several in layers.values() for n in several}
-    return Phase(awake=frozenset(awake), moments=moments, stage=f"{turn}:{','.join(str(d - 1) for d in drawn)}")
+    return Phase(
+        awake=frozenset(awake), moments=moments, values=values, stage=f"{turn}:{','.join(str(d - 1) for d in drawn)}"
+    )

@@ -11,11 +11,13 @@ from torch import nn
 from neurograft.anatomy.depth import Depths, depths
 from neurograft.core.choose import Chosen, choose, option_names
 from neurograft.core.context import Phase
-from neurograft.core.errors import RequestError, near
+from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import carry
+
+VALUES = ("keep", "rewind")
 
 
 class Conductor:
@@ -52,6 +54,7 @@ class Conductor:
                 self.given["depth"] = _depths(mount)
         self.mount, self.freeze, self.reselect, self.witness = mount, freeze, reselect, witness
         self.phase = Phase()
+        self.woken: set[str] | None = None
         self.rates: list[float] = []
 
     def begin(self, step: int, optimizer: Any, scheduler: Any = None) -> Phase:
@@ -78,6 +81,7 @@ class Conductor:
                 expected="names of trainable tensors, at least one of them awake",
                 do=near(odd[0], parameters) if odd else "keep one tensor awake",
             )
+        self._leave(step, awake, phase)
         for name, parameter in parameters.items():
             if self.freeze:
                 parameter.requires_grad_(name in awake)
@@ -85,6 +89,23 @@ class Conductor:
                 optimizer.state.pop(parameter, None)
         self.phase = phase
         return phase
+
+    def _leave(self, step: int, awake: set[str], phase: Phase) -> None:
+        """Rewind what has just fallen asleep, if the schedule says so."""
+        before = self.woken
+        if before is None and step:  # the first step after a resume: schedules are pure, so the last phase is known
+            said = self._asked(step - 1).awake
+            before = set(self.mount.named_parameters()) if said is None else set(said)
+        self.woken = set(awake)
+        left = sorted((before or set()) - awake)
+        if one_of(phase.values, VALUES, what="policy for values") == "keep" or not left:
+            return
+        if self.witness is None or phase.reselect:
+            raise RequestError(
+                "values='rewind' of a schedule that selects anew", expected="values='keep'", do="keep what was learned"
+            )
+        self.witness.rewind(left)
+        self.mount.write()
 
     def _asked(self, step: int) -> Phase:
         assert self.schedule is not None
