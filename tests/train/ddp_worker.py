@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,12 @@ def arguments(folder, size):
     }  # fmt: skip
 
 
+def layers(folder, size):
+    """One layer at a time, another every step; both layers of the model have been awake at the end."""
+    drawn = {"count": 1, "every": 1, "seed": 2}
+    return {"adapter": "dense", "schedule": ("sampled", drawn), "args": arguments(folder, size)}
+
+
 def main(folder):
     rank = int(os.environ["RANK"])
     where = Selection.load(folder / "where.safetensors")
@@ -47,6 +54,12 @@ def main(folder):
     assert resumed.identity == graft.identity, "resumed under DDP differs"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model is not as found"
     graft.save(folder / f"graft{rank}")
+    sampled = ng.tune(model, examples(), **layers(folder / "layers", 2))
+    sampled.save(folder / f"sampled{rank}")
+    turning = {"schedule": ("every", {"steps": 1}), "reselect": {"locate": {"by": "noise"}, "select": {"count": 3}}}
+    with pytest.raises(ng.RequestError, match="one process"):
+        ng.tune(model, examples(), where, **turning, args=arguments(folder / "turning", 2))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model is not as found"
     dist.destroy_process_group()
 
 

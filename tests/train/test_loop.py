@@ -1,11 +1,13 @@
 """Training in a bare loop: optimizers, accumulation, checkpointing, schedules, anchors, and what is refused."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+import neurograft as ng
 from neurograft.core.context import Phase, Step
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.expose import exposed
@@ -321,3 +323,33 @@ def test_full_training_may_leave_a_part_unreached_and_names_it(pick):
     both = pick(net, {"used.weight": ("row", [0]), "idle.weight": ("row", [0])})
     with attach(net, both) as live, pytest.raises(RunError, match=r"no gradient reached idle\.weight"):
         fit(live, batches, steps=2, objective=square)
+
+
+def test_values_that_fall_asleep_are_rewound_if_the_schedule_says_so(llama, pick, examples, tmp_path):
+    """gate for two steps, then up: gate is back at the base from then on; also across a resume."""
+    gate, up, down = pick(llama).ids
+    batches = [collator(llama)(examples(llama)[:4])]
+
+    def phases(step, names, values="rewind"):
+        return Phase(awake=frozenset({gate} if step < 2 else {up, down}), values=values)
+
+    history = []
+    with attach(llama, pick(llama)) as live:
+        start = live.state_dict()
+        fit(live, batches, steps=4, schedule=phases, evaluate=lambda step: history.append(live.state_dict()))
+        seen, graft = llama(**batches[0]).logits, live.graft()
+    assert not torch.equal(history[1][gate], start[gate])
+    assert torch.equal(history[2][gate], start[gate])
+    assert not torch.equal(history[3][up], start[up])
+    with graft.on(llama):
+        assert torch.equal(llama(**batches[0]).logits, seen)
+    with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="policy for values"):
+        fit(live, batches, steps=1, schedule=lambda step, names: phases(step, names, "forget"))
+
+    def run(**more):
+        args = {"max_steps": 4, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+        return ng.tune(llama, examples(llama), pick(llama), schedule=phases, args={**args, "use_cpu": True}, **more)
+
+    straight = run()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert run(resume_from_checkpoint=True).identity == straight.identity

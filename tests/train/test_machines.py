@@ -13,7 +13,7 @@ from neurograft.pipeline.inputs import collator
 from neurograft.train.loop import fit
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ddp_worker import arguments, examples
+from ddp_worker import arguments, examples, layers
 
 
 def test_one_graph_when_compiled(llama, pick):
@@ -45,7 +45,8 @@ def test_one_graph_when_compiled(llama, pick):
 
 
 def test_two_processes_equal_one(llama, pick, tmp_path):
-    """DDP over gloo through the Trainer, with uneven labels on the ranks, and a resume."""
+    """DDP over gloo through the Trainer, with uneven labels on the ranks, and a resume; the same with layers that are
+    drawn anew every step: the same ones on both ranks, and as in one process. Turning to other units is refused."""
     pick(llama).save(tmp_path / "where.safetensors")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,9 +63,13 @@ def test_two_processes_equal_one(llama, pick, tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     alone = ng.tune(llama, examples(), pick(llama), objective="dft", args=arguments(tmp_path / "alone", 4))
+    alone_by_layers = ng.tune(llama, examples(), **layers(tmp_path / "alone-layers", 4))
     said = [process.communicate(timeout=500)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    first, second = (ng.Graft.load(tmp_path / f"graft{rank}") for rank in range(2))
-    assert first.identity == second.identity
-    for name, delta in alone.deltas.items():
-        torch.testing.assert_close(first.deltas[name].values, delta.values, rtol=0, atol=1e-6)
+    for name, expected in {"graft": alone, "sampled": alone_by_layers}.items():
+        first, second = (ng.Graft.load(tmp_path / f"{name}{rank}") for rank in range(2))
+        assert first.identity == second.identity
+        assert first.deltas.keys() == expected.deltas.keys()
+        for parameter, delta in expected.deltas.items():
+            torch.testing.assert_close(first.deltas[parameter].values, delta.values, rtol=0, atol=1e-6)
+    assert {n.split(".")[2] for n in alone_by_layers.deltas if ".layers." in n} == {"0", "1"}

@@ -17,6 +17,7 @@ from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
 from neurograft.core.context import Batch, token_mask
 from neurograft.core.errors import RequestError, RunError
+from neurograft.core.linalg import linear_cka
 
 BATCHES = 16
 WHOLE = ""  # the name of the model itself, for one without layers
@@ -157,20 +158,3 @@ def compare(base: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, dict[s
         shift = (x - y).norm(dim=1) / norms[0].sqrt().clamp(min=1e-30)
         found[name] = {"cka": 1 - linear_cka(x, y), "cosine": 1 - cosine, "shift": shift}
     return found
-
-
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Return the linear centred kernel alignment of [m, d] and [m, e]; 1 for equal inputs, exactly.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
-        >>> linear_cka(x, x), round(linear_cka(x, 3 * x.flip(1)), 6)
-        (1.0, 1.0)
-    """
-    x, y = (v.double() - v.double().mean(0) for v in (x, y))
-    if len(x) <= x.shape[1]:
-        k, m = x @ x.t(), y @ y.t()
-        cross, own, other = (float((a * b).sum()) for a, b in ((k, m), (k, k), (m, m)))
-    else:
-        cross, own, other = (float((a.t() @ b).square().sum()) for a, b in ((x, y), (x, x), (y, y)))
-    return 1.0 if own == other == 0 else cross / max(own * other, 1e-300) ** 0.5

@@ -247,6 +247,7 @@ class Phase:
         awake: names of the trainable tensors that move; None for all.
         lr: name -> learning-rate multiplier, 1 where absent.
         moments: what happens to a tensor's optimizer state when it falls asleep: "keep" or "drop".
+        values: what happens to its values then: "keep", or "rewind" to those the training began with.
         reselect: whether the loop should call the locator again and carry the values over.
         stage: name of the stage, for logs and for swapping objective or data.
     """
@@ -254,5 +255,6 @@ class Phase:
     awake: frozenset[str] | None = None
     lr: Mapping[str, float] = field(default_factory=dict)
     moments: str = "keep"
+    values: str = "keep"
     reselect: bool = False
     stage: str = ""

@@ -27,12 +27,18 @@ def folded(model: nn.Module, site: Site, ids: Tensor, kind: str, value: Tensor |
         model: the base, or a model with grafts on it: the base's numbers are read.
         site: where.
         ids: which units, [k].
-        kind: zero, scale, pin, add, replace or rotate.
+        kind: zero, scale, pin, add, replace, rotate or remove.
         value: as in `core.intervene.Intervention`.
 
     Raises:
         RequestError: it does not fold, with the reason.
     """
+    if kind == "remove":
+        raise RequestError(
+            f"directions removed at {site.name}, as a weight change",
+            expected="zero, scale, pin, add, replace or rotate",
+            do="keep it as an operation of the graft",
+        )
     fold = _Fold(model, site, ids, kind, value)
     if kind in ("zero", "scale"):
         fold.scale(torch.zeros(()) if value is None else value)

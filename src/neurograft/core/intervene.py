@@ -7,6 +7,7 @@
 | pin, replace | value | where the tapped module has a bias to put it into |
 | add | a + value | the same |
 | rotate | a @ value | where the module is a linear map |
+| remove | a - (a @ value.T) @ value | never: it stays an operation |
 
 Shape letters: k chosen units, w features of a unit.
 """
@@ -30,7 +31,7 @@ from neurograft.core.folding import folded
 from neurograft.core.passing import Seen
 from neurograft.core.units import Site
 
-KINDS = ("zero", "scale", "pin", "add", "replace", "rotate")
+KINDS = ("zero", "scale", "pin", "add", "replace", "rotate", "remove")
 PLACES = (*POSITIONS, "generated")
 Places = str | tuple[int, ...] | Callable[[dict[str, Any]], Tensor]
 
@@ -46,7 +47,7 @@ class Intervention:
         value: scale, pin, add: a number, [k] or [k, w]. replace: [k] or [k, w], or [B, T, k] or [B, T, k, w] aligned
             with the batch's rows (B = 1: the same for all) and positions; past its end nothing is replaced.
             rotate: an orthogonal matrix, [w, w] for all units, [k, w, w] for each, or [k, k] among units of one
-            feature.
+            feature. remove: orthonormal directions [m, w], for units of several features.
         positions: "all" (padding too), "last", "answer", "prompt", "generated", positions counted from 0 (negative
             ones from the end of the first pass), or a callable batch -> bool [B, T], which cannot be saved.
         rows: batch elements, or None for all.
@@ -94,6 +95,8 @@ class Intervention:
             known: tuple[tuple[int, ...], ...] = ()
         elif self.kind == "rotate":
             known = ((k, k),) if w == 1 else ((w, w), (k, w, w))
+        elif self.kind == "remove":
+            known = ((len(value) if value is not None and value.dim() == 2 else 1, w),)
         else:
             known = ((), (k,)) if w == 1 else ((), (k,), (k, w))
         if value is None and not known:
@@ -111,11 +114,13 @@ class Intervention:
         if not bool(torch.isfinite(value).all()):
             raise RequestError(f"{self.kind} with values that are not finite", expected="numbers", do="check the value")
         value = value.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        if self.kind == "rotate":
-            off = (value @ value.mT - torch.eye(value.shape[-1])).abs().max()
+        if self.kind in ("rotate", "remove"):
+            off = (value @ value.mT - torch.eye(value.shape[-2])).abs().max()
             if off > 1e-4:
                 raise RequestError(
-                    f"a matrix that is no rotation (off by {float(off):.2g})",
+                    f"a matrix that is no rotation (off by {float(off):.2g})"
+                    if self.kind == "rotate"
+                    else f"directions to remove that are not orthonormal (off by {float(off):.2g})",
                     expected="R @ R.T = 1",
                     do="make it orthogonal, e.g. torch.linalg.qr(R).Q",
                 )
@@ -253,6 +258,9 @@ class Intervention:
         if self.kind == "rotate":
             turned = old.to(value.dtype)[..., None, :] @ value if value.dim() == 3 else old.to(value.dtype) @ value
             return turned.squeeze(-2) if value.dim() == 3 else turned
+        if self.kind == "remove":
+            wide = old.to(value.dtype)
+            return wide - (wide @ value.mT) @ value
         if self.aligned:
             rows, at = seen.place()
             length = value.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
@@ -27,7 +28,7 @@ def change(context: Context, *, norm: str = "mean_abs") -> Scores:
     which is near 1.
 
     Args:
-        context: model, sites; `against` the other model, or a graft of this one.
+        context: model, sites; `against` the other model, its parameters by name, or a graft of this one.
         norm: "mean_abs" mean |d| per entry, "l2" ||d||, "relative" ||d|| / ||theta||.
 
     Raises:
@@ -65,6 +66,8 @@ def _other(context: Context, stack: ExitStack) -> dict[str, Tensor]:
         return dict(Parameters.of(context.model).by_name)
     if isinstance(context.against, nn.Module):
         return dict(Parameters.of(context.against).by_name)
+    if isinstance(context.against, Mapping):
+        return dict(context.against)
     raise RequestError(
         f"against={type(context.against).__name__}", expected="a model or a graft", do="pass against=tuned model"
     )

@@ -50,6 +50,7 @@ def intervene(
     | "pin" | value | value |
     | "add" | value | activation + value |
     | "rotate" | value | activation @ value, an orthogonal matrix |
+    | "remove" | value | activation - (activation @ value.T) @ value, orthonormal directions [m, w] of wide units |
     | "replace" | data | the units' mean over these examples, in `source` if that is a model |
     | "replace" | source, a batch | what the model does on this other prompt, at the same rows and positions |
     | "replace" | source, a model | what the other model does at the same place on the same input, live |

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from neurograft.core.choose import Chosen, choose
+from neurograft.anatomy.depth import Depths, depths
+from neurograft.core.choose import Chosen, choose, option_names
 from neurograft.core.context import Phase
-from neurograft.core.errors import RequestError, near
+from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import carry
+
+VALUES = ("keep", "rewind")
 
 
 class Conductor:
@@ -26,6 +30,8 @@ class Conductor:
             reducer waits for every tensor.
         reselect: (model, step) -> Selection, for schedules that turn to other units.
         witness: told of every turn.
+        seed: for schedules that draw, unless their options name one. Such schedules are pure in (seed, step), so
+            that every process wakes the same tensors.
     """
 
     def __init__(
@@ -36,10 +42,19 @@ class Conductor:
         freeze: bool = True,
         reselect: Callable[[nn.Module, int], Selection] | None = None,
         witness: Witness | None = None,
+        seed: int = 0,
     ) -> None:
         self.schedule: Chosen | None = None if schedule is None else choose("schedules", schedule)
+        self.given: dict[str, Any] = {}
+        if self.schedule is not None:
+            takes = option_names(self.schedule.function)
+            if "seed" in takes and "seed" not in self.schedule.options:
+                self.schedule = replace(self.schedule, options={**self.schedule.options, "seed": seed})
+            if "depth" in takes:
+                self.given["depth"] = _depths(mount)
         self.mount, self.freeze, self.reselect, self.witness = mount, freeze, reselect, witness
         self.phase = Phase()
+        self.woken: set[str] | None = None
         self.rates: list[float] = []
 
     def begin(self, step: int, optimizer: Any, scheduler: Any = None) -> Phase:
@@ -52,10 +67,10 @@ class Conductor:
         """
         if self.schedule is None:
             return self.phase
-        phase: Phase = self.schedule(step, list(self.mount.named_parameters()))
+        phase = self._asked(step)
         if phase.reselect:
             self._turn(step, optimizer, scheduler, phase.moments)
-            phase = self.schedule(step, list(self.mount.named_parameters()))
+            phase = self._asked(step)
         parameters = self.mount.named_parameters()
         awake = set(parameters) if phase.awake is None else set(phase.awake)
         odd = sorted((awake | set(phase.lr)) - set(parameters))
@@ -66,6 +81,7 @@ class Conductor:
                 expected="names of trainable tensors, at least one of them awake",
                 do=near(odd[0], parameters) if odd else "keep one tensor awake",
             )
+        self._leave(step, awake, phase)
         for name, parameter in parameters.items():
             if self.freeze:
                 parameter.requires_grad_(name in awake)
@@ -74,12 +90,40 @@ class Conductor:
         self.phase = phase
         return phase
 
+    def _leave(self, step: int, awake: set[str], phase: Phase) -> None:
+        """Rewind what has just fallen asleep, if the schedule says so."""
+        before = self.woken
+        if before is None and step:  # the first step after a resume: schedules are pure, so the last phase is known
+            said = self._asked(step - 1).awake
+            before = set(self.mount.named_parameters()) if said is None else set(said)
+        self.woken = set(awake)
+        left = sorted((before or set()) - awake)
+        if one_of(phase.values, VALUES, what="policy for values") == "keep" or not left:
+            return
+        if self.witness is None or phase.reselect:
+            raise RequestError(
+                "values='rewind' of a schedule that selects anew", expected="values='keep'", do="keep what was learned"
+            )
+        self.witness.rewind(left)
+        self.mount.write()
+
+    def _asked(self, step: int) -> Phase:
+        assert self.schedule is not None
+        phase: Phase = self.schedule(step, list(self.mount.named_parameters()), **self.given)
+        return phase
+
     def _turn(self, step: int, optimizer: Any, scheduler: Any, moments: str) -> None:
         turn = getattr(self.mount, "reselect", None)
-        if self.reselect is None or turn is None or not self.freeze:
+        if not self.freeze:
+            raise RequestError(
+                f"a schedule that selects anew at step {step}, of a wrapped model (several processes, or compiled)",
+                expected="one process and the plain model: the wrapper is built over the tensors it began with",
+                do="train in one process, or take a schedule that is pure in (seed, step), such as 'sampled'",
+            )
+        if self.reselect is None or turn is None:
             raise RequestError(
                 f"a schedule that selects anew at step {step}",
-                expected="a locator to ask, adapter='slice' in place, and one process",
+                expected="a locator to ask and adapter='slice' in place",
                 do="pass reselect=(model, step) -> Selection",
             )
         if self.witness is not None and self.witness.awake:  # none yet at the start and after a resume
@@ -113,3 +157,13 @@ class Conductor:
         if self.schedule is not None:
             for parameter in self.mount.parameters():
                 parameter.requires_grad_(True)
+
+
+def _depths(mount: Mount) -> Depths:
+    here = {n for n, _ in mount.model.named_parameters(remove_duplicate=False)}
+    # Adapter layers in the place of the model's own hide its anatomy; the others leave the modules as they are.
+    ended = mount.rest() if set(mount.found.by_name) - here else lambda: None
+    try:
+        return depths(mount.model)
+    finally:
+        ended()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from neurograft.core.choose import choose
-from neurograft.core.context import IGNORE, Batch, Step, shifts
+from neurograft.core.context import IGNORE, Batch, Phase, Step, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
 from neurograft.core.mount import Mount
@@ -22,10 +22,12 @@ from neurograft.train.optimizers import built, chosen, decaying, groups_of
 from neurograft.train.steps import reference_of
 from neurograft.train.untouched import random_state
 
+Feed = Callable[[int, Phase], Batch]
+
 
 def fit(
     mount: Mount,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch] | Feed,
     *,
     steps: int,
     lr: float = 1e-3,
@@ -47,7 +49,8 @@ def fit(
 
     Args:
         mount: what is trained.
-        batches: collated batches on the model's device; every round has its own order.
+        batches: collated batches on the model's device, every round in its own order; or a callable
+            (draw, phase) -> batch, asked for one batch after the other, for data that depend on the schedule's stage.
         steps: optimizer steps.
         lr: learning rate.
         objective: a choice of `objectives`, or a callable (model, batch) -> loss.
@@ -68,14 +71,16 @@ def fit(
         RequestError: no batches.
         RunError: a loss that is not finite, or a tensor that did not move.
     """
-    if not batches or steps < 1:
+    if (not callable(batches) and not batches) or steps < 1:
         raise RequestError(
-            f"{len(batches)} batches and {steps} steps", expected="at least one of each", do="give data and steps"
+            f"{'no' if not batches else 'some'} batches and {steps} steps",
+            expected="at least one of each",
+            do="give data and steps",
         )
     model = mount.model
     asked = Asked.of(objective, anchor, seed=seed)
-    witness, order = Witness(mount), _ordered(batches, seed)
-    conductor = Conductor(schedule, mount, freeze=call is None, reselect=reselect, witness=witness)
+    witness, feed = Witness(mount), batches if callable(batches) else _ordered(batches, seed)
+    conductor = Conductor(schedule, mount, freeze=call is None, reselect=reselect, witness=witness, seed=seed)
     groups = groups_of(
         mount.named_parameters(),
         decay=decaying(model, mount),
@@ -94,7 +99,7 @@ def fit(
                 for group in moving.param_groups:
                     group["lr"] = group["initial_lr"] * _factor(step, steps, warmup, decay)
                 phase = conductor.begin(step, moving)
-                window = [next(order) for _ in range(accumulate)]
+                window = [feed(step * accumulate + i, phase) for i in range(accumulate)]
                 loss = _backward(mount, asked, window, step, steps, call)
                 witness.losses.append(witness.loss(loss, step=step + 1))
                 witness.gradients(phase.awake)
@@ -132,12 +137,13 @@ def _backward(
     return total
 
 
-def _ordered(batches: Sequence[Batch], seed: int) -> Iterator[Batch]:
-    around = 0
-    while True:
-        for i in torch.randperm(len(batches), generator=generator(seed, "order", around)).tolist():
-            yield batches[i]
-        around += 1
+def _ordered(batches: Sequence[Batch], seed: int) -> Feed:
+    def feed(draw: int, phase: Phase) -> Batch:
+        around, place = divmod(draw, len(batches))
+        order = torch.randperm(len(batches), generator=generator(seed, "order", around))
+        return batches[int(order[place])]
+
+    return feed
 
 
 def _factor(step: int, steps: int, warmup: int, decay: str) -> float:

@@ -84,7 +84,12 @@ class GraftTrainerMixin(Losses, Files):
             )
         self.witness = Witness(mount)
         self.conductor = Conductor(
-            schedule, mount, freeze=trainer.args.world_size == 1, reselect=reselect, witness=self.witness
+            schedule,
+            mount,
+            freeze=trainer.args.world_size == 1,
+            reselect=reselect,
+            witness=self.witness,
+            seed=trainer.args.seed,
         )
         trainer.add_callback(StepEvents(self))
         if is_trl(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ class Witness:
         self.start = {n: p.detach().clone() for n, p in self.mount.named_parameters().items()}
         self.reached: set[str] = set()
         self.awake: set[str] = set()
+
+    def rewind(self, names: Iterable[str]) -> None:
+        """Give tensors the values they began with; they need not have moved then."""
+        now = self.mount.named_parameters()
+        for name in names:
+            now[name].data.copy_(self.start[name])
+            self.awake.discard(name)
 
     def loss(self, value: Tensor | float, *, step: int) -> float:
         """Return a loss as a number.

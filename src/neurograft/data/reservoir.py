@@ -1,0 +1,122 @@
+"""A small buffer in which every example seen so far lies with the same probability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from neurograft.core.card import method
+from neurograft.core.context import Batch, Phase
+from neurograft.core.errors import RequestError
+from neurograft.core.examples import singles
+from neurograft.core.seeds import generator
+
+T = TypeVar("T")
+
+
+@method(paper="fpf")
+def reservoir(stream: Iterable[T], *, size: int, seed: int = 0) -> list[T]:
+    """Return a uniform sample of a stream whose length nobody knows, read once (Vitter's algorithm R).
+
+    Args:
+        stream: examples in their order.
+        size: of the buffer; shorter streams are kept whole.
+        seed: names the draws.
+
+    Raises:
+        RequestError: a buffer of no size.
+
+    Example:
+        >>> len(reservoir(range(100), size=5)), reservoir(range(3), size=5)
+        (5, [0, 1, 2])
+    """
+    buffer: Reservoir[T] = Reservoir(size, seed=seed)
+    for example in stream:
+        buffer.see(example)
+    return buffer.items
+
+
+class Reservoir(Generic[T]):
+    """The buffer while the stream goes on.
+
+    Args:
+        size: how many examples it holds.
+        seed: names the draws.
+
+    Raises:
+        RequestError: a buffer of no size.
+    """
+
+    def __init__(self, size: int, *, seed: int = 0) -> None:
+        if size < 1:
+            raise RequestError(f"a buffer of {size} examples", expected="at least 1", do="give it a size")
+        self.size, self.items, self.seen = size, list[T](), 0
+        self.keeping, self.drawing = generator(seed, "reservoir"), generator(seed, "reservoir", "draw")
+
+    def see(self, example: T) -> None:
+        """Take an example in with probability size / seen, in the place of a random one."""
+        self.seen += 1
+        if len(self.items) < self.size:
+            self.items.append(example)
+            return
+        place = int(torch.randint(self.seen, (), generator=self.keeping))
+        if place < self.size:
+            self.items[place] = example
+
+    def draw(self, count: int) -> list[T]:
+        """Return random examples of the buffer, without repetition as far as it goes.
+
+        Raises:
+            RequestError: nothing was seen yet.
+        """
+        if not self.items:
+            raise RequestError("a draw from an empty buffer", expected="examples", do="let it see some before")
+        order = torch.randperm(len(self.items), generator=self.drawing)[:count]
+        return [self.items[int(i)] for i in order]
+
+
+class Replay:
+    """Data for a loop that turns from a stream to a buffer and back: a callable (draw, phase) -> batch.
+
+    In the stage called `stage` batches come from the buffer; otherwise the next one of the stream does, and its
+    examples are shown to the buffer.
+
+    Args:
+        stream: batches in their order; every one is used once.
+        size: of the buffer, in examples.
+        batch: examples drawn from it at a time.
+        stage: beginning of the names of stages that learn from the buffer.
+        seed: names the draws.
+    """
+
+    def __init__(
+        self, stream: Iterable[Batch], *, size: int, batch: int = 16, stage: str = "repair", seed: int = 0
+    ) -> None:
+        self.stream: Iterator[Batch] = iter(stream)
+        self.buffer: Reservoir[Batch] = Reservoir(size, seed=seed)
+        self.batch, self.stage = batch, stage
+
+    def __call__(self, draw: int, phase: Phase) -> Batch:
+        """Return the batch of a draw.
+
+        Raises:
+            RequestError: the stream has ended.
+        """
+        if phase.stage.startswith(self.stage):
+            return _joined(self.buffer.draw(self.batch))
+        found = next(self.stream, None)
+        if found is None:
+            raise RequestError(
+                f"draw {draw} from a stream that has ended", expected="a batch for every step outside of repairs",
+                do="make fewer steps, or give more data",
+            )  # fmt: skip
+        for example in singles(found):
+            self.buffer.see(example)
+        return found
+
+
+def _joined(examples: list[Batch]) -> Batch:
+    first: dict[str, Any] = examples[0]
+    return {k: torch.cat([e[k] for e in examples]) if isinstance(v, torch.Tensor) else v for k, v in first.items()}
