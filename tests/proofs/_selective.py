@@ -59,7 +59,7 @@ def adam_twin(
         lr: constant.
         betas: of AdamW.
         eps: of AdamW.
-        decay: of every masked entry.
+        decay: of the masked entries of matrices.
         moments: at a new mask, "keep" those of entries in both masks, or "drop" all and count from 1 again.
     """
     weights = dict(model.named_parameters())
@@ -88,5 +88,5 @@ def adam_twin(
                 second[name] = betas[1] * second[name] + (1 - betas[1]) * grad**2
                 rise = first[name] / (1 - betas[0] ** count[name])
                 size = (second[name] / (1 - betas[1] ** count[name])).sqrt() + eps
-                weights[name] -= lr * (rise / size + decay * weights[name]) * mask
+                weights[name] -= lr * (rise / size + (decay if mask.dim() > 1 else 0.0) * weights[name]) * mask
     model.zero_grad()
