@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from neurograft.core.context import Trained
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.live import Live
@@ -110,6 +111,10 @@ class InPlaceMount(Mount):
         whole = live.weight.detach().cpu().clone()
         live.region.to("cpu").write_(whole, live.original)
         return whole
+
+    def held(self) -> dict[str, Trained]:
+        """Return what is trained of each parameter."""
+        return {live.name: Trained(live.theta, live.region, live.original) for live in self.lives}
 
     def rest(self) -> Callable[[], None]:
         """Put the numbers from before the attachment back for a moment."""

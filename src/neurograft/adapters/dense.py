@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from neurograft.core.card import method
+from neurograft.core.context import Trained
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.mount import Mount, matrix_of, regions_of
@@ -88,10 +89,16 @@ class DenseMount(Mount):
                     below.region.write_(base, below.original)
                     held, was = base.to(wide.dtype), self.original[name].to(wide.dtype)
                     wide = torch.where(held == was, wide, held + (wide - was))
-                shape = tuple(now.shape)
-                region = Region(shape, matrix_of(self.model, name, shape), "all", torch.empty(0, dtype=torch.int64))
-                found[name] = Slice(region, wide)
+                found[name] = Slice(self._whole(name), wide)
         return found
+
+    def held(self) -> dict[str, Trained]:
+        """Return the parameters set free, whole."""
+        return {n: Trained(self.found.by_name[n], self._whole(n), value) for n, value in self.original.items()}
+
+    def _whole(self, name: str) -> Region:
+        shape = tuple(self.original[name].shape)
+        return Region(shape, matrix_of(self.model, name, shape), "all", torch.empty(0, dtype=torch.int64))
 
     def rest(self) -> Callable[[], None]:
         """Put the originals back for a moment."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from neurograft.anatomy.describe import Anatomy, anatomy
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.units import Parameters, Site
+from neurograft.core.units import Parameters, Part, Site
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "norm", "embedding", "head")
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -110,4 +110,72 @@ def in_decoder(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
             expected="units of the language model",
             do="leave language out, or choose other units",
         )
+    return found
+
+
+def without_roles(model: nn.Module, sites: Mapping[str, Site], unwanted: Sequence[str] | str) -> dict[str, Site]:
+    """Return the sites none of whose parameters has an unwanted role.
+
+    Raises:
+        RequestError: an unknown role, or no site left.
+    """
+    names = [unwanted] if isinstance(unwanted, str) else list(unwanted)
+    for name in names:
+        one_of(name, [*ROLES, *GROUPS], what="role")
+    away = {role for name in names for role in GROUPS.get(name, (name,))}
+    has, alias = roles(model), Parameters.of(model).alias
+    found = {
+        n: s for n, s in sites.items() if not any(has.get(alias[p.param], frozenset[str]()) & away for p in s.parts)
+    }
+    return _some(found, f"{len(sites)} sites without {', '.join(names)}")
+
+
+def on_side(model: nn.Module, sites: Mapping[str, Site], side: str) -> dict[str, Site]:
+    """Return the sites in what transformers calls the base model, or outside of it, in the task's head.
+
+    Args:
+        model: a transformers model for a task.
+        sites: sites of it.
+        side: "base" or "head".
+
+    Raises:
+        RequestError: a model without such a part, or no site left.
+    """
+    one_of(side, ("base", "head"), what="side")
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not hasattr(model, prefix):
+        raise RequestError(
+            f"of={side!r} for {type(model).__name__}", expected="a base model with a head on it", do="leave it out"
+        )
+    alias = Parameters.of(model).alias
+    inside = {n: all(alias[p.param].startswith(prefix + ".") for p in s.parts) for n, s in sites.items()}
+    return _some({n: s for n, s in sites.items() if inside[n] is (side == "base")}, f"{len(sites)} sites of the {side}")
+
+
+def single(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Return a site of single numbers for each parameter that sites own, named `<parameter>/weight`.
+
+    Example:
+        >>> from neurograft.anatomy.sites import sites
+        >>> from neurograft.worlds.pico import pico
+        >>> model = pico("bert")
+        >>> found = single(model, sites(model, "module"))
+        >>> sum(s.n for s in found.values()) == sum(p.numel() for p in model.parameters())
+        True
+    """
+    known, found = Parameters.of(model), {}
+    for site in sites.values():
+        for part in site.parts:
+            param = known.alias[part.param]
+            shape = known.by_name[param].shape
+            grid = ((shape[0], shape[1:].numel()), (shape[1:].numel(), 1)) if len(shape) > 1 else ((shape.numel(), 1),)
+            found[f"{param}/weight"] = Site(
+                f"{param}/weight", "weight", shape.numel(), (Part(param, grid),), layer=site.layer
+            )
+    return found
+
+
+def _some(found: dict[str, Site], what: str) -> dict[str, Site]:
+    if not found:
+        raise RequestError(f"{what}, of which none is left", expected="at least one", do="ask for others")
     return found

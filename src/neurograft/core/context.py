@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 from neurograft.core.units import Site
 
@@ -129,6 +130,21 @@ def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all")
     return real & (index < first[:, None])
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Numbers of one parameter that are being trained.
+
+    Args:
+        values: as they are now, with gradient.
+        region: which entries of the parameter they are.
+        original: what the base holds there, in its dtype, maybe on another device.
+    """
+
+    values: Tensor
+    region: Region
+    original: Tensor
+
+
 @dataclass
 class Step:
     """What an objective may see of one training step.
@@ -142,6 +158,8 @@ class Step:
         reference: runs something on the base, the change taken out; for anchors.
         extra: columns of the data that are no model inputs.
         wrapped: what to call instead of the model, if it is wrapped (DDP, a compiled module).
+        trained: parameter -> what is trained of it, for penalties on the change; empty where the change is of another
+            shape (low rank, beside the weight).
         counted: set by `mean`: the loss is a share of the whole window's, so shares add up and need no averaging.
     """
 
@@ -153,6 +171,7 @@ class Step:
     reference: Callable[[Callable[[], Any]], Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     wrapped: Callable[..., Any] | None = None
+    trained: Mapping[str, Trained] = field(default_factory=dict)
     counted: bool = field(default=False, init=False)
 
     @cached_property

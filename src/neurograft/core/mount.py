@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.context import Trained
 from neurograft.core.coordinates import coordinates
 from neurograft.core.delta import Delta, New, Slice, merged
 from neurograft.core.errors import RequestError, near
@@ -126,6 +127,10 @@ class Mount(ABC):
             return Graft.made(self.model, deltas, operations=apart, card=card, stack=self.stack)
         finally:
             resting()
+
+    def held(self) -> dict[str, Trained]:
+        """Return what is trained of each parameter, for penalties; nothing where the change is of another shape."""
+        return {}
 
     def rest(self) -> Any:
         """Put the base's numbers back for a moment; returns the function that ends it."""

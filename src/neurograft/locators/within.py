@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from neurograft.anatomy.roles import in_decoder, with_roles
+from neurograft.anatomy.roles import in_decoder, on_side, single, with_roles, without_roles
 from neurograft.core.card import method
 from neurograft.core.choose import choose
 from neurograft.core.context import Context
@@ -20,7 +20,10 @@ def within(
     by: Any = "magnitude",
     roles: Sequence[str] | str = (),
     language: bool = False,
+    of: str = "all",
+    without: Sequence[str] = (),
     apart: bool = False,
+    entries: bool = False,
 ) -> Scores:
     """Score the units of some roles by another locator, and leave the other sites out of the scores.
 
@@ -30,7 +33,11 @@ def within(
         roles: q, k, v, o, gate, up, down, norm, embedding, head; or the groups attention, ffn, block (all of the
             seven). Empty for every site.
         language: leave out what lies outside of the model's decoder: vision towers, projectors.
+        of: "base" for what the model without its head owns, "head" for the rest, "all" for both.
+        without: roles left out, words as for `roles`; parameters without a role stay.
         apart: make a site of each part of the units, so that a norm's gains and shifts are units of their own.
+        entries: make a site of the single numbers (kind "weight") of each parameter that the units own, whatever their
+            kind: with units="module" every number of the model, embeddings and biases too.
 
     Raises:
         RequestError: an unknown role, one fused with others in a parameter, or no site left.
@@ -40,6 +47,12 @@ def within(
         sites = with_roles(context.model, sites, roles)
     if language:
         sites = in_decoder(context.model, sites)
+    if of != "all":
+        sites = on_side(context.model, sites, of)
+    if without:
+        sites = without_roles(context.model, sites, without)
+    if entries:
+        sites = single(context.model, sites)
     if apart:
         sites = {
             f"{name}:{part.param.rpartition('.')[2]}": replace(

@@ -130,7 +130,7 @@ def _backward(
         items = sum(int((v[..., 1:] if shift else v).ne(IGNORE).sum()) for v in labels if v is not None)
     total = 0.0
     for i, batch in enumerate(window):
-        at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call)
+        at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call, trained=mount.held())
         loss = asked.loss(at, windows=len(window), draw=step * len(window) + i)
         loss.backward()
         total += float(loss.detach())
