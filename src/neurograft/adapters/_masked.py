@@ -138,7 +138,9 @@ class MaskMount(InPlaceMount):
             )
         self.mask, self.seed = mask, seed
         self.tuned = {} if toward is None else _tuned(model, regions, toward)
-        self.patches = _patches(model, regions, self.tuned, patch) if patch else {}
+        count = max(1, int(patch * sum(r.numel for r in regions.values()) + 0.5)) if patch else 0
+        regions = regions if toward is None else {n: r for n, r in regions.items() if n in self.tuned}
+        self.patches = _patches(model, regions, self.tuned, count) if count else {}
         super().__init__(model, regions, new=new, allow_dense=allow_dense)
         self.write()  # a mask may begin elsewhere than at the base
 
@@ -172,7 +174,7 @@ class MaskMount(InPlaceMount):
 
 
 def _tuned(model: nn.Module, regions: Mapping[str, Region], toward: Graft | nn.Module) -> dict[str, Tensor]:
-    """Return the tuned numbers of every region, on the device of its weight."""
+    """Return the tuned numbers of every region in which some differ, on the device of its weight."""
     here = Parameters.of(model)
 
     def read(names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -185,13 +187,15 @@ def _tuned(model: nn.Module, regions: Mapping[str, Region], toward: Graft | nn.M
                 )
         return {n: r.read(names[n]).to(here.by_name[n].device) for n, r in regions.items()}
 
+    # All regions are held once here, also those that turn out equal: a graft has to come off before they are compared.
     before = {n: r.read(here.by_name[n]) for n, r in regions.items()}
     if isinstance(toward, Graft):
         with toward.on(model):
             found = read(here.by_name)
     else:
         found = read(Parameters.of(toward).by_name)
-    if all(torch.equal(found[n], before[n]) for n in regions):
+    found = {n: v for n, v in found.items() if not torch.equal(v, before[n].to(v.device, v.dtype))}
+    if not found:
         raise RequestError(
             f"a tuned model that differs nowhere in the {len(regions)} selected parameters",
             expected="a change under the mask",
@@ -201,13 +205,12 @@ def _tuned(model: nn.Module, regions: Mapping[str, Region], toward: Graft | nn.M
 
 
 def _patches(
-    model: nn.Module, regions: Mapping[str, Region], tuned: Mapping[str, Tensor], share: float
+    model: nn.Module, regions: Mapping[str, Region], tuned: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
-    """Return the share of numbers that differ most, taken over all parameters at once; ties to the first."""
+    """Return where the numbers are that differ most, taken over all parameters at once; ties to the first."""
     weights = Parameters.of(model).by_name
-    moves = {n: (tuned[n].double() - r.read(weights[n]).double()).abs().reshape(-1) for n, r in regions.items()}
+    moves = {n: (tuned[n].float() - r.read(weights[n]).float()).abs().reshape(-1) for n, r in regions.items()}
     joined = torch.cat([m.cpu() for m in moves.values()])
-    count = max(1, int(share * len(joined) + 0.5))
     chosen = torch.zeros(len(joined), dtype=torch.bool)
     chosen[joined.sort(descending=True, stable=True).indices[:count]] = True
     parts = chosen.split([len(m) for m in moves.values()])
