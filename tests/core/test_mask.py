@@ -5,17 +5,19 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from neurograft.core.delta import Shut, Slice, merged
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
-from neurograft.core.mask import Mask, descend
+from neurograft.core.mask import Mask
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 from neurograft.core.store import packed_bits, shortest, unpacked_bits
 from neurograft.core.units import Part, Site
 from neurograft.pipeline.attach import attach
+from neurograft.worlds.pico import pico
 
 S = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
 PULL = torch.tensor([1.0, 2.0, -4.0], dtype=torch.float64)
@@ -30,8 +32,6 @@ def test_every_shape_by_hand():
     assert Mask("straight", 0.25).pulled(S, PULL).tolist() == [1, 2, -4]
     assert Mask("clamp").soft(S).tolist() == [0, 0.25, 1]
     assert Mask("clamp").hard(S).tolist() == [False, False, True]
-    assert Mask("log").soft(S).tolist() == pytest.approx([1, math.exp(0.25), math.e])
-    assert Mask("log").pulled(S, PULL).tolist() == pytest.approx([1, 2 * math.exp(0.25), -4 * math.e])
     patch = torch.tensor([True, False, False])
     m = [sigmoid(s - 10) for s in S.tolist()]
     flip = Mask("flip", 10.0)
@@ -50,20 +50,21 @@ def test_a_flip_starts_at_its_patch_within_a_ten_thousandth():
 
 
 def test_a_clamp_is_held_after_each_step():
-    masks = {"a": torch.tensor([0.5, 0.5, 0.5])}
-    optimizer = descend(masks, Mask("clamp"), lr=1.0)
-    (masks["a"] * torch.tensor([1.0, -1.0, 0.25])).sum().backward()
-    optimizer.step()
-    assert masks["a"].tolist() == [0.0, 1.0, 0.25]
+    model = net()
+    tuned = moved(model, [0, 64])
+    with attach(model, rows(), adapter="mask", toward=tuned, shape="clamp") as live:
+        (s,) = live.parameters()
+        pull = torch.zeros_like(s)
+        pull[0, 0], pull[1, 0], pull[2, 0] = 4.0, -4.0, 0.25
+        s.grad = pull
+        torch.optim.SGD([s], lr=1.0).step()
+        assert s[:3, 0].tolist() == [0.0, 1.0, 0.75]
+        assert live.graft().deltas["weight"].region.ids.tolist() == [64]
 
 
-def test_unknown_shapes_and_optimizers_are_refused():
+def test_unknown_shapes_are_refused():
     with pytest.raises(RequestError, match="shape of a mask"):
         Mask("gumbel")
-    with pytest.raises(RequestError, match="optimizer of a mask"):
-        descend({"a": S.clone()}, Mask(), lr=0.1, optimizer="LBFGS")
-    with pytest.raises(RequestError, match="positive"):
-        descend({"a": S.clone()}, Mask(), lr=0.0)
 
 
 @pytest.mark.parametrize("n", [1, 8, 13, 1000])
@@ -201,3 +202,19 @@ def test_foreign_numbers_under_a_mask_are_refused():
         model(x)
         with pytest.raises(RunError, match="detach first"):
             model.load_state_dict({"weight": torch.ones(32, 64)})
+
+
+@pytest.mark.parametrize("to", ["merged", "patch", "supertuning"])
+def test_shut_entries_are_exported_as_zeros(to, tmp_path):
+    model = pico("llama")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    shut = Shut(Region.of(model.get_parameter(name).shape, "flat", [0, 33, 70]))
+    values = Slice(shut.region, torch.zeros(3))
+    for folder, delta in (("shut", shut), ("values", values)):
+        Graft.made(model, {name: delta}).export(tmp_path / folder, to=to, model=model)
+    files = sorted(p.name for p in (tmp_path / "values").iterdir() if p.suffix == ".safetensors")
+    assert files
+    for file in files:
+        one, other = (load_file(tmp_path / folder / file) for folder in ("shut", "values"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[k], other[k]) for k in one)

@@ -4,8 +4,7 @@
 |---|---|---|---|
 | straight | [s > at], its gradient passed on as if m were s | 2 at | masks of one bit a weight |
 | flip | sigmoid(s - at), flipped where the patch is set | uniform in [0, 1) | a patch whose bits may flip |
-| clamp | s, brought back into [0, 1] after each step | 1 | masks over activations |
-| log | exp(s) | 0 | descent on the logarithm of a scale |
+| clamp | s, brought back into [0, 1] after each step | 1 | all of a change at the start, a loss that takes away |
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurograft.core.errors import RequestError, one_of
+from neurograft.core.errors import one_of
 
-SHAPES = ("straight", "flip", "clamp", "log")
+SHAPES = ("straight", "flip", "clamp")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Mask:
         """Return the numbers a training begins with, shaped like a tensor."""
         if self.shape == "flip":
             return torch.rand(like.shape, generator=rng, dtype=torch.float64).to(like)
-        return torch.full_like(like, {"straight": 2 * self.at, "clamp": 1.0, "log": 0.0}[self.shape])
+        return torch.full_like(like, 2 * self.at if self.shape == "straight" else 1.0)
 
     def soft(self, s: Tensor, patch: Tensor | None = None) -> Tensor:
         """Return m, differentiable.
@@ -60,10 +59,10 @@ class Mask:
         if self.shape == "straight":
             found: Tensor = _Straight.apply(s, self.at)
             return found
-        if self.shape == "flip":
-            flipped = torch.sigmoid(s - self.at)
-            return flipped if patch is None else torch.where(patch, 1 - flipped, flipped)
-        return s if self.shape == "clamp" else s.exp()
+        if self.shape == "clamp":
+            return s
+        flipped = torch.sigmoid(s - self.at)
+        return flipped if patch is None else torch.where(patch, 1 - flipped, flipped)
 
     @torch.no_grad()
     def hard(self, s: Tensor, patch: Tensor | None = None) -> Tensor:
@@ -80,8 +79,8 @@ class Mask:
         """Return the gradient of s from that of m, both shaped like s.
 
         Example:
-            >>> Mask("log").pulled(torch.tensor([0.0]), torch.tensor([3.0])).tolist()
-            [3.0]
+            >>> Mask("flip", 0.0).pulled(torch.tensor([0.0]), torch.tensor([4.0])).tolist()
+            [1.0]
         """
         with torch.enable_grad():
             leaf = s.detach().requires_grad_(True)
@@ -99,30 +98,3 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
-
-
-def descend(masks: dict[str, Tensor], mask: Mask, lr: float, optimizer: str = "SGD") -> torch.optim.Optimizer:
-    """Return an optimizer of trained numbers that keeps them where their mask is defined.
-
-    Args:
-        masks: the trained numbers by name; they become leaves that ask for gradients.
-        mask: how the masks depend on them.
-        lr: learning rate.
-        optimizer: "SGD" or "Adam".
-
-    Raises:
-        RequestError: another optimizer, or no positive rate.
-    """
-    kinds = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
-    if lr <= 0:
-        raise RequestError(f"a learning rate of {lr} for a mask", expected="a positive number", do="leave lr out")
-    made: torch.optim.Optimizer = kinds[one_of(optimizer, kinds, what="optimizer of a mask")](
-        [s.requires_grad_(True) for s in masks.values()], lr=lr
-    )
-
-    def hold(*_: Any) -> None:
-        for s in masks.values():
-            mask.hold_(s)
-
-    made.register_step_post_hook(hold)
-    return made
