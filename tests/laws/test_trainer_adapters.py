@@ -108,7 +108,7 @@ def test_the_base_can_be_asked_while_training(name):
     batch = pico_batch(model)
     before = model(**batch).logits
     with ng.attach(model, chosen(name, model), adapter=name) as live:
-        optimizer = torch.optim.SGD(live.parameters(), lr=0.5)
+        optimizer = torch.optim.Adam(live.parameters(), lr=1e-2)  # a mask has to cross its threshold
         for _ in range(2):
             model(**batch).loss.backward()
             optimizer.step()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from neurograft.core.card import Card
 from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.resolve import resolve
@@ -57,7 +59,14 @@ class Chosen:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for recipes and cards."""
-        return {"path": self.name, "options": dict(self.options)}
+        return {"path": self.name, "options": {k: _plain(v) for k, v in self.options.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """Return what a card says of an option: a graft's identity or a model's class in the place of the thing itself."""
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return getattr(value, "identity", value)
 
 
 def methods(room: str) -> list[str]:

@@ -51,9 +51,40 @@ class Slice:
         """Return the change as a slice, given the base's tensor."""
         return self
 
+    def at(self, piece: Piece) -> Slice:
+        """Return the change, or the part of it that lies in a piece, where the piece lies."""
+        return Slice(piece.region, piece.take(self.values))
+
     def after(self, before: Tensor) -> Tensor:
         """Return the new values, flat, of the region's numbers before."""
         return self.values.detach().to("cpu", before.dtype).reshape(-1)
+
+
+class Shut(Slice):
+    """Entries of a parameter set to 0: a slice without values of its own.
+
+    A file holds a bit for each entry of the tensor, or the numbers of the shut ones, whichever is shorter.
+
+    Args:
+        region: which entries.
+
+    Example:
+        >>> shut = Shut(Region.of((2, 3), "flat", [0, 4]))
+        >>> shut.values.tolist(), shut.numel, sorted(shut.tensors())
+        ([0.0, 0.0], 2, ['flat'])
+    """
+
+    def __init__(self, region: Region) -> None:
+        flat = region if region.layout == "flat" else region.flattened()[0]
+        super().__init__(flat, torch.zeros(()).expand(flat.values_shape))  # one number, whatever the shape
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that describe the change."""
+        return {"flat": self.region.ids}
+
+    def at(self, piece: Piece) -> Shut:
+        """Return the change, or the part of it that lies in a piece, where the piece lies."""
+        return Shut(piece.region)
 
 
 @dataclass(frozen=True)
@@ -220,6 +251,8 @@ def patched(region: Region, values: Tensor, under: Region, numbers: Tensor) -> T
 def merged(members: list[tuple[Slice, float]], originals: Tensor | None, region: Region | None = None) -> Slice:
     """Return one slice that equals several scaled ones; `originals` may be None where nothing overlaps."""
     region = region or union(change.region for change, _ in members)
+    if originals is None and all(isinstance(change, Shut) and s == 1.0 for change, s in members):
+        return Shut(region)
     if originals is None:
         originals = torch.zeros(region.values_shape)
     return Slice(region, combined(region, originals, members))
@@ -228,4 +261,4 @@ def merged(members: list[tuple[Slice, float]], originals: Tensor | None, region:
 def narrowed(delta: Slice, keep: Tensor) -> Slice:
     """Return the slice with only some of its ids (positions in `region.ids`)."""
     region = replace(delta.region, ids=delta.region.ids[keep])
-    return Slice(region, delta.values[keep])
+    return Shut(region) if isinstance(delta, Shut) else Slice(region, delta.values[keep])

@@ -58,7 +58,15 @@ class Live:
         if self.theta.dtype not in (torch.float32, torch.float64):
             raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
         with Plain():
-            self.region.write_(self.weight, self.theta)
+            self.region.write_(self.weight, self.numbers())
+
+    def numbers(self) -> Tensor:
+        """Return the numbers of the region that theta stands for: theta itself, or a function of it."""
+        return self.theta.detach()
+
+    def source(self) -> Tensor:
+        """Return what stands for these numbers in the graph, shaped like theta; its gradient ends in theta."""
+        return self.theta
 
     @property
     def moment(self) -> int:
@@ -239,7 +247,7 @@ def alias(value: Any, func: Any, *, free: bool = False) -> Any:
             f"{live.name} meets the operation {name}, whose compact gradient is not known here; "
             "pass allow_dense=True to accept a dense gradient of this weight, or leave it out of the selection"
         )
-    dense = Alias.apply(live.weight, live.theta, live)
+    dense = Alias.apply(live.weight, live.source(), live)
     shift = getattr(value, "shift", None)
     if shift is not None:
         view: Any = value

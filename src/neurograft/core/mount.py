@@ -109,7 +109,7 @@ class Mount(ABC):
                 found[piece.name] = delta
                 continue
             for piece in self.where.to_checkpoint(name, delta.region):
-                pieces.setdefault(piece.name, []).append(Slice(piece.region, piece.take(delta.values)))
+                pieces.setdefault(piece.name, []).append(delta.at(piece))
         for name, slices in pieces.items():
             found[name] = slices[0] if len(slices) == 1 else merged([(s, 1.0) for s in slices], None)
         for name in self.new:

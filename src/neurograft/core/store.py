@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neurograft.core.delta import Delta, LowRank, New, Slice
+from neurograft.core.delta import Delta, LowRank, New, Shut, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import canonical
 from neurograft.core.region import Region
@@ -189,7 +190,11 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
     entries: dict[str, Any] = {}
     for name, delta in graft.deltas.items():
         entry: dict[str, Any] = {"shape": list(delta.shape), "kind": type(delta).__name__.lower()}
-        if isinstance(delta, Slice):
+        if isinstance(delta, Shut):
+            entry |= {"matrix": list(delta.region.matrix)}
+            key, packed = shortest(delta.region)
+            tensors[f"{name}::{key}"] = packed
+        elif isinstance(delta, Slice):
             region = delta.region
             entry |= {"layout": region.layout, "matrix": list(region.matrix), "block": region.block}
             tensors[f"{name}::value"] = delta.values.detach().cpu().contiguous()
@@ -225,6 +230,8 @@ def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Del
         return LowRank(shape, A, B, entry["scale"], entry["transposed"])
     if entry["kind"] == "new":
         return New(tensors[f"{name}::added"], entry["after"])
+    if entry["kind"] == "shut":
+        return _shut(name, shape, tuple(entry["matrix"]), tensors)
     layout = entry["layout"]
     ids: Iterable[int] | Tensor = ()
     if layout != "all":
@@ -237,6 +244,44 @@ def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Del
     if tuple(values.shape) != region.values_shape:
         raise KeyError(f"values of shape {region.values_shape} for {name}")
     return Slice(region, values)
+
+
+def _shut(name: str, shape: tuple[int, ...], matrix: tuple[int, int, int], tensors: dict[str, Tensor]) -> Shut:
+    bits = tensors.get(f"{name}::bits")
+    if bits is None:
+        return Shut(Region.of(shape, "flat", wide_ids(tensors[f"{name}::flat"], gaps=True), matrix=matrix))
+    if len(bits) != -(-math.prod(shape) // 8):
+        raise KeyError(f"a bit for each of the {math.prod(shape)} entries of {name}")
+    return Shut(Region.of(shape, "flat", unpacked_bits(bits).nonzero().reshape(-1), matrix=matrix))
+
+
+def shortest(region: Region) -> tuple[str, Tensor]:
+    """Return a set of entries as "bits", one for each entry of the tensor, or as "flat" distances if that is shorter.
+
+    Example:
+        >>> shortest(Region.of((4, 4), "flat", [0, 3, 8]))[1].tolist(), shortest(Region.of((99, 99), "flat", [7]))[0]
+        ([9, 1], 'flat')
+    """
+    entries = region.flat().cpu().sort().values
+    ids = narrow_ids(entries, gaps=True)
+    total = math.prod(region.shape)
+    if ids.numel() * ids.element_size() < -(-total // 8):
+        return "flat", ids
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[entries] = True
+    return "bits", packed_bits(mask)
+
+
+def packed_bits(mask: Tensor) -> Tensor:
+    """Return bool [n] as uint8 [ceil(n / 8)], the first entry in the lowest bit."""
+    padded = torch.zeros(-(-len(mask) // 8) * 8, dtype=torch.uint8)
+    padded[: len(mask)] = mask
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpacked_bits(bits: Tensor) -> Tensor:
+    """Read what `packed_bits` wrote, bool [8 k], unused bits False."""
+    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().reshape(-1)
 
 
 def narrow_ids(ids: Tensor, *, gaps: bool) -> Tensor:

@@ -172,7 +172,11 @@ def _nested(found: Recipe, do: str, name: str, value: Any) -> dict[str, Any]:
 
 
 def _referred(value: Any, state: Mapping[str, Any]) -> Any:
-    """Replace "$name" by what an earlier step made."""
+    """Replace "$name" by what an earlier step made, also inside the options of a choice."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_referred(v, state) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _referred(v, state) for k, v in value.items()}
     if not isinstance(value, str) or not value.startswith("$"):
         return value
     if value[1:] not in state:
