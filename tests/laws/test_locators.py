@@ -26,7 +26,7 @@ TRIGGER, GOOD, BAD = 9, 5, 6
 def quick(name):
     """A method with the cheapest setting of what it lets one choose."""
     method = choose("locators", name)
-    cheap = {"steps": 2, "limit": 2, "joint": True}
+    cheap = {"steps": 2, "limit": 2, "joint": True, "epochs": 50}
     return choose("locators", name, **{k: v for k, v in cheap.items() if k in option_names(method.function)})
 
 

@@ -24,8 +24,10 @@ ROWS = {
     "text-generation": [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(4) for b in range(2)],
     "text-classification": [{"text": f"{a} and {b}", "label": (a + b) % 3} for a in range(4) for b in range(2)],
 }
+# Recipes whose cards need a contrast find it in the same rows.
+PAIRED = {k: [{**r, "positive": r, "negative": s} for r, s in zip(v, v[1:] + v[:1])] for k, v in ROWS.items()}
 # What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up.
-BRISK = {"lr": 1e-2, "warmup": 0.0, "epochs": 1, "batch": 4}
+BRISK = {"lr": 1e-2, "warmup": 0.0, "epochs": 1, "batch": 4, "probe_epochs": 50}
 
 
 def changes_of(name):
@@ -41,14 +43,15 @@ def saved(tmp_path_factory):
     """Return family -> a saved model folder and a JSONL file, made when first asked for."""
     made = {}
 
-    def folder(family, task):
+    def folder(family, task, needs=frozenset()):
         if family not in made:
             path = tmp_path_factory.mktemp(family)
             pico(family).save_pretrained(path / "model")
             letters().save_pretrained(path / "model")
             (path / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS[task])))
+            (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRED[task])))
             made[family] = path
-        return made[family] / "model", made[family] / "data.jsonl"
+        return made[family] / "model", made[family] / ("pairs.jsonl" if "contrast" in needs else "data.jsonl")
 
     return folder
 
@@ -74,12 +77,12 @@ def test_the_proof_has_not_seen_these_families(name):
 
 @pytest.mark.parametrize(("name", "family"), CASES, ids=["-".join(c) for c in CASES])
 def test_it_runs_on_two_other_families_from_python_and_the_command_line(name, family, saved, monkeypatch, capsys):
-    model, data = saved(family, card(name).task)
+    model, data = saved(family, card(name).task, card(name).needs)
     changes = changes_of(name)
     graft = ng.run(name, str(model), str(data), changes=changes).graft
     assert graft.numel > 0
     assert graft.card["recipe"]["name"] == name
-    assert graft.card["recipe"]["options"]["lr"] == changes["lr"]
+    assert graft.card["recipe"]["options"].items() >= changes.items()
     target = model.parent / f"{name}-graft"
     words = [f"{k}={v}" for k, v in changes.items()]
     monkeypatch.setattr(sys, "argv", ["neurograft", "run", name, str(model), str(data), *words, "-o", str(target)])

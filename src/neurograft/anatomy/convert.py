@@ -12,8 +12,8 @@ from neurograft.core.selection import Selection
 from neurograft.core.units import Site
 
 
-def convert(selection: Selection, to: Mapping[str, Site]) -> Selection:
-    """Return the units among `to` all of whose numbers the selected units own.
+def convert(selection: Selection, to: Mapping[str, Site], *, whole: bool = True) -> Selection:
+    """Return the units among `to` all of whose numbers the selected units own; or any of them, with whole=False.
 
     A neuron chosen by its gate (`at="gate"`) is the same neuron by its activation; it is a row of the gate and of
     the up projection and a column of the down projection; whole layers are all of their neurons. A row alone is no
@@ -22,6 +22,7 @@ def convert(selection: Selection, to: Mapping[str, Site]) -> Selection:
     Args:
         selection: units of any kind.
         to: sites of the same model, of another kind or `at`.
+        whole: False takes every unit that owns a selected number, such as the neurons that rows belong to.
 
     Raises:
         RequestError: no unit of `to` consists of numbers that are selected.
@@ -36,12 +37,12 @@ def convert(selection: Selection, to: Mapping[str, Site]) -> Selection:
         {'model.layers.0.mlp.down_proj/column': [3]}
     """
     owned = _owned(selection, to)
-    ids = {name: _covered(site, owned) for name, site in to.items()}
+    ids = {name: _covered(site, owned, whole) for name, site in to.items()}
     if not any(len(chosen) for chosen in ids.values()):
         kinds = {f"{s.kind}@{s.at}" if s.at else s.kind for s in to.values()}
         raise RequestError(
-            f"a selection that holds no whole unit of kind {', '.join(sorted(kinds))}",
-            expected="units that own all numbers of some other unit",
+            f"a selection that holds no {'whole unit' if whole else 'number'} of kind {', '.join(sorted(kinds))}",
+            expected="units that own numbers of some other unit",
             do="convert toward smaller units, or locate units of that kind",
         )
     return Selection.of(to, ids, {"rule": "convert", "of": [selection.origin()]})
@@ -62,10 +63,14 @@ def _owned(selection: Selection, to: Mapping[str, Site]) -> dict[str, Tensor]:
     return owned
 
 
-def _covered(site: Site, owned: Mapping[str, Tensor]) -> Tensor:
-    whole = torch.ones(site.n, dtype=torch.bool)
+def _covered(site: Site, owned: Mapping[str, Tensor], whole: bool) -> Tensor:
+    every = torch.arange(site.n)
+    found = torch.full((site.n,), whole)
     for part in site.parts:
         if not bool(owned[part.param].any()):
-            return torch.empty(0, dtype=torch.int64)
-        whole &= owned[part.param][part.flat(torch.arange(site.n))].all(1)
-    return whole.nonzero().reshape(-1) if site.parts else torch.empty(0, dtype=torch.int64)
+            if whole:
+                return torch.empty(0, dtype=torch.int64)
+            continue
+        mine = owned[part.param][part.flat(every)]
+        found = found & mine.all(1) if whole else found | mine.any(1)
+    return found.nonzero().reshape(-1) if site.parts else torch.empty(0, dtype=torch.int64)

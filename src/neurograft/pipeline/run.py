@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from neurograft.core.choose import option_names
-from neurograft.core.errors import RequestError, near
+from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
@@ -26,7 +26,9 @@ GIVEN: Mapping[str, tuple[tuple[str, ...], str]] = {
     "tune": (("model", "data", "where"), "graft"),
     "audit": (("model", "graft"), "report"),
     "edit": (("model", "requests"), "graft"),
+    "intervene": (("model", "where"), "graft"),
 }
+SHIPS = ("operations", "weights")  # how a step `intervene` makes its graft: {"do": "intervene", "ship": "weights", ...}
 HOME = {"select": "neurograft.pipeline.locate.select"}
 
 
@@ -120,7 +122,12 @@ def run(
         arguments = {k: _referred(v, state) for k, v in arguments.items()}
         extra = {k: v for k, v in {**common, **given}.items() if k in known and k not in arguments and v is not None}
         used |= extra.keys()
-        made = verb(*[state[n] for n in names], **arguments, **extra)
+        # A step may name its own data or selection instead of the run's.
+        first = [arguments.pop(n) if n in arguments else state[n] for n in names]
+        ship = arguments.pop("ship", "operations")
+        made = verb(*first, **arguments, **extra)
+        if do == "intervene":
+            made = made.fold() if one_of(ship, SHIPS, what="form of a graft") == "weights" else made.graft()
         if isinstance(made, Graft):
             made = replace(made, card={**made.card, "recipe": plan.as_dict()})
         state[step.get("as", result)] = made

@@ -9,13 +9,15 @@ from neurograft.selectors._quota import joined, split
 
 
 @method()
-def threshold(scores: Scores, *, above: float | None = None, below: float | None = None) -> Selection:
+def threshold(scores: Scores, *, above: float | None = None, below: float | None = None, least: int = 0) -> Selection:
     """Take the units with above < score < below; either bar may be left out.
 
     Args:
         scores: a number for every unit.
         above: lower bar, exclusive.
         below: upper bar, exclusive.
+        least: take so many of the highest scores if fewer pass, as a z-score's bar may ask of a small site; the
+            selection's card then says so.
 
     Raises:
         RequestError: no bar is given, or no unit passes.
@@ -24,10 +26,14 @@ def threshold(scores: Scores, *, above: float | None = None, below: float | None
         raise RequestError("no bar", expected="above, below or both", do="give above=3.0")
     key = joined(scores)
     passing = (key > (-float("inf") if above is None else above)) & (key < (float("inf") if below is None else below))
+    rule = {"rule": "threshold", "above": above, "below": below}
+    if int(passing.sum()) < least:
+        instead = key.sort(descending=True, stable=True).indices[:least].sort().values
+        return split(scores, instead, {**rule, "passed": int(passing.sum()), "least": least})
     if not passing.any():
         raise RequestError(
             f"bars above={above}, below={below}, which no unit passes",
             expected=f"bars within {key.min():.4g} to {key.max():.4g}",
             do="move the bar, or take a fraction",
         )
-    return split(scores, passing.nonzero().reshape(-1), {"rule": "threshold", "above": above, "below": below})
+    return split(scores, passing.nonzero().reshape(-1), rule)
