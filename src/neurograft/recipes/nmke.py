@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from neurograft.core.card import method
 from neurograft.pipeline.recipe import Recipe
@@ -45,7 +46,7 @@ def nmke(
         absolute: lr, null and ridge in the model's own units.
         batch: requests at a time.
     """
-    options = {"mask": mask, "null": null, "ridge": ridge, "weight": weight, "steps": steps, "lr": lr}
+    options: dict[str, Any] = {"mask": mask, "null": null, "ridge": ridge, "weight": weight, "steps": steps, "lr": lr}
     options |= {"clamp": clamp, "decay": decay, "absolute": absolute}
     options |= {} if layers is None else {"layers": list(layers)}
     return Recipe("nmke", ({"do": "edit", "by": ("nmke", options), "batch": batch},), paper="nmke")
