@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from neurograft.pipeline.attach import attach
     from neurograft.pipeline.audit import audit
     from neurograft.pipeline.diff import diff
+    from neurograft.pipeline.edit import edit
     from neurograft.pipeline.evidence import evidence
     from neurograft.pipeline.intervene import intervene
     from neurograft.pipeline.locate import locate, select
@@ -48,6 +49,7 @@ _HOME = {
     "audit": "neurograft.pipeline.audit",
     "cite": "neurograft.pipeline.papers",
     "diff": "neurograft.pipeline.diff",
+    "edit": "neurograft.pipeline.edit",
     "evidence": "neurograft.pipeline.evidence",
     "intervene": "neurograft.pipeline.intervene",
     "locate": "neurograft.pipeline.locate",

@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 Model = Annotated[str, typer.Argument(help="A model folder, a Hub id, or a shipped model.")]
 Data = Annotated[str, typer.Argument(help="A JSONL, JSON, parquet, npz or safetensors file, or a Hub id.")]
+Requests = Annotated[str, typer.Argument(help="A JSONL file: prompt, subject, target_new (+ rephrase, locality).")]
 MaybeData = Annotated[str | None, typer.Argument(help="As DATA; not needed by methods that only read weights.")]
 File = Annotated[str, typer.Argument(help="A file that an earlier command wrote.")]
 MaybeModel = Annotated[str | None, typer.Argument(help="A model folder, a Hub id, or a shipped model.")]
@@ -42,6 +43,7 @@ VERBS: Mapping[str, Row] = {
         "neurograft.pipeline.evidence", {"model": Model, "where": File, "data": Data}, None, results.evidence,
     ),
     "tune": ("neurograft.pipeline.tune", {"model": Model, "data": Data}, "graft", results.graft),
+    "edit": ("neurograft.pipeline.edit", {"model": Model, "requests": Requests}, "graft", results.edit),
     "diff": ("neurograft.pipeline.diff", {"base": Model, "tuned": Model}, "graft", results.graft),
     "audit": ("neurograft.pipeline.audit", {"model": Model, "graft": Model}, None, results.report),
     "apply": ("neurograft.pipeline.apply", {"base": Model, "grafts": Words}, None, results.path),
@@ -53,7 +55,7 @@ VERBS: Mapping[str, Row] = {
     "cite": ("neurograft.pipeline.papers.cite", {"graft": File}, None, results.data),
     "demo": ("neurograft.pipeline.demo", {}, None, results.demo),
 }  # fmt: skip
-LATER = ("edit", "merge", "data", "init", "view")
+LATER = ("merge", "data", "init", "view")
 
 
 def _extra(output: str | None) -> list[inspect.Parameter]:

@@ -70,6 +70,16 @@ def graft(found: Any, target: Path | None, shown: Shown) -> None:
     shown.result(facts, lines=[f"{found.numel} numbers in {len(found.deltas)} tensors, {size(written)}: {written}"])
 
 
+def edit(found: Any, target: Path | None, shown: Shown) -> None:
+    """Write an edit and say how far it does what was asked."""
+    written = found.save(target or Path("graft"))
+    shares = {k: found.card[k] for k in ("reliability", "rephrase", "locality") if k in found.card}
+    facts = {"path": str(written), "numbers": found.numel, "tensors": len(found.deltas), "identity": found.identity}
+    facts |= {"requests": len(found.card["requests"]), **shares}
+    lines = [f"{len(found.card['requests'])} requests in {len(found.deltas)} tensors, {size(written)}: {written}"]
+    shown.result(facts, lines=[*lines, ", ".join(f"{k} {v:.1%}" for k, v in shares.items())])
+
+
 def report(found: Any, target: Path | None, shown: Shown) -> None:
     """Write an audit's report and show its verdict; exit 3 says do not ship."""
     written = found.save(target) if target else None

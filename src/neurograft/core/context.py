@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 from neurograft.core.units import Site
+
+if TYPE_CHECKING:
+    from neurograft.core.requests import Request
 
 Batch = dict[str, Any]
 IGNORE = -100
@@ -48,7 +51,7 @@ class Context:
     target: Callable[[Any, Batch], Tensor] | None = None
     positions: str | Callable[[Batch], Tensor] = "all"
     processor: Any = None
-    requests: Sequence[Mapping[str, Any]] = ()
+    requests: Sequence[Request] = ()
     against: Any = None
     rehearse: Callable[..., Any] | None = None
     seed: int = 0

@@ -90,7 +90,7 @@ def run(
     Args:
         recipe: a recipe, or its name.
         model: a module, a folder, a Hub id or a shipped model; left as found.
-        data: for every step that takes data.
+        data: for every step that takes data; the requests of a step that edits.
         changes: options of the recipe by name, and arguments of its steps as "tune.args" or "locate.limit".
         processing_class: for raw data.
         revision: of a Hub id.
@@ -108,7 +108,7 @@ def run(
     """
     plan = changed(recipe, changes or {})
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
-    state: dict[str, Any] = {"model": net, "data": data, "where": None, **given}
+    state: dict[str, Any] = {"model": net, "data": data, "requests": data, "where": None, **given}
     common = {"processing_class": processing_class, "seed": seed}
     used: set[str] = set()
     for step in plan.steps:
@@ -138,7 +138,7 @@ def run(
             expected="arguments of its steps",
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
-    return Outcome({k: v for k, v in state.items() if k not in ("model", "data")})
+    return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests")})
 
 
 def changed(found: Recipe | str, changes: Mapping[str, Any]) -> Recipe:

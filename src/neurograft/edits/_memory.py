@@ -1,0 +1,196 @@
+"""FFNs as key-value memories: where keys enter, where values leave, and what the stream holds behind.
+
+Shape letters: n requests, r rows (prompts), k neurons of an FFN, d features of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.anatomy.describe import anatomy
+from neurograft.anatomy.sites import sites
+from neurograft.core.context import Batch, Context
+from neurograft.core.coordinates import coordinates, everything
+from neurograft.core.delta import LowRank
+from neurograft.core.errors import RequestError
+from neurograft.core.region import as_matrix
+from neurograft.core.requests import Request, Rows, joined
+from neurograft.core.stack import Stack
+from neurograft.core.tap import watch
+from neurograft.core.units import Parameters, Site, Tap
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The second matrix of an FFN.
+
+    Args:
+        keys: the neurons, tapped where they enter it.
+        values: what leaves it.
+        stream: the output of its layer.
+        weight: its parameter.
+        transposed: whether it is stored [k, d].
+    """
+
+    keys: Site
+    values: Site
+    stream: Site
+    weight: str
+    transposed: bool
+
+    @property
+    def layer(self) -> int:
+        """Its layer."""
+        assert self.keys.layer is not None
+        return self.keys.layer
+
+    def tensor(self, model: nn.Module) -> tuple[str, tuple[int, ...]]:
+        """Return the checkpoint's tensor of the matrix, and its shape.
+
+        Raises:
+            RequestError: the checkpoint cuts, joins or turns it.
+        """
+        shape = tuple(Parameters.of(model).by_name[self.weight].shape)
+        pieces = coordinates(model).to_checkpoint(self.weight, everything(shape, as_matrix(shape)))
+        if len(pieces) != 1 or pieces[0].region.shape != shape or pieces[0].order is not None:
+            raise RequestError(
+                f"an edit of {self.weight}, which lies in {len(pieces)} tensors of the checkpoint",
+                expected="a matrix that is one tensor there",
+                do="edit another layer or model",
+            )
+        return pieces[0].name, shape
+
+    def change(self, model: nn.Module, answers: Tensor, residuals: Tensor) -> dict[str, LowRank]:
+        """Return sum_i residual_i answer_i^T, one rank for each request, by checkpoint tensor."""
+        name, shape = self.tensor(model)
+        a, b = answers.detach().cpu().float(), residuals.detach().cpu().float()
+        low = LowRank(shape, a, b.t().contiguous(), 1.0, self.transposed)
+        return {name: low}
+
+
+def memories(context: Context, layers: Sequence[int] | None, share: tuple[float, float]) -> list[Memory]:
+    """Return the FFNs of the layers, in order; of a share of the depth if no layers are named.
+
+    Raises:
+        RequestError: no such layer, or FFNs whose matrix does not stand alone (banks of experts).
+    """
+    model = context.model
+    keys = {s.layer: s for s in sites(model, "neuron").values() if s.layer is not None}
+    known = sorted(keys)
+    if layers is None:
+        low, high = (int(f * len(known)) for f in share)
+        layers = known[low : high + 1]
+    blocks, written = anatomy(model).layers, sites(model, "channel")
+    found = []
+    for layer in sorted(set(layers)):
+        if layer not in keys:
+            raise RequestError(
+                f"layer {layer}", expected=f"layers from {known[0]} to {known[-1]}", do="name layers that have an FFN"
+            )
+        found.append(_memory(model, keys[layer], written, blocks[layer]))
+    if not found:
+        raise RequestError("an edit of no layer", expected="at least one layer", do="name some, or leave layers out")
+    return found
+
+
+def _memory(model: nn.Module, keys: Site, written: Mapping[str, Site], block: str) -> Memory:
+    tap = keys.tap
+    assert tap is not None
+    values = next(
+        (s for s in written.values() if s.tap and s.tap.module == tap.module and s.tap.side == "output"), None
+    )
+    if tap.expert is not None or values is None or (tap.side, tap.start, tap.width) != ("input", 0, 1):
+        raise RequestError(
+            f"an edit of {keys.name}",
+            expected="an FFN whose neurons are multiplied with a matrix of their own",
+            do="edit a layer without experts",
+        )
+    parameters, module = Parameters.of(model), model.get_submodule(tap.module)
+    weight = parameters.alias[f"{tap.module}.weight"]
+    transposed = type(module).__name__ == "Conv1D"
+    shape = tuple(parameters.by_name[weight].shape)
+    assert shape == ((keys.n, values.n) if transposed else (values.n, keys.n)), (keys.name, shape)
+    stream = Site(f"{block}/stream", "channel", values.n, (), Tap(block, "output"), keys.layer)
+    return Memory(keys, values, stream, weight, transposed)
+
+
+@torch.no_grad()
+def at_subjects(model: nn.Module, found: Mapping[str, Site], rows: Rows) -> dict[str, Tensor]:
+    """Return the activations of sites at each row's subject, float32 [r, units]."""
+    return picked(model, found, rows, rows.at)
+
+
+@torch.no_grad()
+def picked(model: nn.Module, found: Mapping[str, Site], rows: Rows, at: Tensor) -> dict[str, Tensor]:
+    """Return the activations of sites at one position of each row, float32 [r, units]."""
+    taken: dict[str, Tensor] = {}
+    length = rows.batch["input_ids"].shape[1]
+    flags = torch.arange(length, device=at.device) == at[:, None]
+    with watch(model, found, lambda name, x: taken.__setitem__(name, x.float().clone()), mask=lambda _: flags):
+        model(**_inputs(rows.batch))
+    return taken
+
+
+@torch.no_grad()
+def covariances(context: Context, found: Sequence[Memory]) -> dict[str, Tensor]:
+    """Return E[key key^T] of each memory, float64 [k, k], over the context's batches.
+
+    Without batches over the requests' own prompts, the subjects' last tokens left out.
+
+    Raises:
+        RequestError: no batches, and no other token in any prompt.
+    """
+    sums = {m.keys.name: torch.zeros(m.keys.n, m.keys.n, dtype=torch.float64) for m in found}
+    tokens = dict.fromkeys(sums, 0)
+
+    def add(name: str, x: Tensor) -> None:
+        wide = x.double()
+        sums[name] += (wide.T @ wide).cpu()
+        tokens[name] += len(x)
+
+    where = {m.keys.name: m.keys for m in found}
+    if context.batches:
+        for batch in context.batches:
+            with watch(context.model, where, add):
+                context.model(**_inputs(batch))
+    else:
+        rows = joined(context.requests, device=device_of(context.model))
+        index = torch.arange(rows.batch["input_ids"].shape[1], device=rows.at.device)
+        others = (index != rows.at[:, None]) & (index <= rows.last[:, None])
+        if not bool(others.any()):
+            raise RequestError(
+                "prompts of a single token and no general data",
+                expected="keys whose values are to stay",
+                do="pass general=data",
+            )
+        with watch(context.model, where, add, mask=lambda _: others):
+            context.model(**_inputs(rows.batch))
+    return {name: total / tokens[name] for name, total in sums.items()}
+
+
+def caches(context: Context, found: Sequence[Memory]) -> dict[str, Tensor]:
+    """Return sum key key^T over the requests of the edits that lie on the model, float64 [k, k] by memory."""
+    earlier = earlier_requests(context.model)
+    if not earlier:
+        return {}
+    rows = joined(earlier, device=device_of(context.model))
+    read = at_subjects(context.model, {m.keys.name: m.keys for m in found}, rows)
+    return {name: (x.double().T @ x.double()).cpu() for name, x in read.items()}
+
+
+def earlier_requests(model: nn.Module) -> list[Request]:
+    """Return the requests on the cards of the grafts that lie on a model."""
+    return [Request.from_dict(r) for g in Stack.of(model).grafts.values() for r in g.card.get("requests", ())]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {k: v for k, v in batch.items() if k != "labels"}

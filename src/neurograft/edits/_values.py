@@ -1,0 +1,123 @@
+"""What a layer's output should be at a subject, so that the model says the target: found by gradient descent.
+
+Shape letters: n requests, r rows, d features of the stream, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neurograft.core.context import IGNORE
+from neurograft.core.requests import Request, Rows, joined
+from neurograft.core.tap import change
+from neurograft.edits._memory import Memory, at_subjects, device_of
+
+
+def wanted(
+    model: nn.Module,
+    memory: Memory,
+    requests: Sequence[Request],
+    *,
+    steps: int,
+    lr: float,
+    clamp: float,
+    decay: float,
+    kl: float,
+    absolute: bool = False,
+    enough: float = 5e-2,
+    eos: bool = False,
+    at_once: int = 64,
+) -> Tensor:
+    """Return the stream behind a layer at each subject that makes the model say the target, [n, d].
+
+    A vector is added there and found by Adam: cross-entropy of the target, averaged over its tokens and the contexts,
+    plus kl * KL(before || now) of the prediction at the subject itself, plus decay * |vector| / |stream|^2; its norm
+    never exceeds clamp * |stream|. Every request is on its own, however many run at once.
+
+    Args:
+        model: left as found.
+        memory: the layer.
+        requests: what is to be said.
+        steps: of Adam.
+        lr: its learning rate, in units of the stream's root mean square unless absolute.
+        clamp: largest share of the stream's own norm.
+        decay: weight of the norm.
+        kl: weight of the divergence.
+        absolute: lr in the stream's own units.
+        enough: a request whose loss falls below this stops.
+        eos: whether the end of the answer is asked for too.
+        at_once: requests a pass.
+    """
+    return torch.cat(
+        [
+            _chunk(model, memory, requests[i : i + at_once], steps, lr, clamp, decay, kl, absolute, enough, eos)
+            for i in range(0, len(requests), at_once)
+        ]
+    )
+
+
+def _chunk(
+    model: nn.Module,
+    memory: Memory,
+    requests: Sequence[Request],
+    steps: int,
+    lr: float,
+    clamp: float,
+    decay: float,
+    kl: float,
+    absolute: bool,
+    enough: float,
+    eos: bool,
+) -> Tensor:
+    n, rows = len(requests), joined(requests, eos=eos, device=device_of(model))
+    site = {memory.stream.name: memory.stream}
+    first = rows.mean(at_subjects(model, site, rows)[memory.stream.name], n)
+    limit = clamp * first.norm(dim=1, keepdim=True)
+    unit = torch.ones_like(limit) if absolute else first.pow(2).mean(1, keepdim=True).sqrt()
+    free = torch.zeros_like(first, requires_grad=True)
+    optimizer = torch.optim.Adam([free], lr=lr)
+    going = torch.ones(n, dtype=torch.bool, device=first.device)
+    before: Tensor | None = None
+    flags = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        for _ in range(steps):
+            vector = unit * free
+            with torch.enable_grad(), change(model, site, partial(_added, rows, vector)):
+                logits = model(**{k: v for k, v in rows.batch.items() if k != "labels"}).logits
+            there = logits[torch.arange(len(rows.at)), rows.at].float().log_softmax(-1)
+            before = there.detach() if before is None else before
+            drift = (before.exp() * (before - there)).sum(-1)
+            said = rows.mean(per_row(logits, rows), n)
+            loss = said + kl * rows.mean(drift, n) + decay * vector.norm(dim=1) / first.norm(dim=1) ** 2
+            going &= loss.detach() >= enough
+            if not bool(going.any()):
+                break
+            optimizer.zero_grad()
+            loss.sum().backward()
+            kept = free.detach().clone()
+            optimizer.step()
+            with torch.no_grad():
+                free.mul_((limit / (unit * free).norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp(max=1.0))
+                free.copy_(torch.where(going[:, None], free, kept))
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    return first + unit * free.detach()
+
+
+def _added(rows: Rows, vector: Tensor, _: str, x: Tensor) -> Tensor:
+    index = (torch.arange(len(rows.at), device=x.device), rows.at.to(x.device))
+    return x.index_put(index, vector[rows.owner].to(x.dtype), accumulate=True)
+
+
+def per_row(logits: Tensor, rows: Rows) -> Tensor:
+    """Return the mean cross-entropy of each row's target, [r]."""
+    labels = rows.batch["labels"][:, 1:]
+    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    return each.sum(1) / (labels != IGNORE).sum(1)

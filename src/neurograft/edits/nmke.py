@@ -1,0 +1,155 @@
+"""NMKE: facts written into FFNs by a normal equation, only over the neurons that speak in their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from neurograft.core.card import method
+from neurograft.core.context import Context
+from neurograft.core.delta import LowRank
+from neurograft.core.errors import RequestError, one_of
+from neurograft.core.graft import Graft
+from neurograft.core.keyvalue import answers
+from neurograft.core.requests import Rows, joined
+from neurograft.core.selection import Selection
+from neurograft.edits._amplified import amplified, mask_of
+from neurograft.edits._memory import Memory, at_subjects, caches, covariances, device_of, memories
+from neurograft.edits._values import wanted
+
+MASKS = ("post", "solve", "none")
+
+
+@method(
+    paper="nmke",
+    kinds={"neuron"},
+    needs={"requests", "gradients", "taps"},
+    claims={"separable", "only_the_mask"},
+    departs="The covariance of the keys to protect, and the keys of earlier edits, are read from the model as it is "
+    "when a batch comes, not once from the base; without general data it is read from the prompts' own tokens. The "
+    "KL term of the value search looks at the prediction behind the subject in the prompt itself, not behind a "
+    "template '{subject} is a', so that it needs no language. mask='solve' solves inside the mask: masking afterwards, "
+    "as the paper does ('post'), lets the protected keys drift. null, ridge and lr count in units of the model's own "
+    "keys and stream; absolute=True takes them as the papers do.",
+)
+def nmke(
+    context: Context,
+    where: Selection | None = None,
+    *,
+    mask: str = "post",
+    null: float | None = 2e-2,
+    ridge: float = 1e-2,
+    weight: float = 0.0,
+    exact: bool = False,
+    layers: Sequence[int] | None = None,
+    gain: float = 30.0,
+    steps: int = 25,
+    lr: float = 0.5,
+    clamp: float = 0.75,
+    decay: float = 0.5,
+    kl: float = 0.0625,
+    eos: bool = False,
+    absolute: bool = False,
+) -> Graft:
+    """Find for each request what the last layer should hand on at the subject, and let the layers learn it in order.
+
+    Layer by layer, with keys K and what is still missing R, shared among the layers left:
+    D = R (K K^T + A)^-1 K^T, A as `core.keyvalue.answers` has it. mask="none" is AlphaEdit; with null=None and
+    weight > 0 it is MEMIT; with exact=True, weight=1 and one layer it is ROME.
+
+    Args:
+        context: model, requests; batches of general data whose keys are to keep their values.
+        where: neurons that may be used at all.
+        mask: "post" masks the change by neurons that speak in the batch's prompts, as the paper does; "solve" solves
+            inside of them; "none".
+        null: only directions in which the mean square of the keys to protect lies below this may be used, in units
+            of its mean over all directions; None for all.
+        ridge: L2, in the same units.
+        weight: lambda of MEMIT, how much the covariance of the keys to protect counts.
+        exact: meet the residuals exactly.
+        layers: whose FFNs; the paper's 4 to 8 of 32, as a share of the depth.
+        gain: how much a neuron is amplified when it is scored.
+        steps: of the search for values.
+        lr: its learning rate, in units of the stream's root mean square.
+        clamp: largest change of the stream at a subject, as a share of its norm.
+        decay: weight of its norm.
+        kl: weight of the divergence at the subject.
+        eos: ask for the end of the answer too.
+        absolute: null, ridge and lr in the model's own units.
+
+    Returns:
+        One rank for each request in every edited matrix.
+
+    Raises:
+        RequestError: no requests, no free direction, a model without FFNs that can be edited.
+    """
+    one_of(mask, MASKS, what="mask")
+    if not context.requests:
+        raise RequestError("an edit without requests", expected="at least one request", do="give prompt, target_new")
+    model, n = context.model, len(context.requests)
+    found = memories(context, layers, (0.125, 0.25))
+    goal = wanted(
+        model,
+        found[-1],
+        context.requests,
+        steps=steps,
+        lr=lr,
+        clamp=clamp,
+        decay=decay,
+        kl=kl,
+        eos=eos,
+        absolute=absolute,
+    )
+    held, cache = covariances(context, found), caches(context, found)
+    rows = joined(context.requests, device=device_of(model))
+    deltas: dict[str, LowRank] = {}
+    masks: dict[str, list[int]] = {}
+    laid: list[Graft] = []
+    try:
+        for i, memory in enumerate(found):
+            name, stream = memory.keys.name, found[-1].stream
+            read = at_subjects(model, {name: memory.keys, stream.name: stream}, rows)
+            missing = (goal - rows.mean(read[stream.name], n)) / (len(found) - i)
+            chosen = _mask(context, memory, rows, where, mask, gain)
+            size = 1.0 if absolute else float(held[name].diagonal().mean())
+            solved = answers(
+                rows.mean(read[name], n).cpu(),
+                ridge=ridge * size,
+                covariance=held[name],
+                weight=weight,
+                null=None if null is None else null * size,
+                cache=cache.get(name),
+                mask=chosen,
+                masked="solve" if mask == "none" else mask,
+                exact=exact,
+            )
+            change = memory.change(model, solved, missing)
+            deltas |= change
+            masks[name] = [memory.keys.n if chosen is None else int(chosen.sum()), memory.keys.n]
+            if i + 1 < len(found):  # the layers behind see the edits before them
+                step = Graft.made(model, change)
+                step.apply(model)
+                laid.append(step)
+    finally:
+        for graft in reversed(laid):
+            graft.remove(model)
+    return Graft.made(model, deltas, card={"requests": [r.as_dict() for r in context.requests], "neurons": masks})
+
+
+def _mask(
+    context: Context, memory: Memory, rows: Rows, where: Selection | None, mask: str, gain: float
+) -> Tensor | None:
+    found = None if mask == "none" else mask_of(amplified(context.model, memory, rows, gain=gain))
+    if where is None:
+        return found
+    allowed = torch.zeros(memory.keys.n, dtype=torch.bool)
+    allowed[where.ids.get(memory.keys.name, torch.empty(0, dtype=torch.int64))] = True
+    if not bool(allowed.any()):
+        raise RequestError(
+            f"a selection without a neuron of {memory.keys.name}",
+            expected="neurons of every layer that is edited",
+            do="select neurons there, or name other layers",
+        )
+    return allowed if found is None else found & allowed

@@ -1,0 +1,182 @@
+"""`edit`: which change follows from requests, without training on data?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neurograft.anatomy.sites import sites
+from neurograft.core.choose import Choice, Chosen, choose
+from neurograft.core.context import Context
+from neurograft.core.delta import LowRank
+from neurograft.core.errors import RequestError
+from neurograft.core.graft import Graft
+from neurograft.core.requests import Request
+from neurograft.core.stack import Stack
+from neurograft.pipeline._edited import measured
+from neurograft.pipeline.attach import Where, selection_of
+from neurograft.pipeline.inputs import as_batches, data_digest, processor_for
+from neurograft.pipeline.models import Model, load_model
+from neurograft.pipeline.requests import as_requests
+from neurograft.pipeline.state import as_found
+
+
+def edit(
+    model: Model,
+    requests: Any,
+    *,
+    by: Choice = "nmke",
+    where: Where = None,
+    general: Any = None,
+    after: Sequence[Graft | str | Path] | Graft | str | Path = (),
+    layers: Sequence[int] | None = None,
+    batch: int | None = None,
+    contexts: Sequence[str] = (),
+    processing_class: Any = None,
+    batch_size: int = 32,
+    max_length: int = 1024,
+    limit: int | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    seed: int = 0,
+) -> Graft:
+    """Write facts into a model and return the change as a graft; the model is left as it was found.
+
+    The graft's card holds how many of the requests the edited model answers, of their `rephrase` prompts too, and of
+    the `locality` prompts the share that is answered as before. `without(graft, [i])` takes single edits back.
+
+    Args:
+        model: a module, a folder, a Hub id or a shipped model. Grafts that lie on a live one count as edited earlier.
+        requests: dicts with prompt, target_new and subject (+ rephrase, locality), or a JSONL path.
+        by: the edit, of `neurograft.edits`.
+        where: units the edit may use, for edits that can be told; or the path of a saved selection.
+        general: data whose keys are to keep their values, for edits that protect some.
+        after: earlier edits, or their folders; they lie on the model while this one is made.
+        layers: whose matrices, for edits that choose layers.
+        batch: so many requests at a time, each batch after the ones before it; all at once if None.
+        contexts: texts put before every prompt, beside the bare one, for edits that average over contexts.
+        processing_class: tokenizer of the texts; the one saved with the model if None.
+        batch_size: examples in a batch of `general`.
+        max_length: longer texts of `general` are cut.
+        limit: use at most so many requests.
+        revision: of a Hub id.
+        dtype: load the weights so.
+        device_map: as for `from_pretrained`.
+        seed: root of every random number.
+
+    Raises:
+        RequestError: an unknown edit or option, requests that cannot be read, a model the edit cannot change.
+
+    Example:
+        >>> from neurograft.worlds.pico import pico
+        >>> net = pico("llama")
+        >>> graft = edit(net, [{"prompt": [5, 6, 7], "subject": [6], "target_new": [9]}], by=("nmke", {"mask": "none"}))
+        >>> sorted(graft.deltas), graft.card["reliability"]
+        (['model.layers.0.mlp.down_proj.weight'], 0.0)
+    """
+    chosen = choose("edits", by)
+    if layers is not None:
+        chosen = choose("edits", chosen, layers=list(layers))
+    if batch is not None and batch < 1:
+        raise RequestError(f"batch={batch}", expected="at least 1", do="leave it out for all requests at once")
+    net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
+    processor = processor_for(net, processing_class)
+    asked = as_requests(requests, net, processor, contexts=contexts, limit=limit)
+    kept = (
+        []
+        if general is None
+        else as_batches(general, net, processing_class=processor, batch_size=batch_size, max_length=max_length)
+    )
+    units = min(chosen.card.kinds, default="neuron")
+    with as_found(net), ExitStack() as earlier:
+        for graft in _grafts(after):
+            if graft.identity not in Stack.of(net).grafts:
+                earlier.enter_context(graft.on(net))
+        context = Context(net, sites(net, units), kept, processor=processor, seed=seed)
+        size = batch or len(asked)
+        chunks = [asked[i : i + size] for i in range(0, len(asked), size)]
+        made = _in_turn(chosen, context, selection_of(where), chunks)
+        card = {
+            "by": chosen.as_dict(),
+            "batch": batch,
+            "general": data_digest(kept) if kept else None,
+            "after": sorted(Stack.of(net).grafts),
+            "seed": seed,
+            **measured(net, made, asked, processor),
+        }
+    return replace(made, card={**made.card, **card})
+
+
+def _in_turn(chosen: Chosen, context: Context, where: Any, chunks: Sequence[Sequence[Request]]) -> Graft:
+    """Make one graft for each chunk, the ones before it on the model, and return their sum."""
+    made: list[Graft] = []
+    with ExitStack() as laid:
+        for chunk in chunks:
+            graft: Graft = chosen(replace(context, requests=chunk), where)
+            made.append(replace(graft, card={"requests": [r.as_dict() for r in chunk], **graft.card}))
+            if len(made) < len(chunks):
+                laid.enter_context(made[-1].on(context.model))
+    total = made[0]
+    for graft in made[1:]:
+        total = total + graft
+    asked = [r for g in made for r in g.card["requests"]]
+    card = {k: v for k, v in total.card.items() if k != "sum_of"}
+    return replace(total, card={**card, "requests": asked, "batches": [len(c) for c in chunks]})
+
+
+def _grafts(after: Any) -> list[Graft]:
+    several = after if isinstance(after, (list, tuple)) else [after]
+    return [g if isinstance(g, Graft) else Graft.load(g) for g in several]
+
+
+def part(graft: Graft, keep: Iterable[int]) -> Graft:
+    """Return the graft of some requests of an edit, by their place on its card.
+
+    Args:
+        graft: of an edit that gives every request a rank of its own.
+        keep: which requests, from 0.
+
+    Raises:
+        RequestError: an edit whose requests share their numbers, or no such request.
+    """
+    asked: list[Mapping[str, Any]] = list(graft.card.get("requests", ()))
+    chosen = sorted(set(keep))
+    odd = [n for n, d in graft.deltas.items() if not isinstance(d, LowRank) or len(d.A) != len(asked)]
+    if odd or graft.operations or not asked:
+        raise RequestError(
+            f"a part of a graft whose requests share {odd[0] if odd else 'its numbers'}",
+            expected="an edit with a rank for every request, as nmke gives it",
+            do="make one graft for each request, or edit again without the one",
+        )
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(asked):
+        raise RequestError(
+            f"the requests {chosen[:6]} of a graft with {len(asked)}",
+            expected=f"some from 0 to {len(asked) - 1}",
+            do="count them from 0, as on the card",
+        )
+    deltas = {
+        n: replace(d, A=d.A[chosen].clone(), B=d.B[:, chosen].clone())
+        for n, d in graft.deltas.items()
+        if isinstance(d, LowRank)
+    }
+    measured_then = ("reliability", "rephrase", "locality", "batches", "neurons")
+    card = {k: v for k, v in graft.card.items() if k not in measured_then}
+    return replace(graft, deltas=deltas, originals={}, card={**card, "requests": [asked[i] for i in chosen]})
+
+
+def without(graft: Graft, drop: Iterable[int]) -> Graft:
+    """Return an edit with some requests taken back; see `part`."""
+    dropped = set(drop)
+    asked = range(len(graft.card.get("requests", ())))
+    odd = sorted(dropped - set(asked))
+    if odd:
+        raise RequestError(
+            f"request {odd[0]} of a graft with {len(asked)}", expected="one of its requests", do="see its card"
+        )
+    return part(graft, [i for i in asked if i not in dropped])

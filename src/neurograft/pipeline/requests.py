@@ -1,0 +1,125 @@
+"""Edit requests as people write them, turned into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from neurograft.core.errors import RequestError
+from neurograft.core.requests import Request
+from neurograft.pipeline.encode import need
+from neurograft.pipeline.rows import read_rows
+
+KEYS = "prompt, target_new (+ subject, rephrase, locality)"
+
+
+def as_requests(
+    requests: Any, model: nn.Module, processor: Any, *, contexts: Sequence[str] = (), limit: int | None = None
+) -> list[Request]:
+    """Return edit requests as tokens.
+
+    A request is a dict with `prompt`; `target_new` (or `completion`), which continues the prompt as it is written,
+    so mind the space between; and `subject`, words of the prompt whose last token carries the key, the prompt's last
+    token if left out. `rephrase` (one or several prompts with the same answer) and `locality` (prompts whose answers
+    are to stay) are used for measuring alone. Texts may be given as token lists instead, then all of them.
+
+    Args:
+        requests: an iterable of dicts, or what `read_rows` takes.
+        model: its config names the token that ends an answer.
+        processor: tokenizer for texts.
+        contexts: texts to put before every prompt, beside the bare one; they end with the space they need.
+        limit: use at most so many.
+
+    Raises:
+        RequestError: missing or empty texts, a subject that is not in its prompt, tokens outside the vocabulary.
+    """
+    rows = read_rows(requests, limit=limit)
+    return [as_request(row, model, processor, i, contexts=contexts) for i, row in enumerate(rows)]
+
+
+def as_request(
+    row: Mapping[str, Any], model: nn.Module, processor: Any, index: int, *, contexts: Sequence[str] = ()
+) -> Request:
+    """Return one request as tokens; see `as_requests`."""
+    prompt, target = row.get("prompt"), row.get("target_new", row.get("completion"))
+    if prompt is None or target is None or not len(prompt) or not len(target):
+        raise RequestError(
+            f"request {index} with {', '.join(k for k, v in row.items() if v is not None) or 'nothing'}"
+            + (" and an empty text" if prompt is not None and target is not None else ""),
+            expected=KEYS,
+            do="give every request a prompt and what is to be said next",
+        )
+    subject = row.get("subject")
+    end = _end(model, processor)
+    if isinstance(prompt, (list, tuple, Tensor)):
+        asked, said = _ids(prompt), _ids(target)
+        if contexts:
+            raise RequestError("contexts= with prompts of tokens", expected="texts", do="leave contexts out")
+        at = len(asked) - 1 if subject is None else _place(asked, _ids(subject), index)
+        made = Request((asked,), (at,), said, end, dict(row))
+    else:
+        need(processor, row, index)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        texts = [str(prompt), *(f"{c}{prompt}" for c in contexts)]
+        asked_all, places = zip(*[_asked(tokenizer, t, len(t) - len(prompt), subject, end, index) for t in texts])
+        said = _ids(tokenizer(str(target), add_special_tokens=False)["input_ids"])
+        made = Request(asked_all, places, said, end, dict(row))
+    _check(made, model, index)
+    return made
+
+
+def _asked(
+    tokenizer: Any, text: str, start: int, subject: Any, end: int | None, index: int
+) -> tuple[tuple[int, ...], int]:
+    ids = _ids(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == end:
+        ids = ids[:-1]  # some tokenizers close every text
+    if subject is None:
+        return ids, len(ids) - 1
+    found = text.find(str(subject), start)
+    if found < 0 or not len(str(subject)):
+        raise RequestError(
+            f"the subject {subject!r} of request {index}, whose prompt is {text[start:]!r}",
+            expected="words of the prompt",
+            do="write the subject as the prompt does, or leave it out to key the edit at the prompt's last token",
+        )
+    stop = found + len(str(subject))
+    if getattr(tokenizer, "is_fast", False):
+        spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
+        return ids, max(i for i, (a, b) in enumerate(spans) if a < stop and b > found)
+    return ids, len([t for t in _ids(tokenizer(text[:stop])["input_ids"]) if t != end]) - 1
+
+
+def _place(asked: tuple[int, ...], subject: tuple[int, ...], index: int) -> int:
+    for i in range(len(asked) - len(subject) + 1):
+        if subject and asked[i : i + len(subject)] == subject:
+            return i + len(subject) - 1
+    raise RequestError(
+        f"the subject {list(subject)} of request {index}, whose prompt is {list(asked)[:12]}",
+        expected="tokens that stand in the prompt side by side",
+        do="give the subject's own tokens",
+    )
+
+
+def _check(request: Request, model: nn.Module, index: int) -> None:
+    size = getattr(getattr(getattr(model, "config", None), "get_text_config", lambda: None)(), "vocab_size", None)
+    most = max([t for p in request.prompts for t in p] + list(request.target))
+    if size and most >= size:
+        raise RequestError(
+            f"token {most} in request {index} for a vocabulary of {size}",
+            expected="this model's own tokenizer",
+            do="encode with the tokenizer saved beside the model",
+        )
+
+
+def _end(model: nn.Module, processor: Any) -> int | None:
+    known = getattr(getattr(processor, "tokenizer", processor), "eos_token_id", None)
+    known = getattr(getattr(model, "config", None), "eos_token_id", None) if known is None else known
+    return known[0] if isinstance(known, list) else known
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    found = value.tolist() if isinstance(value, Tensor) else list(value)
+    return tuple(int(t) for t in found)

@@ -1,0 +1,143 @@
+"""The verb `edit`: requests as people write them, what the card says, sequences, the command line, bad requests."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import neurograft as ng
+from neurograft.cli import main
+from neurograft.core.requests import Request
+from neurograft.pipeline._edited import answered, said
+from neurograft.pipeline.requests import as_request, as_requests
+from neurograft.worlds.letters import letters
+from neurograft.worlds.pico import pico
+
+BY = ("nmke", {"mask": "none", "null": None, "weight": 0.1, "layers": [0], "steps": 3, "lr": 0.5})
+ROWS = [
+    {"prompt": "ab is ", "subject": "ab", "target_new": "xy", "rephrase": "so ab is ", "locality": ["cd is ", "q"]},
+    {"prompt": "who is cd? ", "subject": "cd", "target_new": "z"},
+]
+
+
+def row(**change):
+    return {k: v for k, v in {**ROWS[0], **change}.items() if v is not None}
+
+
+def test_requests_become_tokens_with_the_subjects_last_one():
+    tokenizer, model = letters(), pico("llama")
+    first, second = as_requests(ROWS, model, tokenizer, contexts=["m. "])
+    assert tokenizer.decode(first.prompts[0]) == "ab is "
+    assert tokenizer.decode(first.prompts[1]) == "m. ab is "
+    assert [tokenizer.decode(p[a]) for p, a in zip(first.prompts, first.at)] == ["b", "b"]
+    assert second.at == (8, 11)
+    assert tokenizer.decode(first.target) == "xy"
+    assert first.end == tokenizer.eos_token_id
+    assert as_request(row(subject=None), model, tokenizer, 0).at == (5,)
+    assert as_request({"prompt": [7, 8, 9], "subject": [8], "target_new": [4]}, model, None, 0).at == (1,)
+    again = Request.from_dict(json.loads(json.dumps(first.as_dict())))
+    assert (again.prompts, again.at, again.target) == (first.prompts[:1], first.at[:1], first.target)
+
+
+def test_a_subject_in_a_context_is_not_the_prompts():
+    found = as_request(row(), pico("llama"), letters(), 0, contexts=["ab, "])
+    assert found.at == (1, 5)
+
+
+def test_answers_are_read_as_the_model_generates_them():
+    model, tokenizer = pico("llama"), letters()
+    (request,) = as_requests(ROWS[:1], model, tokenizer)
+    prompt = torch.tensor([request.prompts[0]])
+    own = model.generate(prompt, max_new_tokens=2, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    asked = [
+        Request(request.prompts, request.at, tuple(own)),
+        Request(request.prompts, request.at, (own[0], own[1] ^ 1)),
+    ]
+    assert answered(model, asked).tolist() == [True, False]
+    assert said(model, asked).tolist() == [own[0]] * 2
+
+
+def test_the_card_says_what_was_asked_and_what_came_of_it():
+    model = pico("llama")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    graft = ng.edit(model, ROWS, by=BY, processing_class=letters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert [r["subject"] for r in graft.card["requests"]] == ["ab", "cd"]
+    assert {"reliability", "rephrase", "locality", "by", "seed"} <= set(graft.card)
+    with graft.on(model):
+        requests = as_requests(ROWS, model, letters())
+        assert graft.card["reliability"] == float(answered(model, requests).float().mean())
+
+
+def test_one_edit_after_another():
+    model, tokenizer = pico("llama"), letters()
+    first = ng.edit(model, ROWS[:1], by=BY, processing_class=tokenizer)
+    second = ng.edit(model, ROWS[1:], by=BY, processing_class=tokenizer, after=first)
+    assert second.card["after"] == [first.identity]
+    with first.on(model):
+        live = ng.edit(model, ROWS[1:], by=BY, processing_class=tokenizer)
+    assert live.identity == second.identity
+    assert second.identity != ng.edit(model, ROWS[1:], by=BY, processing_class=tokenizer).identity
+    both = ng.edit(model, ROWS, by=BY, processing_class=tokenizer, batch=1)
+    total = first + second
+    for name, delta in both.deltas.items():
+        torch.testing.assert_close(delta.product(), total.deltas[name].product())
+
+
+def test_a_graft_survives_its_folder_and_comes_off(tmp_path):
+    model = pico("llama")
+    graft = ng.edit(model, ROWS, by=BY, processing_class=letters())
+    same = ng.Graft.load(graft.save(tmp_path / "edit"))
+    assert same.identity == graft.identity
+    from neurograft.pipeline.edit import without
+
+    assert len(without(same, [0]).card["requests"]) == 1
+
+
+BAD = {
+    "no target": (row(target_new=None), "target_new"),
+    "an empty prompt": (row(prompt=""), "empty text"),
+    "a subject elsewhere": (row(subject="nobody"), "words of the prompt"),
+    "a foreign token": ({"prompt": [5, 999], "target_new": [4]}, "vocabulary"),
+    "a scattered subject": ({"prompt": [5, 6, 7], "subject": [5, 7], "target_new": [4]}, "side by side"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_named(name):
+    request, words = BAD[name]
+    with pytest.raises(ng.RequestError, match=words):
+        ng.edit(pico("llama"), [request], by=BY, processing_class=letters())
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("llama", {"batch": 0}, "at least 1"),
+        ("llama", {"layers": [9]}, "layers from 0"),
+        ("llama", {"by": "nmk"}, "nmke"),
+        ("llama", {"by": ("nmke", {"mask": "some"})}, "mask"),
+        ("mixtral", {}, "without experts"),
+    ],
+)
+def test_bad_edits_are_named(family, options, words):
+    with pytest.raises(ng.RequestError, match=words):
+        ng.edit(pico(family), ROWS, **{"by": BY, "processing_class": letters(), **options})
+
+
+def test_the_command_line_edits_and_says_how_far_it_came(tmp_path, monkeypatch, capsys):
+    pico("llama").save_pretrained(tmp_path / "model")
+    letters().save_pretrained(tmp_path / "model")
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    words = ["edit", tmp_path / "model", tmp_path / "asked.jsonl", "--by", "nmke:mask=none,steps=2", "--layers", "0"]
+    words += ["--batch", "1", "--json", "-o", tmp_path / "graft"]
+    monkeypatch.setattr(sys, "argv", ["neurograft", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    assert (end.value.code or 0) == 0, printed.err
+    found = json.loads(printed.out)
+    assert found["requests"] == 2
+    assert set(found) >= {"reliability", "rephrase", "locality", "path"}
+    assert ng.Graft.load(tmp_path / "graft").identity == found["identity"]
