@@ -30,7 +30,7 @@ from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Chosen, choose, methods
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
-from neurograft.core.meter import alive
+from neurograft.core.meter import Peak
 from neurograft.core.selection import Selection
 from neurograft.worlds.pico import pico_batch
 from neurograft.worlds.planted import planted
@@ -146,7 +146,7 @@ def measured(locator: Chosen, world: World) -> dict[str, Any]:
         with passes(context.model, rows) as cost:
             scores = locator(context)
         few = replace(context, batches=context.batches[:1], contrast=context.contrast[:1])
-        with alive() as memory:  # watching every operation is slow
+        with Peak() as memory:  # watching every operation is slow
             locator(few)
     except RequestError as error:
         return {"none": f"refuses: {error.came}"}

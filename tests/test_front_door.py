@@ -70,6 +70,7 @@ UPWARD = {
     "neurograft.selectors.top",
     "neurograft.selectors.bottom",
     "neurograft.export.",  # Graft.export
+    "neurograft.export._changes.base_model",  # Graft.materialize: the base named on the card
     "neurograft.",  # core.choose: a method of a room
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,10 +12,14 @@ from torch import nn
 from neurograft.core.card import method
 from neurograft.core.context import Trained
 from neurograft.core.delta import Slice
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, one_of
+from neurograft.core.fingerprint import tensor_digest
 from neurograft.core.mount import Mount, matrix_of, regions_of
 from neurograft.core.region import Region
+from neurograft.core.replay import Replay
 from neurograft.core.selection import Selection
+from neurograft.core.shift import Shift
+from neurograft.core.spill import Spill
 
 
 @method(claims={"undo", "only_the_selection", "zero_graft", "live_model", "resume", "coordinates"})
@@ -24,8 +30,12 @@ def dense(
     new: Iterable[str] | Mapping[str, int] = (),
     protect: Selection | None = None,
     tied: str = "both",
+    originals: Literal["memory", "disk"] = "memory",
 ) -> Mount:
     """Train whole parameters as they are; their originals are kept once, off the device.
+
+    A gradient-free optimizer looks at them with noise added without ever writing it into them, and the graft is its
+    log of seeds and scalars.
 
     Args:
         model: any module.
@@ -33,10 +43,12 @@ def dense(
         new: parameters the base's checkpoint lacks.
         protect: units whose parameters stay frozen, whole.
         tied: "both", as full fine-tuning does, or "refuse".
+        originals: where they are kept: in the computer's memory, or in a scratch file that takes none.
 
     Raises:
         RequestError: a selection holds only a part of a parameter.
     """
+    one_of(originals, ("memory", "disk"), what="place for originals")
     names = [n for n, p in model.named_parameters() if p.is_floating_point()]
     if where is not None:
         regions = regions_of(model, where, tied=tied)
@@ -57,7 +69,7 @@ def dense(
             expected="at least one parameter",
             do="select more, or protect less",
         )
-    mount = DenseMount(model, names, new=new)
+    mount = DenseMount(model, names, new=new, spill=originals == "disk")
     mount.declared = where is not None
     return mount
 
@@ -65,10 +77,18 @@ def dense(
 class DenseMount(Mount):
     """Parameters set free, and their originals."""
 
-    def __init__(self, model: nn.Module, names: list[str], *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: list[str],
+        *,
+        new: Iterable[str] | Mapping[str, int] = (),
+        spill: bool = False,
+    ) -> None:
         super().__init__(model, new=new)
-        self.names = [n for n in names if n not in self.new]
-        self.original = {n: self.found.by_name[n].detach().cpu().clone() for n in self.names}
+        self.names, self.spill = [n for n in names if n not in self.new], spill
+        self.original = self._kept()
+        self.ended: dict[str, Slice | Replay] = {}
         for name in self.names:
             self.found.by_name[name].requires_grad_(True)
 
@@ -76,12 +96,29 @@ class DenseMount(Mount):
         """Return the parameters set free."""
         return {n: self.found.by_name[n] for n in self.names}
 
-    def deltas(self) -> dict[str, Slice]:
-        """Return the parameters that differ from the base, whole."""
-        found = {}
+    def mark(self) -> Mapping[str, torch.Tensor]:
+        """Return the trainable tensors as they are now, to see later what has moved."""
+        return Spill(self.named_parameters()) if self.spill else super().mark()
+
+    @contextmanager
+    def shifted(self, terms: Sequence[tuple[int, float]]) -> Iterator[set[str]]:
+        """Let every use of the awake parameters see them shifted; they are not written."""
+        assert self.driver is not None
+        with torch.no_grad(), Shift(self.driver.awake(), terms, grain=self.driver.grain) as seen:
+            yield seen.reached
+
+    def deltas(self) -> dict[str, Slice | Replay]:  # type: ignore[override]
+        """Return the parameters that differ from the base, whole: a gradient-free optimizer's as its log."""
+        if not self.attached:
+            return self.ended
+        found: dict[str, Slice | Replay] = {}
         for name in self.names:
-            now = self.kept[name] if not self.attached else self.found.by_name[name].detach().cpu()
+            now = self.found.by_name[name].detach().cpu()
             if not torch.equal(now, self.original[name]):
+                region = self._region(name)
+                if self.replayable(name, region):
+                    found[name] = self.replay(name, region, now.dtype, tensor_digest(now))
+                    continue
                 wide = now.to(torch.float64 if now.dtype == torch.float64 else torch.float32, copy=True)
                 below = self.stack.ledgers.get(name)
                 if below is not None:
@@ -89,30 +126,40 @@ class DenseMount(Mount):
                     below.region.write_(base, below.original)
                     held, was = base.to(wide.dtype), self.original[name].to(wide.dtype)
                     wide = torch.where(held == was, wide, held + (wide - was))
-                found[name] = Slice(self._whole(name), wide)
+                found[name] = Slice(region, wide)
         return found
 
     def held(self) -> dict[str, Trained]:
         """Return the parameters set free, whole."""
-        return {n: Trained(self.found.by_name[n], self._whole(n), value) for n, value in self.original.items()}
+        return {n: Trained(self.found.by_name[n], self._region(n), value) for n, value in self.original.items()}
 
-    def _whole(self, name: str) -> Region:
-        shape = tuple(self.original[name].shape)
+    def _region(self, name: str) -> Region:
+        shape = tuple(self.found.by_name[name].shape)
         return Region(shape, matrix_of(self.model, name, shape), "all", torch.empty(0, dtype=torch.int64))
+
+    def _kept(self, device: str | None = "cpu") -> Mapping[str, torch.Tensor]:
+        now = {n: self.found.by_name[n].detach() for n in self.names}
+        if self.spill:
+            return Spill(now)
+        return {n: (p if device is None else p.to(device)).clone() for n, p in now.items()}
 
     def rest(self) -> Callable[[], None]:
         """Put the originals back for a moment."""
         if not self.attached:
             return lambda: None
-        now = {n: self.found.by_name[n].detach().clone() for n in self.names}
+        now = self._kept(None)
         self._put(self.original)
         return lambda: self._put(now)
 
     def _put(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            self.found.by_name[name].data.copy_(value)
+        for name in values:
+            into = self.found.by_name[name].data
+            if isinstance(values, Spill) and into.is_contiguous():
+                values.put(name, into)
+            else:
+                into.copy_(values[name])
 
     def unmount(self) -> None:
         """Put the originals back."""
-        self.kept = {n: self.found.by_name[n].detach().cpu().clone() for n in self.names}
+        self.ended = self.deltas()
         self._put(self.original)

@@ -149,6 +149,10 @@ class SliceMount(InPlaceMount):
             found[name] = Slice(whole.region, whole.values)
         return found
 
+    def replayable(self, name: str, region: Region) -> bool:
+        """Say whether a log on the base gives a tensor's values: not if the training turned to other units."""
+        return not self.turned and super().replayable(name, region)
+
     def rest(self) -> Callable[[], None]:
         """Put the numbers from before the attachment back for a moment."""
         if not self.attached:

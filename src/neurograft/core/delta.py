@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neurograft.core.coordinates import Piece, everything
 from neurograft.core.region import Layout, Region, as_matrix, positions, union
+from neurograft.core.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class New:
         return Slice(Region.of(self.shape, layout, rows), self.values)
 
 
-Delta = Slice | LowRank | New
+Delta = Slice | LowRank | New | Replay
 
 
 def combined(region: Region, original: Tensor, members: Sequence[tuple[Slice | Shift, float]]) -> Tensor:

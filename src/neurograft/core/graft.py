@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -18,6 +19,7 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.operation import Operation
 from neurograft.core.region import as_matrix, positions, union
+from neurograft.core.replay import Replay
 from neurograft.core.resolve import resolve
 from neurograft.core.stack import Stack
 from neurograft.core.untie import Apart, Untie
@@ -36,6 +38,7 @@ class Graft:
         card: plain data: base, recipe, selection, data digests, seeds, versions, citations, audit.
         strength: s in original + s * (value - original).
         originals: the base's numbers under each slice, if known; never saved.
+        home: weak reference to the model a log of seeds was made on; never saved.
 
     Example:
         >>> from neurograft.core.region import Region
@@ -56,6 +59,7 @@ class Graft:
     card: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
     originals: Mapping[str, Tensor] = field(default_factory=dict)
+    home: Callable[[], nn.Module | None] | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def made(
@@ -80,7 +84,8 @@ class Graft:
         known_as = {name: where.modules(name) for name in known}
         known_as = {name: modules for name, modules in known_as.items() if modules != [name]}
         facts = {"base": describe(model), "versions": versions(), "modules": known_as, **(card or {})}
-        return Graft(deltas, operations, base, facts, 1.0, originals)
+        home = weakref.ref(model) if any(isinstance(d, Replay) for d in deltas.values()) else None
+        return Graft(deltas, operations, base, facts, 1.0, originals, home)
 
     @cached_property
     def identity(self) -> str:
@@ -174,7 +179,8 @@ class Graft:
                 originals[name] = original
         card = {**self.card, "sum_of": [self.identity, other.identity]}
         operations = (*self._scaled_operations(), *other._scaled_operations())
-        return Graft(dict(sorted(deltas.items())), operations, {**self.base, **other.base}, card, 1.0, originals)
+        base, home = {**self.base, **other.base}, self.home or other.home
+        return Graft(dict(sorted(deltas.items())), operations, base, card, 1.0, originals, home)
 
     def _scaled_operations(self) -> tuple[Operation, ...]:
         return tuple(o.scaled(self.strength) for o in self.operations)
@@ -189,19 +195,51 @@ class Graft:
             stack.check(name, self, model, where)
             whole = everything(delta.shape, as_matrix(delta.shape))
             found[name] = stack.numbers(name, delta.region if isinstance(delta, Slice) else whole, model, where)
-        return replace(self, originals=found)
+        return replace(self, originals=found) if not self.logged else self.materialize(model)
 
-    def save(self, folder: str | Path) -> Path:
+    @property
+    def logged(self) -> bool:
+        """Whether some of it is a log of seeds, which replays only where it was made."""
+        return any(isinstance(d, Replay) for d in self.deltas.values())
+
+    def materialize(self, model: nn.Module | None = None) -> Graft:
+        """Return the same change with the numbers that its logs of seeds replay to: the form that works anywhere.
+
+        Args:
+            model: the base; without it the model the log was made on, or the base named on the card.
+
+        Raises:
+            RequestError: another torch version or kind of device than the log's, another base, or none at hand.
+        """
+        if not self.logged:
+            return self
+        base = model or (self.home() if self.home is not None else None)
+        base = base or resolve("neurograft.export._changes.base_model")(self, None)
+        where, stack = coordinates(base), Stack.of(base)
+        deltas, originals = dict(self.deltas), dict(self.originals)
+        for name, delta in self.deltas.items():
+            if isinstance(delta, Replay):
+                stack.check(name, self, base, where)
+                originals[name] = stack.numbers(name, delta.region, base, where)
+                deltas[name] = delta.replayed(originals[name])
+        return replace(self, deltas=deltas, originals=originals, home=None)
+
+    def save(self, folder: str | Path, *, portable: bool = True) -> Path:
         """Write `graft.json` and `graft.safetensors`, atomically; `save_pretrained` is the same.
 
         An older graft in the folder is replaced; other files there stay.
 
+        Args:
+            folder: where to write.
+            portable: write the numbers that logs of seeds replay to; False writes the logs, a few bytes a step,
+                which replay at the same torch version and kind of device only.
+
         Raises:
-            RequestError: the path is a file.
+            RequestError: the path is a file, or a log has no base at hand to be replayed on.
         """
         from neurograft.core.store import save
 
-        return save(self, Path(folder))
+        return save(self.materialize() if portable else self, Path(folder))
 
     save_pretrained = save
 
@@ -234,7 +272,8 @@ class Graft:
             **options: what that format offers.
         """
         one_of(to, EXPORTS, what="export format")
-        written: Path = resolve(f"neurograft.export.{to}")(self, Path(folder), model=model, **options)
+        whole = self.materialize(model)
+        written: Path = resolve(f"neurograft.export.{to}")(whole, Path(folder), model=model, **options)
         return written
 
 
@@ -255,7 +294,7 @@ def _sum(name: str, grafts: list[Graft]) -> tuple[Delta, Tensor | None]:
                 expected="one of them",
                 do="keep only one graft with this new parameter",
             )
-        if name not in graft.originals and isinstance(delta, LowRank):
+        if name not in graft.originals and not isinstance(delta, Slice):
             raise _unbound(name)
         whole = delta if isinstance(delta, Slice) else delta.on(graft.originals[name].reshape(delta.shape))
         slices.append((whole, graft.strength))

@@ -1,4 +1,4 @@
-"""Meters: what a training step keeps in memory, and what is alive at once."""
+"""Meters: what a training step keeps in memory, and the most that a run holds at once."""
 
 from __future__ import annotations
 
@@ -60,54 +60,41 @@ def saved(model: nn.Module) -> Iterator[Saved]:
     found.held.clear()
 
 
-class Alive(TorchDispatchMode):
-    """The bytes of tensors that operations made and somebody still holds.
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors alive at once inside the block, on top of those of its start; no gradients needed.
 
-    `now` and `peak` count each storage once, whichever views share it; what existed before is not counted.
+    Storages that operations make are counted from when they are made until they are freed, each once.
+
+    Example:
+        >>> with Peak() as meter:
+        ...     x = torch.zeros(100)
+        ...     y = x + 1
+        ...     del x
+        ...     z = y[:50] * 2
+        >>> meter.peak, meter.now
+        (800, 600)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.peak = 0, 0
-        self._known: set[int] = set()
+        self.now = self.peak = 0
+        self.alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it made."""
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _plain(x)}
-        made = func(*args, **(kwargs or {}))
-        for x in tree_leaves(made):
-            if _plain(x) and x.untyped_storage()._cdata not in given | self._known:
-                self._count(x.untyped_storage())
-        return made
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-        self.now += size
+        """Run an operation and note the storages it made."""
+        found = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage()._cdata for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+        for made in tree_leaves(found):
+            if isinstance(made, Tensor):
+                storage = made.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = weakref.finalize(
+                        storage, self._freed, storage._cdata, storage.nbytes()
+                    )
+                    self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        return found
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _freed(self, key: int, size: int) -> None:
+        self.alive.pop(key, None)
         self.now -= size
-
-
-def _plain(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.layout == torch.strided
-
-
-def alive() -> Alive:
-    """Return a context manager that counts the bytes of tensors made inside it while they are held.
-
-    What an operation uses inside itself is not seen.
-
-    Example:
-        >>> with alive() as meter:
-        ...     a = torch.ones(8)  # 32 bytes
-        ...     b = a.double()  # 64 more
-        ...     del b
-        ...     c = a.view(2, 4) + 1  # a view owns nothing; 32 more than a
-        >>> meter.now, meter.peak
-        (64, 96)
-    """
-    return Alive()

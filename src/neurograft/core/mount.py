@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -15,8 +17,12 @@ from neurograft.core.context import Trained
 from neurograft.core.coordinates import coordinates
 from neurograft.core.delta import Delta, New, Slice, merged
 from neurograft.core.errors import RequestError, near
+from neurograft.core.fingerprint import tensor_digest
+from neurograft.core.forward import ForwardOnly
 from neurograft.core.graft import Graft
+from neurograft.core.noise import Stream
 from neurograft.core.region import Region, as_matrix, region_of, union
+from neurograft.core.replay import Log, Replay
 from neurograft.core.selection import Selection
 from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
@@ -38,6 +44,8 @@ class Mount(ABC):
         self.model, self.attached = model, True
         self.declared = True  # False if nobody said what to train, so that a part may stay unreached
         self.ties: Untied | None = None
+        self.driver: ForwardOnly | None = None  # a loop's gradient-free optimizer, whose log the graft may be
+        self.log: Log | None = None
         self.where, self.stack = coordinates(model), Stack.of(model)
         self.found = Parameters.of(model)
         self.flags = {n: p.requires_grad for n, p in self.found.by_name.items()}
@@ -61,6 +69,26 @@ class Mount(ABC):
 
     def write(self) -> None:  # noqa: B027
         """Bring the weights up to date; needed only after optimizers outside of `torch.optim`."""
+
+    @contextmanager
+    def shifted(self, terms: Sequence[tuple[int, float]]) -> Iterator[set[str]]:
+        """Add the sum of scale * z(seed) to the driver's awake tensors for a moment; yields the names it reached."""
+        assert self.driver is not None
+        awake = self.driver.awake()
+        held = {n: p.detach().clone() for n, p in awake.items()}
+        try:
+            for name, tensor in awake.items():
+                Stream(name, tuple(tensor.shape), self.driver.grain).advance_(tensor.detach().view(-1), terms)
+            self.write()
+            yield set(awake)
+        finally:
+            for name, tensor in awake.items():
+                tensor.detach().copy_(held[name])
+            self.write()
+
+    def mark(self) -> Mapping[str, Tensor]:
+        """Return the trainable tensors as they are now, to see later what has moved."""
+        return {n: p.detach().clone() for n, p in self.named_parameters().items()}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return every trainable tensor by name: the adapter's and the new parameters."""
@@ -104,6 +132,12 @@ class Mount(ABC):
         pieces: dict[str, list[Slice]] = {}
         found: dict[str, Delta] = {}
         for name, delta in self.deltas().items():
+            if isinstance(delta, Slice) and self.replayable(name, delta.region):
+                delta = self.replay(name, delta.region, delta.values.dtype, tensor_digest(delta.values))
+            if isinstance(delta, Replay):
+                (piece,) = self.where.to_checkpoint(name, delta.region)
+                found[piece.name] = replace(delta, region=piece.region)
+                continue
             if not isinstance(delta, Slice):
                 (piece,) = self.where.to_checkpoint(name, _all(self.found.by_name[name]))
                 found[piece.name] = delta
@@ -131,6 +165,23 @@ class Mount(ABC):
     def held(self) -> dict[str, Trained]:
         """Return what is trained of each parameter, for penalties; nothing where the change is of another shape."""
         return {}
+
+    def replayable(self, name: str, region: Region) -> bool:
+        """Say whether the driver's log, replayed on the base's tensor in the checkpoint, gives a tensor's values."""
+        if self.driver is None or name not in self.driver.track or name in self.stack.ledgers or name in self.new:
+            return False
+        weight = self.found.by_name.get(name)
+        if weight is None or not weight.is_floating_point():
+            return False
+        first, *more = self.where.to_checkpoint(name, region)
+        return not more and first.order is None and first.region.values_shape == region.values_shape
+
+    def replay(self, name: str, region: Region, held: torch.dtype, result: str) -> Replay:
+        """Return a tensor's change as the driver's log."""
+        assert self.driver is not None
+        if self.log is None or len(self.log) != len(self.driver.seeds):
+            self.log = self.driver.log()
+        return Replay(region, name, held, self.log, self.driver.track[name], result)
 
     def rest(self) -> Any:
         """Put the base's numbers back for a moment; returns the function that ends it."""

@@ -19,6 +19,7 @@ from neurograft.core.fingerprint import same_bits, tensor_digest
 from neurograft.core.fits import check_writable, named, other_base, wrong_shape
 from neurograft.core.ledger import Change, Ledger, aligned
 from neurograft.core.region import Region, as_matrix, union
+from neurograft.core.replay import Replay
 from neurograft.core.tokens import grown
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Apart, Untie
@@ -213,6 +214,8 @@ class Stack:
             if not isinstance(delta, New):
                 self.check(tensor, graft, model, where)
             whole = delta.on() if isinstance(delta, New) else delta
+            if isinstance(whole, Replay):
+                whole = whole.replayed(self.numbers(name, whole.region, model, where))
             region = everything(whole.shape, as_matrix(whole.shape)) if isinstance(whole, LowRank) else whole.region
             for piece in where.to_module(name, region):
                 weight = weights[piece.name]

@@ -23,6 +23,7 @@ from neurograft.core.delta import Delta, LowRank, New, Shut, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import canonical
 from neurograft.core.region import Region
+from neurograft.core.replay import Log, Replay
 from neurograft.core.resolve import resolve
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def load(source: str | Path, *, revision: str | None = None) -> Graft:
     except SafetensorError as error:
         raise _changed(folder / TENSORS, str(error)) from error
     try:
-        deltas = {name: _unpack(name, entry, tensors) for name, entry in text["tensors"].items()}
+        logs = [_log(i, made, tensors) for i, made in enumerate(text.get("logs", ()))]
+        deltas = {name: _unpack(name, entry, tensors, logs) for name, entry in text["tensors"].items()}
         operations = tuple(_operation(i, meta, tensors) for i, meta in enumerate(text["operations"]))
         return Graft(deltas, operations, text["base"], text["card"], text["strength"])
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
@@ -188,18 +190,27 @@ def _file_digest(path: Path) -> str:
 def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
+    logs: list[Log] = []
     for name, delta in graft.deltas.items():
         entry: dict[str, Any] = {"shape": list(delta.shape), "kind": type(delta).__name__.lower()}
-        if isinstance(delta, Shut):
+        if isinstance(delta, (Slice, Replay)):
+            region = delta.region
+            entry |= {"layout": region.layout, "matrix": list(region.matrix), "block": region.block}
+            if region.layout != "all":
+                tensors[f"{name}::{region.layout}"] = narrow_ids(region.ids, gaps=region.layout == "flat")
+        if isinstance(delta, Slice):
+            tensors[f"{name}::value"] = delta.values.detach().cpu().contiguous()
+        elif isinstance(delta, Replay):
+            if not any(log is delta.log for log in logs):
+                logs.append(delta.log)
+            number = next(i for i, log in enumerate(logs) if log is delta.log)
+            held = str(delta.held).removeprefix("torch.")
+            entry |= {"log": number, "track": delta.track, "stream": delta.stream, "held": held}
+            entry |= {"result": delta.result}
+        elif isinstance(delta, Shut):
             entry |= {"matrix": list(delta.region.matrix)}
             key, packed = shortest(delta.region)
             tensors[f"{name}::{key}"] = packed
-        elif isinstance(delta, Slice):
-            region = delta.region
-            entry |= {"layout": region.layout, "matrix": list(region.matrix), "block": region.block}
-            tensors[f"{name}::value"] = delta.values.detach().cpu().contiguous()
-            if region.layout != "all":
-                tensors[f"{name}::{region.layout}"] = narrow_ids(region.ids, gaps=region.layout == "flat")
         elif isinstance(delta, LowRank):
             entry |= {"scale": delta.scale, "transposed": delta.transposed}
             tensors[f"{name}::lora_A"] = delta.A.detach().cpu().contiguous()
@@ -208,6 +219,8 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
             entry |= {"after": delta.after}
             tensors[f"{name}::added"] = delta.values.detach().cpu().contiguous()
         entries[name] = entry
+    for i, log in enumerate(logs):
+        tensors |= {f"log.{i}::{key}": getattr(log, key).contiguous() for key in Log.NAMES}
     for i, operation in enumerate(graft.operations):
         for key, tensor in operation.tensors().items():
             tensors[f"operation.{i}::{key}"] = tensor.detach().cpu().contiguous()
@@ -220,10 +233,17 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "operations": [o.meta() for o in graft.operations],
         "card": dict(graft.card),
     }
+    if logs:
+        text["logs"] = [{"grain": log.grain, "made": log.made} for log in logs]
     return tensors, text
 
 
-def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
+def _log(i: int, made: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
+    seeds, pulls, rates, keeps = (tensors[f"log.{i}::{key}"] for key in Log.NAMES)
+    return Log(seeds, pulls, rates, keeps, made["grain"], made["made"])
+
+
+def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], logs: list[Log]) -> Delta:
     shape = tuple(entry["shape"])
     if entry["kind"] == "lowrank":
         A, B = tensors[f"{name}::lora_A"], tensors[f"{name}::lora_B"]
@@ -237,10 +257,11 @@ def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Del
     if layout != "all":
         ids = wide_ids(tensors[f"{name}::{layout}"], gaps=layout == "flat")
     block = tuple(entry["block"]) if entry["block"] else None
-    region, values = (
-        Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block),
-        tensors[f"{name}::value"],
-    )
+    region = Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block)
+    if entry["kind"] == "replay":
+        held = getattr(torch, entry["held"])
+        return Replay(region, entry["stream"], held, logs[entry["log"]], entry["track"], entry["result"])
+    values = tensors[f"{name}::value"]
     if tuple(values.shape) != region.values_shape:
         raise KeyError(f"values of shape {region.values_shape} for {name}")
     return Slice(region, values)

@@ -101,6 +101,8 @@ class Asked:
 def _share(asked: Chosen, step: Step, windows: int, world: int) -> Tensor:
     step.counted = False
     found = asked(step)
+    if isinstance(found, (float, int)):  # a metric, for optimizers that ask for numbers only
+        found = torch.tensor(float(found), dtype=torch.float64)
     if not isinstance(found, Tensor) or found.numel() != 1:
         raise RequestError(
             f"{type(found).__name__} {tuple(getattr(found, 'shape', ()))} from the objective {asked.name}",

@@ -18,8 +18,8 @@ from neurograft.core.selection import Selection
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
-from neurograft.train.optimizers import built, chosen, decaying, groups_of
-from neurograft.train.steps import reference_of
+from neurograft.train.optimizers import built, chosen, decaying, forward_only, groups_of
+from neurograft.train.steps import differentiable, driven, probed, reference_of
 from neurograft.train.untouched import random_state
 
 Feed = Callable[[int, Phase], Batch]
@@ -53,9 +53,10 @@ def fit(
             (draw, phase) -> batch, asked for one batch after the other, for data that depend on the schedule's stage.
         steps: optimizer steps.
         lr: learning rate.
-        objective: a choice of `objectives`, or a callable (model, batch) -> loss.
+        objective: a choice of `objectives`, or a callable (model, batch) -> loss (a plain number for gradient-free
+            optimizers; less is better).
         anchor: see `Asked.of`; its `data` are batches.
-        optimizer: a name of `torch.optim` or a choice of `optimizers`.
+        optimizer: a name of `torch.optim` or a choice of `optimizers`; gradient-free ones take any objective.
         schedule: a choice of `schedules`.
         reselect: (model, step) -> Selection, for schedules that turn to other units.
         weight_decay: of matrices, as in the Trainer.
@@ -85,9 +86,10 @@ def fit(
         mount.named_parameters(),
         decay=decaying(model, mount),
         weight_decay=weight_decay,
-        apart=conductor.schedule is not None,
+        apart=conductor.schedule is not None or forward_only(chosen(optimizer)),
     )
-    moving = built(chosen(optimizer), groups, lr=lr)
+    moving = built(chosen(optimizer), groups, lr=lr, seed=seed)
+    driven(mount, moving)
     for group in moving.param_groups:
         group["initial_lr"] = group["lr"]
     modes = [(m, m.training) for m in model.modules()]
@@ -100,9 +102,9 @@ def fit(
                     group["lr"] = group["initial_lr"] * _factor(step, steps, warmup, decay)
                 phase = conductor.begin(step, moving)
                 window = [feed(step * accumulate + i, phase) for i in range(accumulate)]
-                loss = _backward(mount, asked, window, step, steps, call)
+                loss, reached = _window(mount, asked, window, step, steps, call)
                 witness.losses.append(witness.loss(loss, step=step + 1))
-                witness.gradients(phase.awake)
+                witness.gradients(phase.awake, reached)
                 conductor.before_step(moving)
                 if max_norm is not None:
                     nn.utils.clip_grad_norm_([p for p in mount.parameters() if p.grad is not None], max_norm)
@@ -120,21 +122,30 @@ def fit(
     return witness.losses
 
 
-def _backward(
+def _window(
     mount: Mount, asked: Asked, window: Sequence[Batch], step: int, steps: int, call: Callable[..., Any] | None
-) -> float:
+) -> tuple[float, set[str]]:
+    """Go through an accumulation window; return its loss, and what a gradient-free optimizer reached."""
     labels = [b.get("labels") for b in window]
     shift = shifts(mount.model)
     items = None
     if all(isinstance(v, torch.Tensor) for v in labels):
         items = sum(int((v[..., 1:] if shift else v).ne(IGNORE).sum()) for v in labels if v is not None)
-    total = 0.0
+    total, reached = 0.0, set[str]()
     for i, batch in enumerate(window):
-        at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call, trained=mount.held())
-        loss = asked.loss(at, windows=len(window), draw=step * len(window) + i)
-        loss.backward()
-        total += float(loss.detach())
-    return total
+
+        def share(i: int = i, batch: Batch = batch) -> torch.Tensor:
+            at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call, trained=mount.held())
+            return asked.loss(at, windows=len(window), draw=step * len(window) + i)
+
+        if mount.driver is not None:
+            loss, seen = probed(mount, share)
+            total, reached = total + loss, reached | seen
+        else:
+            found = differentiable(share())
+            found.backward()
+            total += float(found.detach())
+    return total, reached
 
 
 def _ordered(batches: Sequence[Batch], seed: int) -> Feed:

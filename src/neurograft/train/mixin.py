@@ -19,8 +19,8 @@ from neurograft.train.conductor import Conductor
 from neurograft.train.mixin_files import Files
 from neurograft.train.mixin_loss import Losses
 from neurograft.train.moved import Witness
-from neurograft.train.optimizers import built, chosen, groups_of
-from neurograft.train.steps import StepEvents
+from neurograft.train.optimizers import built, chosen, forward_only, groups_of
+from neurograft.train.steps import StepEvents, driven
 from neurograft.train.trl import check_head, heads, is_trl
 
 
@@ -152,11 +152,17 @@ class GraftTrainerMixin(Losses, Files):
                 mine,
                 decay=[n for n, p in mine.items() if names.get(id(p), False)],
                 weight_decay=trainer.args.weight_decay,
-                apart=self.conductor.schedule is not None,
+                apart=self.conductor.schedule is not None or forward_only(self.choice),
             )
             if self.choice is None:
                 kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, whole)
                 trainer.optimizer = kind(groups, **options)
             else:
-                trainer.optimizer = built(self.choice, groups, lr=trainer.args.learning_rate)
+                trainer.optimizer = built(self.choice, groups, lr=trainer.args.learning_rate, seed=trainer.args.seed)
+                if driven(self.mount, trainer.optimizer) and trainer.args.world_size > 1:
+                    raise RequestError(
+                        f"{self.choice.name} in {trainer.args.world_size} processes, which draw no common loss",
+                        expected="one process",
+                        do="gather what a larger batch needs with gradient_accumulation_steps",
+                    )
         return super().create_optimizer(model)  # type: ignore[misc]

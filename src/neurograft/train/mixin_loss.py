@@ -13,7 +13,7 @@ from neurograft.core.mount import Mount
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
-from neurograft.train.steps import reference_of
+from neurograft.train.steps import differentiable, probed, reference_of
 from neurograft.train.trl import FusedStep, is_trl
 
 
@@ -26,6 +26,8 @@ class Losses:
     witness: Witness
     window_loss: Tensor | None = None
     micro: int = 0
+    probing: bool = False
+    reached: frozenset[str] = frozenset()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -34,13 +36,15 @@ class Losses:
         trainer: Any = self
         if self.asked is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        training = bool(trainer.model.training)
+        training = bool(trainer.model.training) or self.probing
         world = trainer.args.world_size if trainer.args.average_tokens_across_devices else 1
         step, outputs = self._step(model, inputs, return_outputs, num_items_in_batch)
         windows = trainer.current_gradient_accumulation_steps if training else 1
         draw = trainer.state.global_step * trainer.args.gradient_accumulation_steps + self.micro
         loss = self.asked.loss(step, windows=windows, world=world, draw=draw, anchored=training)
-        self.micro += training
+        self.micro += training and not self.probing
+        if training and not self.probing:
+            differentiable(loss)
         if return_outputs and outputs is None:
             outputs = step.__dict__.get("outputs") or step.__dict__.get("predictions")
         return (loss, outputs) if return_outputs else loss
@@ -71,10 +75,31 @@ class Losses:
             RunError: the loss is not finite.
         """
         trainer: Any = self
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.mount.driver is not None:
+            loss = self._forward_step(*args, **kwargs)
+        else:
+            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self.witness.loss(loss, step=trainer.state.global_step + 1)
         self.window_loss = loss if self.window_loss is None else self.window_loss + loss
         return loss
+
+    def _forward_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Look at the batch from every side the gradient-free optimizer asks for; nothing is differentiated."""
+        trainer: Any = self
+        inputs = trainer._prepare_inputs(inputs)
+
+        def share() -> Tensor:
+            with trainer.compute_loss_context_manager():
+                found: Tensor = trainer.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                return found
+
+        self.probing = True
+        try:
+            mean, reached = probed(self.mount, share)
+        finally:
+            self.probing = False
+        self.micro, self.reached = self.micro + 1, self.reached | reached
+        return torch.tensor(mean, device=trainer.args.device)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._settle()

@@ -27,7 +27,7 @@ class Witness:
 
     def restart(self) -> None:
         """Begin anew with the tensors the mount has now."""
-        self.start = {n: p.detach().clone() for n, p in self.mount.named_parameters().items()}
+        self.start = self.mount.mark()
         self.reached: set[str] = set()
         self.awake: set[str] = set()
 
@@ -51,8 +51,9 @@ class Witness:
             )
         return found
 
-    def gradients(self, awake: frozenset[str] | None = None) -> None:
-        """Note, before a step, which tensors are awake and which got a gradient."""
+    def gradients(self, awake: frozenset[str] | None = None, reached: Iterable[str] = ()) -> None:
+        """Note, before a step, which tensors are awake and which got a gradient, or were reached without one."""
+        self.reached |= set(reached)
         for name, parameter in self.mount.named_parameters().items():
             if awake is None or name in awake:
                 self.awake.add(name)
@@ -67,7 +68,7 @@ class Witness:
                 (where=None), a part that the objective does not use is named instead, as `unreached`.
         """
         now = self.mount.named_parameters()
-        moved = {n: int((now[n].detach() != self.start[n]).sum()) for n in self.awake}
+        moved = {n: int((now[n].detach() != self.start[n].to(now[n].device)).sum()) for n in self.awake}
         blind = sorted(self.awake - self.reached)
         if not self.awake or (blind and (self.mount.declared or not self.reached)):
             raise RunError(

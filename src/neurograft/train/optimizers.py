@@ -58,13 +58,21 @@ def chosen(choice: Any) -> Chosen:
     )
 
 
-def built(choice: Chosen, groups: list[dict[str, Any]], *, lr: float | None = None) -> torch.optim.Optimizer:
+def forward_only(choice: Chosen | None) -> bool:
+    """Say whether a choice moves without gradients, by what its card claims."""
+    return choice is not None and "forward_only" in choice.card.claims
+
+
+def built(
+    choice: Chosen, groups: list[dict[str, Any]], *, lr: float | None = None, seed: int | None = None
+) -> torch.optim.Optimizer:
     """Make the optimizer on parameter groups.
 
     Args:
         choice: from `chosen`.
         groups: parameter groups; their `weight_decay` holds for optimizers that know decay, and raises otherwise.
         lr: learning rate, if the choice's options name none.
+        seed: for choices that draw random numbers, if their options name none.
 
     Raises:
         RequestError: a weight decay for an optimizer without one.
@@ -74,6 +82,8 @@ def built(choice: Chosen, groups: list[dict[str, Any]], *, lr: float | None = No
     takes = set(parameters) if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else None
     if lr is not None and (takes is None or "lr" in takes):
         options.setdefault("lr", lr)
+    if seed is not None and "seed" in parameters:
+        options.setdefault("seed", seed)
     if takes is not None and "weight_decay" not in takes:
         if any(g.get("weight_decay") for g in groups):
             raise RequestError(

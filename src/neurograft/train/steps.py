@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from neurograft.core.errors import RequestError
+from neurograft.core.forward import ForwardOnly
 from neurograft.core.mount import Mount
 
 
@@ -39,7 +41,7 @@ class StepEvents(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note who got a gradient; set the step's learning rates."""
-        self.trainer.witness.gradients(self.trainer.conductor.phase.awake)
+        self.trainer.witness.gradients(self.trainer.conductor.phase.awake, self.trainer.reached)
         self.trainer.conductor.before_step(kwargs["optimizer"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -49,6 +51,56 @@ class StepEvents(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the window's loss."""
         self.trainer.witness.losses.append(float(self.trainer.window_loss))
+
+
+def driven(mount: Mount, optimizer: Any) -> ForwardOnly | None:
+    """Tell a mount whose optimizer needs no gradients, and return it; None for any other optimizer."""
+    mount.driver = optimizer if isinstance(optimizer, ForwardOnly) else None
+    return mount.driver
+
+
+def probed(mount: Mount, loss: Callable[[], Any]) -> tuple[float, set[str]]:
+    """Look at a batch from every side that a mount's gradient-free optimizer asks for.
+
+    Args:
+        mount: its driver is set.
+        loss: the batch's share of the window's loss, as the model stands.
+
+    Returns:
+        The mean loss, and the names of the tensors that were used.
+    """
+    assert mount.driver is not None
+    reached: set[str] = set()
+    modes = [(m, m.training) for m in mount.model.modules()]
+    mount.model.eval()  # dropout would be a second noise
+
+    def ask(terms: Any) -> float:
+        with mount.shifted(terms) as seen:
+            found = float(loss())
+        reached.update(seen)
+        return found
+
+    try:
+        with torch.no_grad():
+            return mount.driver.probe(ask), reached
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def differentiable(loss: Any) -> Any:
+    """Return a loss that has a gradient.
+
+    Raises:
+        RequestError: it has none.
+    """
+    if not loss.requires_grad:
+        raise RequestError(
+            "an objective without a gradient, as a metric has none",
+            expected="a loss that depends on the trained tensors through torch operations",
+            do="optimizer='mezo', which asks for numbers only",
+        )
+    return loss
 
 
 def reference_of(mount: Mount) -> Callable[[Callable[[], Any]], Any]:
