@@ -106,14 +106,14 @@ def test_it_starts_as_the_base_and_its_gradients_are_the_dense_ones_below_the_th
 def test_the_nuclear_gradient_is_that_of_the_directions_on_what_is_trained():
     """Against U V^T and finite differences; 3 4-5 by hand; the draw names one matrix a step."""
     diagonal = Trained(torch.tensor([3.0, -4.0]), Region.of((20, 20), "flat", [0, 21]), torch.zeros(2))
-    step = Step(nn.Identity(), {}, trained={"w": diagonal})
+    step = Step(nn.Identity(), {}, trained=lambda: {"w": diagonal})
     assert float(nuclear(step)) == pytest.approx(7.0)
     rng = generator(0, "sara nuclear")
     weight = torch.randn(20, 24, generator=rng, dtype=torch.float64)
     ids = torch.randperm(480, generator=rng)[:160].sort().values
     values = weight.reshape(-1)[ids].requires_grad_(True)
     region = Region.of((20, 24), "flat", ids)
-    nuclear(Step(nn.Identity(), {}, trained={"w": Trained(values, region, values.detach())})).backward()
+    nuclear(Step(nn.Identity(), {}, trained=lambda: {"w": Trained(values, region, values.detach())})).backward()
     masked = torch.zeros(480, dtype=torch.float64).index_copy(0, ids, values.detach()).view(20, 24)
     u, _, v = torch.linalg.svd(masked, full_matrices=False)
     torch.testing.assert_close(values.grad, (u @ v).reshape(-1)[ids], rtol=0, atol=1e-10)
@@ -126,7 +126,7 @@ def test_the_nuclear_gradient_is_that_of_the_directions_on_what_is_trained():
         n: Trained(torch.tensor([float(i)]), Region.of((20, 20), "flat", [0]), torch.zeros(1))
         for i, n in enumerate("abcd")
     }
-    drawn = [float(nuclear(Step(nn.Identity(), {}, step=i, trained=many))) for i in range(40)]
+    drawn = [float(nuclear(Step(nn.Identity(), {}, step=i, trained=lambda: many))) for i in range(40)]
     assert set(drawn) == {0.0, 1.0, 2.0, 3.0}
     with pytest.raises(RequestError, match="both sides above 20"):
         nuclear(step, side=20)

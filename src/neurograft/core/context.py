@@ -161,8 +161,8 @@ class Step:
         reference: runs something on the base, the change taken out; for anchors.
         extra: columns of the data that are no model inputs.
         wrapped: what to call instead of the model, if it is wrapped (DDP, a compiled module).
-        trained: parameter -> what is trained of it, for penalties on the change; empty where the change is of another
-            shape (low rank, beside the weight).
+        trained: called, gives parameter -> what is trained of it, for penalties on the change; empty where the change
+            is of another shape (low rank, beside the weight).
         counted: set by `mean`: the loss is a share of the whole window's, so shares add up and need no averaging.
     """
 
@@ -174,7 +174,7 @@ class Step:
     reference: Callable[[Callable[[], Any]], Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     wrapped: Callable[..., Any] | None = None
-    trained: Mapping[str, Trained] = field(default_factory=dict)
+    trained: Callable[[], Mapping[str, Trained]] = dict
     counted: bool = field(default=False, init=False)
 
     @cached_property

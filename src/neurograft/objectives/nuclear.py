@@ -31,15 +31,16 @@ def nuclear(step: Step, *, side: int = 16, seed: int = 0) -> Tensor:
     Raises:
         RequestError: nothing trained is part of such a matrix.
     """
-    names = sorted(n for n, t in step.trained.items() if len(t.region.shape) == 2 and min(t.region.shape) > side)
+    trained = step.trained()
+    names = sorted(n for n, t in trained.items() if len(t.region.shape) == 2 and min(t.region.shape) > side)
     if not names:
         raise RequestError(
-            f"a nuclear norm over {len(step.trained)} trained tensors, none of a matrix with both sides above {side}",
+            f"a nuclear norm over {len(trained)} trained tensors, none of a matrix with both sides above {side}",
             expected="part of one such matrix, trained in place or whole",
             do="lower side=, or use adapter='slice' in place",
         )
     pick = names[int(torch.randint(len(names), (), generator=generator(seed, "nuclear", step.step)))]
-    held = step.trained[pick]
+    held = trained[pick]
     region, values = held.region, held.values
     masked = values
     if region.layout != "all":

@@ -135,7 +135,7 @@ def _window(
     for i, batch in enumerate(window):
 
         def share(i: int = i, batch: Batch = batch) -> torch.Tensor:
-            at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call, trained=mount.held())
+            at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call, trained=mount.held)
             return asked.loss(at, windows=len(window), draw=step * len(window) + i)
 
         if mount.driver is not None:

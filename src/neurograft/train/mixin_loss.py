@@ -54,7 +54,7 @@ class Losses:
         more = (trainer.state.global_step, trainer.state.max_steps, items, reference_of(self.mount))
         if not is_trl(self):
             batch, extra = _columns(trainer.model, inputs)
-            return Step(trainer.model, batch, *more, extra, model, self.mount.held()), None
+            return Step(trainer.model, batch, *more, extra, model, self.mount.held), None
         held: dict[str, Any] = {}
 
         def once(**kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ class Losses:
 
         # TRL's own method runs the forward pass and keeps its metrics; its loss is not used.
         own = super().compute_loss(once, inputs, return_outputs, items)  # type: ignore[misc]
-        step = FusedStep(trainer.model, inputs, *more, trained=self.mount.held(), fused=held["fused"])
+        step = FusedStep(trainer.model, inputs, *more, trained=self.mount.held, fused=held["fused"])
         return step, own[1] if return_outputs else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
