@@ -20,7 +20,7 @@ from neurograft.train.loop import fit
 from neurograft.train.untouched import untouched
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import Says, moved, snapshot
 
 PAPER, SCALE = "fpf", "tiny"
 INPUTS, CLASSES = 20, 8
@@ -247,6 +247,11 @@ def test_what_was_said_is_distilled_by_hand():
     assert plain == pytest.approx(0.693147, abs=1e-6)
     found = objective(Step(Even(), {**batch, "remembered": then}), weight=2.0)
     assert found.item() == pytest.approx(plain + 2 * 0.130812, abs=1e-5)
+    model = Says(torch.zeros(1, 3, 2))  # a language model: only the place before the label counts
+    text = {"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.tensor([[-100, 1, -100]])}
+    said = torch.tensor([[[3.0, 1.0], [1.0, 1.0], [1.0, 9.0]]]).log()
+    found = objective(Step(model, {**text, "remembered": said}))
+    assert found.item() == pytest.approx(plain + 0.130812, abs=1e-5)
     with pytest.raises(RequestError, match="remembered logits"):
         objective(Step(Even(), {**batch, "remembered": then[:, :1]}))
 
