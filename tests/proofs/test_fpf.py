@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neurograft.anatomy.sites import sites
-from neurograft.core.context import Context
+from neurograft.core.context import Context, Step
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Selection
@@ -20,7 +20,7 @@ from neurograft.train.loop import fit
 from neurograft.train.untouched import untouched
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import Says, moved, snapshot
 
 PAPER, SCALE = "fpf", "tiny"
 INPUTS, CLASSES = 20, 8
@@ -226,6 +226,54 @@ def net_of(state):
     net = Net()
     net.load_state_dict(state, strict=False)
     return net
+
+
+def test_what_was_said_is_distilled_by_hand():
+    """p_then (3/4, 1/4), p_now (1/2, 1/2): 3/4 ln 3/2 + 1/4 ln 1/2 = 0.130812; without a memory the plain loss."""
+
+    class Even(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(torch.zeros(2))
+
+        def forward(self, features, labels=None):
+            logits = self.logits.expand(len(features), 2)
+            return SimpleNamespace(logits=logits, loss=F.cross_entropy(logits, labels))
+
+    batch = {"features": torch.zeros(3, 1), "labels": torch.tensor([0, 1, 0])}
+    then = torch.tensor([3.0, 1.0]).log().expand(3, 2)
+    objective = resolve("neurograft.objectives.remembered")
+    plain = objective(Step(Even(), batch)).item()
+    assert plain == pytest.approx(0.693147, abs=1e-6)
+    found = objective(Step(Even(), {**batch, "remembered": then}), weight=2.0)
+    assert found.item() == pytest.approx(plain + 2 * 0.130812, abs=1e-5)
+    model = Says(torch.zeros(1, 3, 2))  # a language model: only the place before the label counts
+    text = {"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.tensor([[-100, 1, -100]])}
+    said = torch.tensor([[[3.0, 1.0], [1.0, 1.0], [1.0, 9.0]]]).log()
+    found = objective(Step(model, {**text, "remembered": said}))
+    assert found.item() == pytest.approx(plain + 0.130812, abs=1e-5)
+    with pytest.raises(RequestError, match="remembered logits"):
+        objective(Step(Even(), {**batch, "remembered": then[:, :1]}))
+
+
+def test_the_buffer_keeps_what_was_said_when_it_was_seen():
+    net, said = Net(wide=16), []
+
+    def remember(batch):
+        said.append(net(**batch).logits.clone())
+        return said[-1]
+
+    feed = Replay(world(0, count=4, batch=6), size=100, batch=6, remember=remember)
+    options = {"awake": ["head.*"], "every": 2, "length": 1}
+    with attach(net) as live:
+        fit(
+            live, feed, steps=6, lr=0.5, optimizer="SGD", objective=("remembered", {"weight": 0.5}),
+            schedule=("repair", options),
+        )  # fmt: skip
+    kept = torch.cat([one["remembered"] for one in feed.buffer.items])
+    assert kept.shape == (24, CLASSES)
+    assert torch.equal(kept, torch.cat(said))
+    assert not kept.requires_grad
 
 
 def test_what_cannot_be_repaired_is_refused():

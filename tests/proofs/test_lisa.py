@@ -10,6 +10,7 @@ import torch
 
 from neurograft.anatomy.depth import depths
 from neurograft.core.errors import RequestError
+from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
@@ -180,6 +181,38 @@ def test_low_rank_factors_sleep_with_their_layers():
         )  # fmt: skip
     for was, now in itertools.pairwise(history):
         assert len({int(n.split(".")[2]) for n in was if not torch.equal(was[n], now[n])}) == 1
+
+
+def test_the_norms_along_the_depth_by_hand():
+    """Layer 1 doubled in the first of two changes, the head moved by a number of norm 3 in the second."""
+    model = model_of(2)
+    size = {n: float(p.detach().double().norm()) for n, p in model.named_parameters()}
+
+    def of(place):
+        return sum(v**2 for n, v in size.items() if place in n) ** 0.5
+
+    grafts = []
+    for step in range(2):
+        with attach(model) as live:
+            with torch.no_grad():
+                for name, value in live.trained().items():
+                    if step == 0 and ".layers.1." in name:
+                        value *= 2
+                    elif step == 1 and name == "lm_head.weight":
+                        value[0, 0] += 3
+            grafts.append(live.graft())
+    found = resolve("neurograft.audits.layer_norms")(model, grafts)
+    assert [p["name"] for p in found["places"]] == ["embeddings", "layer 0", "layer 1", "behind"]
+    low, first, second, head = found["places"]
+    assert low["norm_base"] == low["norm"] == pytest.approx(size["model.embed_tokens.weight"])
+    assert (low["change"], first["change"]) == (0.0, 0.0)
+    assert second["norm"] == pytest.approx(1.5 * of(".layers.1."), rel=1e-6)
+    assert second["change"] == pytest.approx(0.5 * of(".layers.1."), rel=1e-6)
+    assert head["change"] == pytest.approx(1.5)
+    assert found["ends_share"] == pytest.approx(9 / (9 + of(".layers.1.") ** 2), rel=1e-6)
+    assert resolve("neurograft.audits.layer_norms")(model, Graft())["ends_share"] == 0.0
+    with pytest.raises(RequestError, match="no change"):
+        resolve("neurograft.audits.layer_norms")(model, [])
 
 
 def test_the_recipe_wakes_gamma_layers():

@@ -15,6 +15,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.attach import attach
+from neurograft.pipeline.plan import plan
 from neurograft.pipeline.recipe import recipe
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
@@ -30,11 +31,11 @@ PAPER, SCALE = "spafit", "tiny"
 @contextmanager
 def biases_of_updated_matrices_train_too():
     """A bias trains wherever it lies."""
-    plan = resolve("neurograft.adapters.strata._by_layers")
+    planned = resolve("neurograft.adapters.strata._by_layers")
 
-    @wraps(plan)
+    @wraps(planned)
     def greedy(model, deep, strata, low_rank):
-        whole, low, fresh = plan(model, deep, strata, low_rank)
+        whole, low, fresh = planned(model, deep, strata, low_rank)
         return [*whole, *(f"{name}.bias" for name in low)], low, fresh
 
     with patched("neurograft.adapters.strata", "_by_layers", greedy):
@@ -174,6 +175,19 @@ def test_the_ends_of_the_plan_are_the_known_tuners():
     with attach(model, None, adapter=adapter_of(cuts=(0, 0), r=4)) as live:
         assert all(torch.equal(p, start[n]) for n, p in live.named_parameters().items() if "lora" in n)
         assert sum("lora" in n for n in live.named_parameters()) == len(start)
+
+
+def test_what_it_costs_is_known_before_it_runs():
+    """4 layers of width 32: 2 x 4 x 64 numbers of factors in each of two layers, biases of three, the head."""
+    model = encoder()
+    said = plan(model, recipe("spafit", cuts=(1, 2), r=4))
+    size = {n: p.numel() for n, p in model.named_parameters()}
+    biases = sum(s for n, s in size.items() if n.endswith("bias") and any(f".layer.{i}." in n for i in (1, 2, 3)))
+    biases -= sum(size[f"bert.encoder.layer.{i}.attention.self.{m}.bias"] for i in (2, 3) for m in ("query", "value"))
+    head = size["classifier.weight"] + size["classifier.bias"]
+    assert said["trainable"] == 2 * 2 * 4 * 64 + biases + head
+    assert said["bytes"]["moments"] == 8 * said["trainable"]
+    assert plan(model, "lisa")["trainable"] == sum(size.values())
 
 
 def test_plans_that_mean_nothing_are_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -88,15 +88,23 @@ class Replay:
         size: of the buffer, in examples.
         batch: examples drawn from it at a time.
         stage: beginning of the names of stages that learn from the buffer.
+        remember: batch -> logits, kept with every example as its column `remembered`, for the objective of that name.
         seed: names the draws.
     """
 
     def __init__(
-        self, stream: Iterable[Batch], *, size: int, batch: int = 16, stage: str = "repair", seed: int = 0
+        self,
+        stream: Iterable[Batch],
+        *,
+        size: int,
+        batch: int = 16,
+        stage: str = "repair",
+        remember: Callable[[Batch], torch.Tensor] | None = None,
+        seed: int = 0,
     ) -> None:
         self.stream: Iterator[Batch] = iter(stream)
         self.buffer: Reservoir[Batch] = Reservoir(size, seed=seed)
-        self.batch, self.stage = batch, stage
+        self.batch, self.stage, self.remember = batch, stage, remember
 
     def __call__(self, draw: int, phase: Phase) -> Batch:
         """Return the batch of a draw.
@@ -112,7 +120,11 @@ class Replay:
                 f"draw {draw} from a stream that has ended", expected="a batch for every step outside of repairs",
                 do="make fewer steps, or give more data",
             )  # fmt: skip
-        for example in singles(found):
+        shown = found
+        if self.remember is not None:
+            with torch.no_grad():
+                shown = {**found, "remembered": self.remember(found).detach()}
+        for example in singles(shown):
             self.buffer.see(example)
         return found
 

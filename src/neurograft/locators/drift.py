@@ -68,7 +68,9 @@ def _learned(context: Context, tasks: int, epochs: int, lr: float) -> tuple[list
             f"{tasks} tasks of {len(batches)} batches", expected="2 or more tasks, each of a batch", do="give more data"
         )
     flags = {p: p.requires_grad for p in context.model.parameters()}
-    mine = {n: p.requires_grad_(True) for n, p in Parameters.of(context.model).by_name.items() if p.is_floating_point()}
+    mine = {n: p for n, p in Parameters.of(context.model).by_name.items() if p.is_floating_point()}
+    for parameter in mine.values():
+        parameter.requires_grad_(True)
     held = {p: p.grad for p in mine.values()}
     ends: list[State] = []
     steps: list[tuple[State, State]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,11 +61,11 @@ def plan(
         made = changed(recipe, changes or {})
         steps, where = [dict(s) for s in made.steps], _stand_in(net, made)
     if where is None:
-        numbers = sum(p.numel() for p in net.parameters())
+        numbers = _by_adapter(net, steps)
         return {
             "steps": steps,
             "units": None,
-            "parameters": "all",
+            "parameters": "all" if numbers == sum(p.numel() for p in net.parameters()) else "by the adapter's options",
             "trainable": numbers,
             "bytes": _bytes(numbers, 0, 4),
         }
@@ -81,6 +81,15 @@ def plan(
         "fraction": trainable / sum(p.numel() for p in net.parameters()),
         "bytes": _bytes(trainable, sum(len(r.ids) for r in regions.values()), width),
     }
+
+
+def _by_adapter(net: nn.Module, steps: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many numbers an adapter trains that is given no selection: all, or what its options say."""
+    adapter = next((s["adapter"] for s in steps if s["do"] == "tune" and "adapter" in s), "dense")
+    if choose("adapters", adapter).function in (choose("adapters", n).function for n in ("dense", "slice")):
+        return sum(p.numel() for p in net.parameters())
+    with choose("adapters", adapter)(net, None) as mount:
+        return sum(p.numel() for p in mount.parameters())
 
 
 def _stand_in(net: nn.Module, recipe: Recipe) -> Selection | None:

@@ -31,7 +31,7 @@ def put_back(model: nn.Module, graft: Graft, where: Selection) -> Graft:
         >>> net = pico("llama")
         >>> with attach(net) as live:
         ...     for value in live.parameters():
-        ...         value.data.add_(1.0)
+        ...         value.data += 1.0
         ...     graft = live.graft()
         >>> layers = sites(net, "layer")
         >>> low = Selection.of(layers, {next(iter(layers)): [0]})

@@ -13,8 +13,8 @@ from neurograft.recipes._training import training
     task="text-generation",
     departs="The sensitivity score and the schedule's constants could not be read: modules are ranked by their change "
     "between tasks, learned by plain SGD from consecutive parts of the data, and the defaults are ours. k-FPF is the "
-    "schedule `repair` with `data.reservoir` in the plain loop. The variant that distills stored logits is left out. "
-    "Batch statistics never update: they belong to the base.",
+    "schedule `repair` with `data.reservoir` in the plain loop, and k-FPF-KD the objective `remembered` there. Batch "
+    "statistics never update: they belong to the base.",
 )
 def fpf(
     *,
