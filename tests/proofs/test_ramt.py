@@ -188,6 +188,23 @@ def test_the_recipe_shuts_weights_of_attention_alone():
         assert sum(len(at) for at in moved(before, model).values()) == graft.numel > 0
 
 
+def test_attention_of_a_diffusion_model_is_masked():
+    """diffusers' UNet, self- and cross-attention: the same start, the same end under the graft, nothing left behind."""
+    model = pico("unet")
+    batch, where, before = pico_batch(model), attention(model), snapshot(model)
+    start = model(**batch).sample
+    with attach(model, where, adapter="mask") as live:
+        assert torch.equal(model(**batch).sample, start)
+        optimizer = torch.optim.Adam(live.parameters(), lr=6e-3)
+        model(**batch).sample.pow(2).mean().backward()
+        optimizer.step()
+        masked, graft = model(**batch).sample, live.graft()
+    assert not torch.equal(masked, start)
+    assert not moved(before, model)
+    with graft.on(model):
+        assert torch.equal(model(**batch).sample, masked)
+
+
 def test_bad_options_are_named():
     step = Step(pico("vit"), pico_batch("vit"))
     with pytest.raises(RequestError, match="lam=2"):
