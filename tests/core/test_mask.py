@@ -117,6 +117,30 @@ def test_shut_entries_stay_shut_when_joined():
     assert mixed.values.tolist() == [0, 0, 1]
 
 
+def test_what_several_masks_shut_is_shut_once():
+    """Not original + 2 * (0 - original); beside a change of another kind the sum of both counts."""
+    model = net()
+    base = model.weight.detach().clone().view(-1)
+    one, two = (Graft.made(model, {"weight": Shut(Region.of((32, 64), "flat", ids))}) for ids in ([0, 2], [2, 5]))
+    both = base.clone()
+    both[[0, 2, 5]] = 0
+    with one.on(model), two.on(model):
+        assert torch.equal(model.weight.view(-1), both)
+    with two.on(model), one.on(model):
+        assert torch.equal(model.weight.view(-1), both)
+    joined = one + two
+    assert isinstance(joined.deltas["weight"], Shut)
+    with joined.on(model):
+        assert torch.equal(model.weight.view(-1), both)
+    row = Graft.made(model, {"weight": Slice(Region.of((32, 64), "rows", [0]), base.view(32, 64)[:1] + 1)})
+    with one.on(model), two.on(model), row.on(model):
+        both[:64] += 1
+        torch.testing.assert_close(model.weight.view(-1), both)
+    with one.on(model), two.scale(0.5).on(model):
+        assert model.weight.view(-1)[2].item() == pytest.approx(-0.5 * base[2].item())
+    assert torch.equal(model.weight.view(-1), base)
+
+
 def rows(ids=(0, 1, 2, 3)):
     site = Site("w", "row", 32, (Part.rows("weight", (32, 64)),))
     return Selection.of({"w": site}, {"w": ids})

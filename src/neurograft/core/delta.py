@@ -83,6 +83,10 @@ class Shut(Slice):
         """Return the tensors that describe the change."""
         return {"flat": self.region.ids}
 
+    def after(self, before: Tensor) -> Tensor:
+        """Return zeros, for the whole region or a part of it."""
+        return torch.zeros_like(before)
+
     def at(self, piece: Piece) -> Shut:
         """Return the change, or the part of it that lies in a piece, where the piece lies."""
         return Shut(piece.region)
@@ -191,8 +195,8 @@ Delta = Slice | LowRank | New | Replay
 def combined(region: Region, original: Tensor, members: Sequence[tuple[Slice | Shift, float]]) -> Tensor:
     """Return the numbers of `region` under several scaled changes, before rounding to the base's dtype.
 
-    A number touched by one unscaled change is that change's value; any other is
-    `original + sum of s * (value - original)` in float32, in the order given.
+    A number touched by one unscaled change is that change's value, and one that several unscaled `Shut` set to 0 counts
+    as set once; any other is `original + sum of s * (value - original)` in float32, in the order given.
 
     Args:
         region: holds every member's entries.
@@ -211,7 +215,12 @@ def combined(region: Region, original: Tensor, members: Sequence[tuple[Slice | S
     if len(members) == 1 and members[0][1] == 1.0 and isinstance(places[0], slice):
         return members[0][0].after(base).reshape(region.values_shape)
     total, exact, count = base.clone(), base.clone(), torch.zeros(len(base), dtype=torch.uint8)
+    shut = torch.zeros(len(base), dtype=torch.bool)
     for (change, s), where in zip(members, places):
+        if isinstance(change, Shut) and s == 1.0:
+            fresh = torch.zeros_like(shut)
+            fresh[where] = True
+            where, shut = (fresh & ~shut).nonzero().reshape(-1), shut | fresh
         before = base[where]
         values = change.after(before)
         total[where] += s * (values - before)
@@ -252,7 +261,7 @@ def patched(region: Region, values: Tensor, under: Region, numbers: Tensor) -> T
 def merged(members: list[tuple[Slice, float]], originals: Tensor | None, region: Region | None = None) -> Slice:
     """Return one slice that equals several scaled ones; `originals` may be None where nothing overlaps."""
     region = region or union(change.region for change, _ in members)
-    if originals is None and all(isinstance(change, Shut) and s == 1.0 for change, s in members):
+    if all(isinstance(change, Shut) and s == 1.0 for change, s in members):
         return Shut(region)
     if originals is None:
         originals = torch.zeros(region.values_shape)

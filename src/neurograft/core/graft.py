@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.coordinates import coordinates, everything
-from neurograft.core.delta import Delta, LowRank, New, Slice, merged
+from neurograft.core.delta import Delta, LowRank, New, Shut, Slice, merged
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.operation import Operation
@@ -299,7 +299,8 @@ def _sum(name: str, grafts: list[Graft]) -> tuple[Delta, Tensor | None]:
         whole = delta if isinstance(delta, Slice) else delta.on(graft.originals[name].reshape(delta.shape))
         slices.append((whole, graft.strength))
     overlap = len(slices) == 2 and union(s.region for s, _ in slices).numel < sum(s.region.numel for s, _ in slices)
-    if not overlap and all(s == 1.0 for _, s in slices):
+    shut = all(isinstance(change, Shut) for change, _ in slices)
+    if (shut or not overlap) and all(s == 1.0 for _, s in slices):
         return merged(slices, None), _originals(name, grafts, slices)
     original = _originals(name, grafts, slices)
     if original is None:

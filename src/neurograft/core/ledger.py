@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from neurograft.core.delta import Shift, Slice, combined
+from neurograft.core.delta import Shift, Shut, Slice, combined
 from neurograft.core.region import Region
 
 Change = Slice | Shift
@@ -40,4 +40,6 @@ def aligned(change: Change, other: Region) -> Change:
     if change.region.matrix == other.matrix or isinstance(change, Shift):
         return change
     flat, order = change.region.flattened()
+    if isinstance(change, Shut):
+        return Shut(replace(flat, matrix=other.matrix))
     return Slice(replace(flat, matrix=other.matrix), change.values.reshape(-1)[order])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.coordinates import Coordinates, coordinates, everything, holders
-from neurograft.core.delta import LowRank, New, Shift, Slice, patched
+from neurograft.core.delta import LowRank, New, Shift, patched
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits, tensor_digest
 from neurograft.core.fits import check_writable, named, other_base, wrong_shape
@@ -227,9 +227,7 @@ class Stack:
                     )
                 if tuple(weight.shape) != piece.region.shape:
                     raise wrong_shape(tensor, piece.region.shape, tuple(weight.shape), graft)
-                change = (
-                    Shift(whole, piece) if isinstance(whole, LowRank) else Slice(piece.region, piece.take(whole.values))
-                )
+                change = Shift(whole, piece) if isinstance(whole, LowRank) else whole.at(piece)
                 changes.setdefault(piece.name, []).append(change)
         return changes
 

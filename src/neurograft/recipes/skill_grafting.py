@@ -48,7 +48,8 @@ def skill_grafting(
     within = {"by": "noise", "roles": ["block"]}
     plain: dict[str, Any] = {"warmup": 0.0, "schedule": "constant", "batch": batch}
     mask = {"toward": "$tuned", "shape": "flip", "at": offset, "patch": fraction}
-    whole = {"gradient_accumulation_steps": 1_000_000, "max_grad_norm": 0.0}  # a window ends with the data
+    # However many batches a window may hold, it ends with the data.
+    whole: dict[str, Any] = {"gradient_accumulation_steps": 1_000_000, "max_grad_norm": 0.0}
     return Recipe(
         "skill_grafting",
         (
