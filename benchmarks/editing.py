@@ -5,8 +5,8 @@
 1,000 facts (a relation of a country in one of four languages) get another object of their relation, in batches of
 100, each batch on top of the ones before it; LocFT-BF, which shuffles, trains on all edits up to a point at once. At
 every point of the curve: reliability (the edit's own phrasing), phrasings (known ones and ones nothing was ever
-trained on), locality (half of the facts that are not edited, of those the base answers right; a third of them, and
-some sums and requests, all in other words, are the general data whose keys the normal equations protect), general ability
+trained on), locality (a quarter of the facts that are not edited, of those the base answers right; a third of them, and
+some sums and requests, in other words, are the general data whose keys the normal equations protect), general ability
 (sums, refusals, compliances against the base), all word for word up to the end of the answer. At the last point single
 edits are rolled back.
 
@@ -38,13 +38,13 @@ BATCH, ROLLED_BACK = 100, 20
 SKILLS = ("arithmetic", "refuse", "comply")
 SEARCH = {"layers": [1, 2], "steps": 12, "lr": 0.6, "clamp": 1.0, "decay": 0.0, "eos": True}
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "nmke": ("nmke", {**SEARCH, "mask": "post", "null": 1.0, "ridge": 0.1}),
     "nmke, solved in the mask, covariance": (
         "nmke",
         {**SEARCH, "mask": "solve", "null": None, "weight": 0.1, "ridge": 1e-3},
     ),
-    "memit": ("nmke", {**SEARCH, "mask": "none", "null": None, "weight": 0.1, "ridge": 1e-3}),
     "locft_bf": ("locft_bf", {"layers": [2], "lr": 2e-2, "epochs": 12, "together": 25}),
+    "memit": ("nmke", {**SEARCH, "mask": "none", "null": None, "weight": 0.1, "ridge": 1e-3}),
+    "nmke": ("nmke", {**SEARCH, "mask": "post", "null": 1.0, "ridge": 0.1}),
 }
 Row = dict[str, Any]
 
@@ -92,7 +92,7 @@ class Exam:
 
         self.edits = {"reliability": asked("taught", 0), "known": asked("known", 0), "held_out": asked("held_out", 0)}
         rows = facts("known", 0)
-        others = self.requests([row for key, row in sorted(rows.items()) if key not in new][::2])
+        others = self.requests([row for key, row in sorted(rows.items()) if key not in new][::4])
         skills = [
             row
             for skill in SKILLS
@@ -157,8 +157,9 @@ def main() -> None:
         for row in atlas.questions(skill, language, "validation", limit=60 if skill in text.RELATIONS else 20)
         if (skill, language, row["subject"]) not in new
     ]
-    points = [n for n in (100, 200, 400, 600, 800, 1000) if n < given.edits] + [given.edits]
+    points = [n for n in (100, 300, 600, 1000) if n < given.edits] + [given.edits]
     rows = [{"prompt": e.source["prompt"], "target_new": e.source["completion"]} for e in exam.edits["reliability"]]
+    kept = {name: len(asked) for name, asked in exam.kept.items()}
     results: dict[str, Any] = {}
     for name, (by, options) in METHODS.items():
         started, curve = time.perf_counter(), []
@@ -168,7 +169,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             curve = [{"edits": n, **exam.marks(part(whole, range(n)), n)} for n in points]
         else:
-            for n in points[:1] + points[2:3] + points[-1:]:
+            for n in points[:-2] + points[-1:]:
                 whole = edit(model, rows[:n], by=(by, options), **more)
                 curve.append({"edits": n, **exam.marks(whole, n)})
             seconds = time.perf_counter() - started
@@ -176,11 +177,15 @@ def main() -> None:
         if by == "nmke":
             results[name]["rollback"] = exam.rolled_back(whole, given.seed)
         print(name, f"{seconds:.0f} s")
+        payload = {"environment": environment(), "seed": given.seed, "batch": BATCH, "kept_questions": kept}
+        path = write("editing", payload | {"methods": results}, output=given.output)
         heads = list(curve[0])
-        print(table([[row[h] for h in heads] for row in curve], heads), results[name].get("rollback", ""), flush=True)
-    kept = {name: len(asked) for name, asked in exam.kept.items()}
-    payload = {"environment": environment(), "seed": given.seed, "batch": BATCH, "kept_questions": kept}
-    print(write("editing", payload | {"methods": results}, output=given.output))
+        print(
+            table([[row[h] for h in heads] for row in curve], heads),
+            results[name].get("rollback", ""),
+            path,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
