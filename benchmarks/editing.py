@@ -5,7 +5,8 @@
 1,000 facts (a relation of a country in one of four languages) get another object of their relation, in batches of
 100, each batch on top of the ones before it; LocFT-BF, which shuffles, trains on all edits up to a point at once. At
 every point of the curve: reliability (the edit's own phrasing), phrasings (known ones and ones nothing was ever
-trained on), locality (facts that are not edited, against the answers of the base that was right), general ability
+trained on), locality (a quarter of the facts that are not edited, of those the base answers right; a third of them, and
+some sums and requests, in other words, are the general data whose keys the normal equations protect), general ability
 (sums, refusals, compliances against the base), all word for word up to the end of the answer. At the last point single
 edits are rolled back.
 
@@ -34,13 +35,16 @@ from neurograft.worlds import _atlas_text as text
 from neurograft.worlds import atlas
 
 BATCH, ROLLED_BACK = 100, 20
+SKILLS = ("arithmetic", "refuse", "comply")
 SEARCH = {"layers": [1, 2], "steps": 12, "lr": 0.6, "clamp": 1.0, "decay": 0.0, "eos": True}
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "alphaedit": ("nmke", {**SEARCH, "mask": "none", "null": 0.2}),
-    "nmke, null space": ("nmke", {**SEARCH, "mask": "post", "null": 0.2}),
+    "nmke, solved in the mask, covariance": (
+        "nmke",
+        {**SEARCH, "mask": "solve", "null": None, "weight": 0.1, "ridge": 1e-3},
+    ),
+    "locft_bf": ("locft_bf", {"layers": [2], "lr": 2e-2, "epochs": 12, "together": 25}),
     "memit": ("nmke", {**SEARCH, "mask": "none", "null": None, "weight": 0.1, "ridge": 1e-3}),
-    "nmke, covariance": ("nmke", {**SEARCH, "mask": "solve", "null": None, "weight": 0.1, "ridge": 1e-3}),
-    "locft_bf": ("locft_bf", {"layers": [1], "lr": 3e-3, "epochs": 25, "together": 100}),
+    "nmke": ("nmke", {**SEARCH, "mask": "post", "null": 1.0, "ridge": 0.1}),
 }
 Row = dict[str, Any]
 
@@ -88,10 +92,10 @@ class Exam:
 
         self.edits = {"reliability": asked("taught", 0), "known": asked("known", 0), "held_out": asked("held_out", 0)}
         rows = facts("known", 0)
-        others = self.requests([row for key, row in sorted(rows.items()) if key not in new][::2])
+        others = self.requests([row for key, row in sorted(rows.items()) if key not in new][::4])
         skills = [
             row
-            for skill in ("arithmetic", "refuse", "comply")
+            for skill in SKILLS
             for language in atlas.languages(skill)
             for row in atlas.questions(skill, language, "known", limit=40)
         ]
@@ -146,10 +150,16 @@ def main() -> None:
     model, tokenizer = atlas.load()
     new = changed(given.edits, given.seed)
     exam = Exam(model, tokenizer, new)
-    general = [_bare(r) for s in text.RELATIONS for g in atlas.languages(s) for r in atlas.questions(s, g, limit=60)]
-    general = [r for r in general if r["prompt"] not in {q["prompt"] for q in exam.edits["known"]}]
-    points = [n for n in (100, 200, 400, 600, 800, 1000) if n < given.edits] + [given.edits]
+    general = [
+        _bare(row)
+        for skill in (*text.RELATIONS, *SKILLS)
+        for language in atlas.languages(skill)
+        for row in atlas.questions(skill, language, "validation", limit=60 if skill in text.RELATIONS else 20)
+        if (skill, language, row["subject"]) not in new
+    ]
+    points = [n for n in (100, 300, 600, 1000) if n < given.edits] + [given.edits]
     rows = [{"prompt": e.source["prompt"], "target_new": e.source["completion"]} for e in exam.edits["reliability"]]
+    kept = {name: len(asked) for name, asked in exam.kept.items()}
     results: dict[str, Any] = {}
     for name, (by, options) in METHODS.items():
         started, curve = time.perf_counter(), []
@@ -159,7 +169,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             curve = [{"edits": n, **exam.marks(part(whole, range(n)), n)} for n in points]
         else:
-            for n in points:
+            for n in points[:-2] + points[-1:]:
                 whole = edit(model, rows[:n], by=(by, options), **more)
                 curve.append({"edits": n, **exam.marks(whole, n)})
             seconds = time.perf_counter() - started
@@ -167,11 +177,15 @@ def main() -> None:
         if by == "nmke":
             results[name]["rollback"] = exam.rolled_back(whole, given.seed)
         print(name, f"{seconds:.0f} s")
+        payload = {"environment": environment(), "seed": given.seed, "batch": BATCH, "kept_questions": kept}
+        path = write("editing", payload | {"methods": results}, output=given.output)
         heads = list(curve[0])
-        print(table([[row[h] for h in heads] for row in curve], heads), results[name].get("rollback", ""), flush=True)
-    kept = {name: len(asked) for name, asked in exam.kept.items()}
-    payload = {"environment": environment(), "seed": given.seed, "batch": BATCH, "kept_questions": kept}
-    print(write("editing", payload | {"methods": results}, output=given.output))
+        print(
+            table([[row[h] for h in heads] for row in curve], heads),
+            results[name].get("rollback", ""),
+            path,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

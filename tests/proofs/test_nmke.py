@@ -220,7 +220,7 @@ def test_only_the_mask_moves_and_it_is_the_mask_of_the_scores():
         before = snapshot(model)
         graft = edit(model, ASKED, by=("nmke", {"mask": mask, **wide}), general=context.batches)
         assert not moved(before, model)
-        scores = lens.amplified(model, first, rows)
+        scores = lens.amplified(model, first, rows, gain=30 * first.keys.n / 14_336)
         z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
         busiest = int((z > 0).sum(0).mul(100.0).add(scores.max(0).values).argmax())
         with graft.on(model):
@@ -314,7 +314,16 @@ def edited(seed, mask):
     others = [{"prompt": q, "target_new": a[:1]} for q, a in made.rows(range(25, 32), phrasings=(0, 1, 2))]
     kept = as_requests(others, model, None)
     before = said(model, kept)
-    options = {"mask": mask, "null": 0.1, "layers": [0], "steps": 8, "lr": 1.0, "clamp": 1.0, "decay": 0.0}
+    options = {
+        "mask": mask,
+        "null": 1.0,
+        "ridge": 0.1,
+        "layers": [0],
+        "steps": 8,
+        "lr": 1.0,
+        "clamp": 1.0,
+        "decay": 0.0,
+    }
     if mask == "random":
         options["mask"] = "post"
         rng, chosen = generator(seed, "random mask"), lens.mask_of
@@ -331,8 +340,12 @@ def edited(seed, mask):
 
 @effect
 def test_fifty_facts_one_at_a_time():
-    """AlphaEdit's null space on a two-layer model of facts; masks of about half of the layer."""
-    table = {mask: [edited(seed, mask) for seed in range(3)] for mask in ("none", "post", "solve", "random")}
+    """AlphaEdit on a two-layer model of facts, its null space the directions below the mean; the mask of the paper.
+
+    Threshold and amplification matter. With a null space of a few directions (null=0.1, amplification 30 as at 14,336
+    neurons, here 192) the mask spoils both: reliability .06 against .99, locality .02 against .63 (3 seeds).
+    """
+    table = {mask: [edited(seed, mask) for seed in range(3)] for mask in ("none", "post", "random")}
     note(**{f"{m}_{what}": [r[i] for r in rows] for m, rows in table.items() for i, what in enumerate(WHAT)})
     bar(
         "locality of the masked edit less that of the unmasked",
