@@ -31,18 +31,21 @@ class InPlaceMount(Mount):
     ) -> None:
         names = {n: self._checked(n, dict(model.named_parameters(remove_duplicate=False))[n]) for n in regions}
         super().__init__(model, new=new)
-        self.lives = [Live(n, names[n], r, allow_dense=allow_dense) for n, r in regions.items() if n not in self.whole]
+        self.allow_dense = allow_dense
+        self.lives = [self._live(n, names[n], r) for n, r in regions.items() if n not in self.whole]
         self.start = {}
         for live in self.lives:
             if live.name in self.stack.ledgers:
                 self.start[live.name] = self.stack.unrounded(live.name, live.weight, live.region)
                 live.theta.data.copy_(self.start[live.name])
-        self.allow_dense = allow_dense
         self._tag(self.lives)
         self.handles = [
             register_optimizer_step_post_hook(self._stepped),
             model.register_forward_pre_hook(_Guard(self)),
         ]
+
+    def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
+        return Live(name, weight, region, allow_dense=self.allow_dense)
 
     def _prepare(self, live: Live) -> None:
         """Choose the routes of the plain cases now, so that a compiler meets no search for them."""

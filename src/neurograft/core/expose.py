@@ -50,7 +50,7 @@ def _handed(leaf: str) -> property:
         live = weight.neurograft
         with Plain():
             live.sync()
-            alias: Tensor = Alias.apply(live.weight, live.theta, live)
+            alias: Tensor = Alias.apply(live.weight, live.values, live)
         return alias
 
     return property(read)

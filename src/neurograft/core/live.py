@@ -51,6 +51,11 @@ class Live:
             f"the live weight {self.name} cannot be pickled; save the graft, or detach before saving the model"
         )
 
+    @property
+    def values(self) -> Tensor:
+        """The live entries as operations see them, with gradient to theta: theta itself, unless entries are tied."""
+        return self.theta
+
     def write(self) -> None:
         """Bring the weight up to date with theta, unless it rests; rewriting equal values is harmless."""
         if self.resting:
@@ -58,7 +63,7 @@ class Live:
         if self.theta.dtype not in (torch.float32, torch.float64):
             raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
         with Plain():
-            self.region.write_(self.weight, self.theta)
+            self.region.write_(self.weight, self.values)
 
     @property
     def moment(self) -> int:
@@ -239,7 +244,7 @@ def alias(value: Any, func: Any, *, free: bool = False) -> Any:
             f"{live.name} meets the operation {name}, whose compact gradient is not known here; "
             "pass allow_dense=True to accept a dense gradient of this weight, or leave it out of the selection"
         )
-    dense = Alias.apply(live.weight, live.theta, live)
+    dense = Alias.apply(live.weight, live.values, live)
     shift = getattr(value, "shift", None)
     if shift is not None:
         view: Any = value

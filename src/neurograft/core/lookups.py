@@ -52,7 +52,7 @@ def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     skip = given.get("padding_idx")
     skip = -1 if skip is None else int(skip) % live.region.shape[0]
     y = func(*args, **kwargs)
-    tapped = _EmbeddingTap.apply(y, given["input"], live.theta, live, skip)
+    tapped = _EmbeddingTap.apply(y, given["input"], live.values, live, skip)
     return tapped
 
 
@@ -62,7 +62,7 @@ def gathered(y: Tensor, weight: Any, index: Any) -> Any:
     if not rows or hasattr(weight, "shift") or weight.neurograft.region.matrix[0] != 1 or y.dim() != index.dim() + 1:
         return NotImplemented
     live: Live = weight.neurograft
-    return _EmbeddingTap.apply(y, index.remainder(live.region.matrix[1]), live.theta, live, -1)
+    return _EmbeddingTap.apply(y, index.remainder(live.region.matrix[1]), live.values, live, -1)
 
 
 class _ConvTap(torch.autograd.Function):
@@ -142,7 +142,7 @@ def conv(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     options = tuple(_spread(given.get(n, d), dims) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
     y = func(**given)
     live: Live = weight.neurograft
-    return _ConvTap.apply(y, given["input"], live.theta, live, (*options, given.get("groups", 1)))
+    return _ConvTap.apply(y, given["input"], live.values, live, (*options, given.get("groups", 1)))
 
 
 def _spread(value: int | Sequence[int], dims: int) -> list[int]:

@@ -47,8 +47,8 @@ def _product(y: Tensor, x: Tensor, weight: Any, side: Side) -> Tensor | None:
     chosen, lo, hi = live.local(bank, side)
     if hi == lo:
         return y
-    theta = live.theta if hi - lo == live.theta.shape[0] else live.theta[lo:hi]
-    return Tap.apply(y, x, theta, chosen, live)
+    values = live.values
+    return Tap.apply(y, x, values if hi - lo == len(values) else values[lo:hi], chosen, live)
 
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, at: int, side: Side) -> Any:
@@ -181,5 +181,5 @@ def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     y = func(*args, **kwargs)
     if torch.compiler.is_compiling():
-        return _GroupedWhole.apply(y, x, live.theta, live, side, offs)
-    return _GroupedTap.apply(y, x, live.theta, live, side, offs.tolist())
+        return _GroupedWhole.apply(y, x, live.values, live, side, offs)
+    return _GroupedTap.apply(y, x, live.values, live, side, offs.tolist())
