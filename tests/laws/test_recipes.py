@@ -94,6 +94,11 @@ def test_it_runs_on_two_other_families_from_python_and_the_command_line(name, fa
     assert same.identity == graft.identity
     net = type(pico(family)).from_pretrained(model).eval()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    with same.on(net):
-        assert any(not torch.equal(p, before[n]) for n, p in net.named_parameters())
+    tokens = {"input_ids": torch.arange(8, 16)[None]}
+    with torch.no_grad():
+        said = net(**tokens).logits
+        with same.on(net):
+            changed = [n for n, p in net.named_parameters() if not torch.equal(p, before[n])]
+            assert changed if same.deltas else same.operations
+            assert not torch.equal(net(**tokens).logits, said)
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())

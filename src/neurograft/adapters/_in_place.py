@@ -40,7 +40,6 @@ class InPlaceMount(Mount):
             if live.name in self.stack.ledgers:
                 self.start[live.name] = self.stack.unrounded(live.name, live.weight, live.region)
                 live.theta.data.copy_(self.start[live.name])
-        self.allow_dense = allow_dense
         self._tag(self.lives)
         self.handles = [
             register_optimizer_step_post_hook(self._stepped),

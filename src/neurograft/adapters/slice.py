@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from neurograft.adapters._in_place import InPlaceMount
 from neurograft.adapters._settled import Settled, packed, unpacked
 from neurograft.adapters._side import SideMount
+from neurograft.adapters._tied import TiedMount
 from neurograft.core.card import method
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, one_of
@@ -29,6 +30,7 @@ def slice(
     protect: Selection | None = None,
     tied: Literal["refuse", "both", "untie"] = "refuse",
     route: Literal["in-place", "side"] = "in-place",
+    tie: Literal["site"] | None = None,
     allow_dense: bool = False,
 ) -> Mount:
     """Make the numbers that the selected units own trainable, as small float32 tensors of values.
@@ -42,6 +44,10 @@ def slice(
             only the selected use changes; the graft then unties it wherever it is put on.
         route: "in-place" writes the values into the base's weight; "side" leaves it alone and adds
             x @ (values - base).T beside it, for quantized or sharded bases.
+        tie: "site" gives all chosen units of a site one shared update vector for each of their parts: row i becomes
+            W0[i] + delta of its site, and the tensors trained are the deltas, at 0 first, one row a site. Units in
+            several groups stand in several sites, as `pipeline.clustered` makes them. The graft holds the deltas and
+            0/1 membership as low-rank factors, so K groups export as a LoRA of rank K; weight decay pulls deltas to 0.
         allow_dense: accept a dense gradient where an operation on a selected weight is not known.
 
     Weight decay pulls the values themselves towards 0, as in full fine-tuning, on both routes.
@@ -51,9 +57,17 @@ def slice(
     """
     one_of(route, ("in-place", "side"), what="route")
     one_of(tied, ("refuse", "both", "untie"), what="rule for tied weights")
+    if tie is not None and (one_of(tie, ("site",), what="tie") and (route == "side" or isinstance(new, Mapping))):
+        raise RequestError(
+            f"tie={tie!r} with route={route!r}, new={new!r}",
+            expected="values written in place, no appended rows",
+            do="leave one of them out",
+        )
     ties = untied(model, where) if tied == "untie" else None
     try:
-        mount = _mounted(model, where, new=new, protect=protect, tied=tied, route=route, allow_dense=allow_dense)
+        mount = _mounted(
+            model, where, new=new, protect=protect, tied=tied, route=route, allow_dense=allow_dense, tie=tie
+        )
     except BaseException:
         if ties is not None:
             ties.remove()
@@ -71,8 +85,11 @@ def _mounted(
     tied: str,
     route: str,
     allow_dense: bool,
+    tie: str | None,
 ) -> Mount:
     regions = regions_of(model, where, protect=protect, tied=tied)
+    if tie is not None:
+        return TiedMount(model, regions, where, new=new, allow_dense=allow_dense)
     appended = dict(new) if isinstance(new, Mapping) else {}
     for name, rows in appended.items():
         weight = model.get_parameter(name)

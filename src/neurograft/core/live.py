@@ -51,6 +51,11 @@ class Live:
             f"the live weight {self.name} cannot be pickled; save the graft, or detach before saving the model"
         )
 
+    @property
+    def values(self) -> Tensor:
+        """The live entries as operations see them, with gradient to theta: theta itself, unless entries are tied."""
+        return self.theta
+
     def write(self) -> None:
         """Bring the weight up to date with theta, unless it rests; rewriting equal values is harmless."""
         if self.resting:

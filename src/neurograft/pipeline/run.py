@@ -109,7 +109,7 @@ def run(
     plan = changed(recipe, changes or {})
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     state: dict[str, Any] = {"model": net, "data": data, "requests": data, "where": None, **given}
-    common = {"processing_class": processing_class, "seed": seed}
+    common = state["common"] = {"processing_class": processing_class, "seed": seed}  # for steps that are no verbs
     used: set[str] = set()
     for step in plan.steps:
         do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as")}
@@ -138,7 +138,7 @@ def run(
             expected="arguments of its steps",
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
-    return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests")})
+    return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
 
 
 def changed(found: Recipe | str, changes: Mapping[str, Any]) -> Recipe:

@@ -1,0 +1,115 @@
+"""Tied deltas: one shared update vector for all chosen units of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.adapters._in_place import InPlaceMount
+from neurograft.core.delta import Delta, LowRank, Slice
+from neurograft.core.errors import RequestError
+from neurograft.core.live import Live
+from neurograft.core.mount import matrix_of
+from neurograft.core.region import Region, region_of
+from neurograft.core.selection import Selection
+from neurograft.core.stack import Stack
+from neurograft.core.tied import Tied
+from neurograft.core.units import Parameters, Part
+
+
+class TiedMount(InPlaceMount):
+    """Vectors trained in place; row i of a group becomes base_i + vector of the group."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: Mapping[str, Region],
+        where: Selection,
+        *,
+        new: Iterable[str] | Mapping[str, int] = (),
+        allow_dense: bool = False,
+    ) -> None:
+        below = sorted(set(Stack.of(model).ledgers) & set(regions))
+        if below:
+            raise RequestError(
+                f"tie='site' on {below[0]}, which carries a graft",
+                expected="a plain base",
+                do="merge the grafts into a base of their own first, or leave tie out",
+            )
+        self.grouped = grouped(model, regions, where)
+        super().__init__(model, {n: r for n, (r, _) in self.grouped.items()}, new=new, allow_dense=allow_dense)
+
+    def _live(self, name: str, weight: nn.Parameter, region: Region, *, allow_dense: bool) -> Live:
+        return Tied(name, weight, region, self.grouped[name][1], allow_dense=allow_dense)
+
+    def deltas(self) -> dict[str, Slice] | dict[str, Delta]:  # type: ignore[override]
+        """Return vectors and 0/1 membership as low-rank factors, exactly; folded rows where a weight has no factors."""
+        found: dict[str, Delta] = {}
+        for live in self.lives:
+            assert isinstance(live, Tied)
+            owner = self.model.get_submodule(live.name.rpartition(".")[0])
+            transposed = type(owner).__name__ == "Conv1D"
+            whole = self.where.to_checkpoint(live.name, _all(live.region)) if len(live.region.shape) == 2 else []
+            if live.region.layout == ("cols" if transposed else "rows") and len(whole) == 1:
+                member = torch.zeros(live.region.shape[1 if transposed else 0], len(live.theta))
+                member[live.region.ids.cpu(), live.groups.cpu()] = 1.0
+                vectors = live.theta.detach().cpu().float().clone()
+                found[live.name] = LowRank(live.region.shape, vectors, member, 1.0, transposed)
+            else:
+                found[live.name] = Slice(live.region.to("cpu"), live.numbers().cpu().clone())
+        return found
+
+
+def _all(region: Region) -> Region:
+    return Region(region.shape, region.matrix, "all", torch.empty(0, dtype=torch.int64))
+
+
+def grouped(model: nn.Module, regions: Mapping[str, Region], where: Selection) -> dict[str, tuple[Region, Tensor]]:
+    """Return for each parameter its region, by rows, columns or single entries, and the group of each of them.
+
+    Raises:
+        RequestError: units of several shapes meet in a parameter, or a unit stands in two sites.
+    """
+    found, gathered = Parameters.of(model), {}
+    for name, ids in where.ids.items():
+        for index, part in enumerate(where.sites[name].parts if len(ids) else ()):
+            key = found.alias[part.param]
+            gathered.setdefault(key, []).append((f"{name}/{index}", _pieces(model, part, ids)))
+    made = {}
+    for key, region in regions.items():
+        pieces = gathered[key]
+        layouts = {piece.layout for _, (piece, _) in pieces}
+        if len(layouts) > 1 or not layouts <= {"rows", "cols", "flat"}:
+            raise RequestError(
+                f"tie='site' for units that lie as {' and '.join(sorted(layouts))} in {key}",
+                expected="whole rows, whole columns or single entries",
+                do="tie neurons or heads by one kind of their numbers: selector ('only', {'parts': 'reads'})",
+            )
+        ids = torch.cat([piece.ids for _, (piece, _) in pieces])
+        labels = torch.cat([place + 1_000_003 * g for g, (_, (_, place)) in enumerate(pieces)])
+        if len(ids.unique()) != len(ids):
+            raise RequestError(
+                f"tie='site' with a unit of {key} in two sites",
+                expected="each unit in one group",
+                do="cluster a selection once, and draw controls with their groups apart",
+            )
+        layout = layouts.pop()
+        if region.layout == layout:  # protected units are out
+            kept = torch.isin(ids, region.ids.cpu())
+            ids, labels = ids[kept], labels[kept]
+        order = ids.argsort()
+        groups = labels[order].unique(return_inverse=True)[1]
+        made[key] = (Region.of(region.shape, layout, ids[order], matrix=region.matrix), groups)
+    return made
+
+
+def _pieces(model: nn.Module, part: Part, ids: Tensor) -> tuple[Region, Tensor]:
+    """Return the region of some units, and for each of its rows the place inside its unit."""
+    shape = tuple(Parameters.of(model).by_name[Parameters.of(model).alias[part.param]].shape)
+    matrix = matrix_of(model, part.param, shape)
+    one = region_of(part, ids[:1], shape, matrix)
+    width = len(one.ids)
+    every = [region_of(part, ids[i : i + 1], shape, matrix).ids for i in range(len(ids))]
+    return Region.of(shape, one.layout, torch.cat(every), matrix=matrix), torch.arange(width).repeat(len(ids))
