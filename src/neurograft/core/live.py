@@ -51,11 +51,6 @@ class Live:
             f"the live weight {self.name} cannot be pickled; save the graft, or detach before saving the model"
         )
 
-    @property
-    def values(self) -> Tensor:
-        """The live entries as operations see them, with gradient to theta: theta itself, unless entries are tied."""
-        return self.theta
-
     def write(self) -> None:
         """Bring the weight up to date with theta, unless it rests; rewriting equal values is harmless."""
         if self.resting:
@@ -70,7 +65,7 @@ class Live:
         return self.theta.detach()
 
     def source(self) -> Tensor:
-        """Return what stands for these numbers in the graph, shaped like theta; its gradient ends in theta."""
+        """Return what stands for these numbers in the graph, shaped like them; its gradient ends in theta."""
         return self.theta
 
     @property

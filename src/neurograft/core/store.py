@@ -193,24 +193,19 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
     logs: list[Log] = []
     for name, delta in graft.deltas.items():
         entry: dict[str, Any] = {"shape": list(delta.shape), "kind": type(delta).__name__.lower()}
-        if isinstance(delta, (Slice, Replay)):
+        if isinstance(delta, Shut):
+            entry |= {"matrix": list(delta.region.matrix)}
+            key, packed = shortest(delta.region)
+            tensors[f"{name}::{key}"] = packed
+        elif isinstance(delta, (Slice, Replay)):
             region = delta.region
             entry |= {"layout": region.layout, "matrix": list(region.matrix), "block": region.block}
             if region.layout != "all":
                 tensors[f"{name}::{region.layout}"] = narrow_ids(region.ids, gaps=region.layout == "flat")
-        if isinstance(delta, Slice):
-            tensors[f"{name}::value"] = delta.values.detach().cpu().contiguous()
-        elif isinstance(delta, Replay):
-            if not any(log is delta.log for log in logs):
-                logs.append(delta.log)
-            number = next(i for i, log in enumerate(logs) if log is delta.log)
-            held = str(delta.held).removeprefix("torch.")
-            entry |= {"log": number, "track": delta.track, "stream": delta.stream, "held": held}
-            entry |= {"result": delta.result}
-        elif isinstance(delta, Shut):
-            entry |= {"matrix": list(delta.region.matrix)}
-            key, packed = shortest(delta.region)
-            tensors[f"{name}::{key}"] = packed
+            if isinstance(delta, Slice):
+                tensors[f"{name}::value"] = delta.values.detach().cpu().contiguous()
+            else:
+                entry |= _logged(delta, logs)
         elif isinstance(delta, LowRank):
             entry |= {"scale": delta.scale, "transposed": delta.transposed}
             tensors[f"{name}::lora_A"] = delta.A.detach().cpu().contiguous()
@@ -236,6 +231,15 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if logs:
         text["logs"] = [{"grain": log.grain, "made": log.made} for log in logs]
     return tensors, text
+
+
+def _logged(delta: Replay, logs: list[Log]) -> dict[str, Any]:
+    """Return what a file says of a replayed change; its log joins those of the others if it is not among them."""
+    if not any(log is delta.log for log in logs):
+        logs.append(delta.log)
+    number = next(i for i, log in enumerate(logs) if log is delta.log)
+    held = str(delta.held).removeprefix("torch.")
+    return {"log": number, "track": delta.track, "stream": delta.stream, "held": held, "result": delta.result}
 
 
 def _log(i: int, made: dict[str, Any], tensors: dict[str, Tensor]) -> Log:
