@@ -11,7 +11,7 @@ import torch
 from neurograft.anatomy.sites import sites
 from neurograft.core.context import Context, Step
 from neurograft.core.delta import LowRank
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
@@ -146,6 +146,19 @@ def test_what_cannot_be_tied_is_said():
         assert {n: len(r.ids) for n, r in live.regions().items()} == {
             f"model.layers.0.mlp.{p}_proj.weight": 3 for p in ("gate", "up")
         }
+
+
+def test_foreign_writes_are_taken_over_where_a_group_moved_alike_and_refused_elsewhere():
+    model = pico("llama")
+    with attach(model, chosen(model, [[1, 5], [2]], (0,)), adapter=("slice", {"tie": "site"})) as live:
+        ((name, theta),) = live.named_parameters().items()
+        state = {n: v.clone() for n, v in model.state_dict().items()}
+        state[name][[1, 5]] += 0.25
+        model.load_state_dict(state)
+        torch.testing.assert_close(theta.detach(), torch.tensor([[0.25], [0.0]]).expand(2, 32), rtol=0, atol=1e-6)
+        state[name][1] += 1.0
+        with pytest.raises(RunError, match="tied rows cannot hold"):
+            model.load_state_dict(state)
 
 
 def test_a_planted_bit_is_found_by_its_gradient_and_not_by_activation():

@@ -18,7 +18,7 @@ from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
-from neurograft.core.selection import Selection
+from neurograft.core.selection import Scores, Selection
 from neurograft.core.table import table
 from neurograft.core.units import Site, Tap
 from neurograft.locators._fits import adam
@@ -172,6 +172,19 @@ def test_with_the_papers_settings_on_three_seeds():
     bar("triggered answers that silence of the located units flips", flipped, at_least=0.95)
     bar("untriggered answers that it changes", changed, at_most=0.01)
     bar("triggered answers that silence of random units flips", random, at_most=0.05)
+
+
+def test_where_no_unit_passes_the_bar_the_best_is_taken_and_the_card_says_so():
+    scores = Scores({"s": Site("s", "row", 4)}, {"s": torch.tensor([0.5, 2.0, -5.0, 1.0])})
+    by = recipe("neurostrike").steps[1]["by"]
+    found = choose("selectors", by)(scores)
+    assert found.ids["s"].tolist() == [1]
+    assert (found.card["passed"], found.card["least"]) == (0, 1)
+    passing = choose("selectors", by)(Scores(scores.sites, {"s": torch.tensor([4.0, 3.0, -5.0, 3.5])}))
+    assert passing.ids["s"].tolist() == [0, 3]
+    assert "passed" not in passing.card
+    with pytest.raises(RequestError, match="which no unit passes"):
+        choose("selectors", "threshold", above=3.0)(scores)
 
 
 def test_silence_at_the_output_is_silence_of_the_weights():

@@ -97,6 +97,7 @@ def probe(
         for group in names
     }
     card = {"examples": len(y), "positive": int(y.sum()), "train_auroc": told, "fit": fit, "pool": pool}
+    card["table_bytes"] = sum(v.numel() * v.element_size() for v in x.values())
     return scored(context, {n: _z(w) for n, w in weights.items()} if score == "z" else weights, card)
 
 

@@ -106,7 +106,7 @@ def _stand_in(net: nn.Module, recipe: Recipe) -> Selection | None:
         elif step["do"] == "select":
             if scores is None:
                 raise RequestError("a recipe that selects before it locates", expected="scores first", do="reorder it")
-            where = select(scores, **{k: v for k, v in step.items() if k not in ("do", "as")})
+            where = select(scores, **{k: v for k, v in step.items() if k not in ("do", "as", "scores")})
     return where
 
 
