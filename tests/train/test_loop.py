@@ -76,9 +76,9 @@ def gradients(model, where, batches, objective="auto", **options):
     """Return the gradient a window of batches gives each live tensor, and its loss."""
     with attach(model, where, **options) as live:
         from neurograft.train.asked import Asked
-        from neurograft.train.loop import _backward
+        from neurograft.train.loop import _window
 
-        loss = _backward(live, Asked.of(objective), batches, 0, 1, None)
+        loss, _ = _window(live, Asked.of(objective), batches, 0, 1, None)
         return loss, {n: p.grad.clone() for n, p in live.named_parameters().items()}
 
 
