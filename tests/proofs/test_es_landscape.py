@@ -2,11 +2,13 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import neurograft as ng
 from neurograft.audits.landscape import landscape, peaked
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
@@ -227,3 +229,6 @@ def test_the_recipe_climbs_a_reward_without_a_gradient():
     assert out.graft.card["optimizer"]["options"] == {"sigma": 0.02, "n": 10}
     with pytest.raises(RequestError, match="at least two steps"):
         peaked(losses)
+    longer = replace(out.graft, card={**out.graft.card, "losses": [*range(30, 0, -1), *range(30)]})
+    report = ng.audit(model, longer, keep={"own": rows}, probes=[("landscape", {"probes": 2, "best": (1, 2)})])
+    assert report.data["domains"]["own"]["landscape"]["course"]["decays"]

@@ -12,12 +12,12 @@ from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
 from neurograft.core.noise import grain
 from neurograft.core.seeds import derive
 from neurograft.core.shift import Shift
 
 Reward = Callable[[nn.Module, Batch], float]
+WINDOWS = 10
 
 
 @method(
@@ -58,7 +58,7 @@ def landscape(
     Returns:
         `base` and `changed`: for each its `reward`, the probes' `rewards`, `better` (the share of them above the
         model) and `gain` by n, all None where nothing is left to gain; `course`: what `peaked` says of the losses on a
-        graft's card, None without.
+        graft's card, None without enough of them.
 
     Raises:
         RequestError: no batches, no probes, or no distance.
@@ -92,8 +92,9 @@ def landscape(
         base = around(model)
         with made.on() as changed:
             after = around(changed)
-    losses = change.card.get("losses") if isinstance(change, Graft) else None
-    return {"sigma": sigma, "base": base, "changed": after, "course": peaked([-x for x in losses]) if losses else None}
+    losses = made.grafts[0].card.get("losses", []) if len(made.grafts) == 1 else []
+    course = peaked([-x for x in losses]) if len(losses) >= 2 * WINDOWS else None
+    return {"sigma": sigma, "base": base, "changed": after, "course": course}
 
 
 def _best_of(rewards: Tensor, n: int) -> float:
@@ -102,7 +103,7 @@ def _best_of(rewards: Tensor, n: int) -> float:
     return float((rewards.sort().values * ranks.pow(n).diff()).sum())
 
 
-def peaked(rewards: Sequence[float], *, windows: int = 10) -> dict[str, Any]:
+def peaked(rewards: Sequence[float], *, windows: int = WINDOWS) -> dict[str, Any]:
     """Say whether a course of rewards rose, peaked and fell, by the means of equal windows.
 
     Args:
@@ -119,7 +120,7 @@ def peaked(rewards: Sequence[float], *, windows: int = 10) -> dict[str, Any]:
     Example:
         >>> found = peaked([*range(40), *range(40, 0, -1)], windows=8)
         >>> found["peak"], found["decays"]
-        (35, True)
+        (45, True)
         >>> peaked(list(range(80)), windows=8)["decays"]
         False
     """
