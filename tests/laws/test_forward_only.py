@@ -1,6 +1,7 @@
 """Laws of optimizers that need no gradient: the base is never written, the graft is a log, and the log replays."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,28 @@ def test_a_log_refuses_another_torch_device_or_result(method, tmp_path):
     with pytest.raises(RunError, match="other bytes"):
         graft.apply(model)
     assert equal(bits(model), before)
+
+
+@pytest.mark.parametrize("adapter", ["dense", DISK], ids=["memory", "disk"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_log_is_saved_portably_while_the_model_is_live_and_when_it_is_gone(method, adapter, tmp_path):
+    model = pico("llama")
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    with attach(model, adapter=adapter) as live:
+        fit(live, [pico_batch(model)], steps=2, lr=1e-3, optimizer=quick(method), objective=loss)
+        ended, graft = bits(model), live.graft()
+        inside = Graft.load(graft.save(tmp_path / "inside"))
+        assert equal(bits(model), ended)
+    del model, live
+    gone = Graft.load(graft.save(tmp_path / "gone"))  # the base is read from where the card says it lies
+    assert inside.identity == gone.identity == graft.identity
+    fresh = pico("llama")
+    with gone.on(fresh):
+        assert equal(bits(fresh), ended)
+    nowhere = replace(graft, card={**graft.card, "base": {}}, home=None)
+    with pytest.raises(RequestError, match="without the base"):
+        nowhere.save(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("method", METHODS)

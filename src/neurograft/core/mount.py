@@ -22,7 +22,7 @@ from neurograft.core.graft import Graft
 from neurograft.core.noise import Stream
 from neurograft.core.operation import Operation
 from neurograft.core.region import Region, as_matrix, region_of, union
-from neurograft.core.replay import Log, Replay
+from neurograft.core.replay import Home, Log, Replay
 from neurograft.core.selection import Selection
 from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
@@ -162,7 +162,8 @@ class Mount(ABC):
         try:
             apart = () if self.ties is None else (Untie(self.ties.names),)
             deltas, operations = dict(sorted(found.items())), (*apart, *self.payloads())
-            return Graft.made(self.model, deltas, operations=operations, card=card, stack=self.stack)
+            made = Graft.made(self.model, deltas, operations=operations, card=card, stack=self.stack)
+            return replace(made, home=Home(self.model, self.rest)) if made.logged else made
         finally:
             resting()
 
