@@ -66,6 +66,7 @@ class Stored(Wrapped):
     def __call__(self, hidden_states, *args, **kwargs):
         block, given = self.block, self.block.arguments(args, kwargs)
         given |= {k: v for k, v in (("past_key_values", None), ("use_cache", False)) if k in given}
+        block.drawn()
         return block.out(block.forward(*_halves(hidden_states), given))
 
 
@@ -106,6 +107,30 @@ def test_gradients_are_those_of_the_stored_version():
         for name, gradient in theirs.items():
             torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-8)
         assert not moved(before, model)
+
+
+def test_dropout_is_drawn_again_and_autocast_entered_again():
+    model = exact("llama", attention_dropout=0.4).train()
+    batch = pico_batch(model)
+    with attach(model, adapter="reversible") as live, torch.random.fork_rng(devices=[]):
+        found = []
+        for twin in (nullcontext(), storing(live)):
+            torch.manual_seed(0)
+            with twin:
+                found.append(gradients(live, batch))
+        assert found[0][0] == found[1][0]
+        for name, gradient in found[1][1].items():
+            torch.testing.assert_close(found[0][1][name], gradient, rtol=0, atol=1e-10)
+    model = pico("llama")
+    batch = pico_batch(model)
+    with attach(model, adapter="reversible") as live:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss, ours = gradients(live, batch)
+            with storing(live):
+                same, theirs = gradients(live, batch)
+        assert loss == same
+        for name, gradient in theirs.items():
+            assert float((ours[name] - gradient).norm()) <= 0.02 * float(gradient.norm()), name
 
 
 def blocks(seed, *, scale, form, **options):

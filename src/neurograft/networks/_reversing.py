@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError
+from neurograft.core.seeds import derive
 from neurograft.networks._routing import Routing
 
 PARTS = (
@@ -68,6 +69,7 @@ class Block:
     bottom: bool
     last: bool
     routing: Routing = field(init=False)
+    seed: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         names = next((p for p in PARTS if all(hasattr(self.layer, n) for n in p)), None)
@@ -87,17 +89,23 @@ class Block:
                 do="form='standard'",
             )
 
+    def drawn(self) -> int | None:
+        """Draw what dropout is seeded with in this pass, and again when inputs are computed back; None without."""
+        self.seed = int(torch.randint(1 << 31, ()).item()) if _random(self.layer) else None
+        return self.seed
+
     def first(self, x1: Tensor, x2: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Return F."""
         coupled = self.tape.form == "coupled"
         seen = self.norm1(self._up(x1 if coupled else x2))
-        with _fed(self.attend, self.norm1(self._up(x2)) if coupled else None):
+        with _seeded(self.seed, 0), _fed(self.attend, self.norm1(self._up(x2)) if coupled else None):
             out = self.attend(seen, **kwargs)
         return self._down(out[0] if isinstance(out, tuple) else out)
 
     def second(self, y1: Tensor) -> Tensor:
         """Return G."""
-        out = self.feed(self.norm2(self._up(y1)))
+        with _seeded(self.seed, 1):
+            out = self.feed(self.norm2(self._up(y1)))
         return self._down(out[0] if isinstance(out, tuple) else out)
 
     def _up(self, x: Tensor) -> Tensor:
@@ -155,12 +163,13 @@ class Reverse(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, block: Block, kwargs: Mapping[str, Any], anchor: Tensor) -> Tensor:
         tape, own = block.tape, _halves(hidden)
         ctx.block, ctx.kwargs, ctx.dtype, ctx.routed = block, kwargs, hidden.dtype, None
-        ctx.seed = int(torch.randint(1 << 31, ()).item()) if _random(block.layer) else None
-        with _seeded(ctx.seed), block.routing.noted() as ctx.routed:
+        device = hidden.device.type
+        ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.seed = block.drawn()
+        with block.routing.noted() as ctx.routed:
             y = block.forward(*own, kwargs)
         check = tape.verify and (tape.passes - 1) % tape.verify == 0
-        with _seeded(ctx.seed):
-            ctx.stored = bool(check) and block.misses(own, y, kwargs)
+        ctx.stored = bool(check) and block.misses(own, y, kwargs)
         tape.stored += ctx.stored
         ctx.save_for_backward(*(own if ctx.stored else ()), *(y if block.last else ()))
         return block.out(y)
@@ -173,14 +182,16 @@ class Reverse(torch.autograd.Function):
         y = tuple(saved) if block.last else tape.halves
         if y is None:
             raise RunError("a second backward pass through reversible blocks; call backward once for each forward pass")
-        with block.routing.replayed(ctx.routed):
-            with torch.no_grad(), _seeded(ctx.seed):
+        device, dtype, on = ctx.cast
+        block.seed = ctx.seed
+        # Without the cache: a weight cast while nothing was recorded would be taken for one that was.
+        with block.routing.replayed(ctx.routed), torch.autocast(device, dtype, enabled=on, cache_enabled=False):
+            with torch.no_grad():
                 x = kept or block.inverse(*y, kwargs)
-            with torch.enable_grad(), _seeded(ctx.seed):
+            with torch.enable_grad():
                 x1, x2 = (h.detach().requires_grad_() for h in x)
                 found = block.forward(x1, x2, kwargs)
-            g = grads[0].to(found[0].dtype)
-            torch.autograd.backward(found, g.chunk(2, -1))
+        torch.autograd.backward(found, grads[0].to(found[0].dtype).chunk(2, -1))
         tape.halves = None if block.bottom else (x1.detach(), x2.detach())
         below = torch.cat([h.grad if h.grad is not None else torch.zeros_like(h) for h in (x1, x2)], -1)
         return below.to(ctx.dtype), None, None, None
@@ -197,6 +208,7 @@ class Wrapped:
         block, tape = self.block, self.block.tape
         given = block.arguments(args, kwargs)
         if not torch.is_grad_enabled():
+            block.drawn()
             return block.out(block.forward(*_halves(hidden_states), given))
         # A cache would be filled twice, and keep what the blocks are there not to keep.
         given |= {k: v for k, v in (("past_key_values", None), ("use_cache", False)) if k in given}
@@ -239,11 +251,11 @@ def _random(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Let dropout draw the same numbers again."""
+def _seeded(seed: int | None, branch: int) -> Iterator[None]:
+    """Let a branch's dropout draw the same numbers again, in whatever order the branches run."""
     if seed is None:
         yield
         return
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(derive(seed, branch))
         yield
