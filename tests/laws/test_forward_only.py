@@ -1,12 +1,14 @@
 """Laws of optimizers that need no gradient: the base is never written, the graft is a log, and the log replays."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 import neurograft as ng
-from neurograft.core.choose import choose, methods
+from neurograft.anatomy.sites import sites
+from neurograft.core.choose import choose, methods, option_names
 from neurograft.core.coordinates import everything
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError
@@ -27,6 +29,12 @@ METHODS = [n for n in methods("optimizers") if "forward_only" in choose("optimiz
 DISK = ("dense", {"originals": "disk"})
 
 
+def quick(method, **more):
+    """A method that draws few directions."""
+    few = {"n": 2} if "n" in option_names(choose("optimizers", method).function) else {}
+    return method, {**few, **more}
+
+
 def bits(model):
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
@@ -42,13 +50,11 @@ def loss(model, batch):
 def trained(model, method, *, adapter="dense", where=None, steps=3, lr=1e-3, **more):
     """Return the graft, and the state the model had at the end of the training."""
     with attach(model, where, adapter=adapter) as live:
-        fit(live, [pico_batch(model)], steps=steps, lr=lr, optimizer=(method, more), objective=loss)
+        fit(live, [pico_batch(model)], steps=steps, lr=lr, optimizer=quick(method, **more), objective=loss)
         return live.graft(), bits(model)
 
 
 def some(model, match="*down_proj*", kind="column"):
-    from neurograft.anatomy.sites import sites
-
     units = sites(model, kind, match=match)
     return Selection.of(units, {n: torch.arange(0, s.n, 3) for n, s in units.items()})
 
@@ -129,6 +135,28 @@ def test_a_log_refuses_another_torch_device_or_result(method, tmp_path):
     assert equal(bits(model), before)
 
 
+@pytest.mark.parametrize("adapter", ["dense", DISK], ids=["memory", "disk"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_log_is_saved_portably_while_the_model_is_live_and_when_it_is_gone(method, adapter, tmp_path):
+    model = pico("llama")
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    with attach(model, adapter=adapter) as live:
+        fit(live, [pico_batch(model)], steps=2, lr=1e-3, optimizer=quick(method), objective=loss)
+        ended, graft = bits(model), live.graft()
+        inside = Graft.load(graft.save(tmp_path / "inside"))
+        assert equal(bits(model), ended)
+    del model, live
+    gone = Graft.load(graft.save(tmp_path / "gone"))  # the base is read from where the card says it lies
+    assert inside.identity == gone.identity == graft.identity
+    fresh = pico("llama")
+    with gone.on(fresh):
+        assert equal(bits(fresh), ended)
+    nowhere = replace(graft, card={**graft.card, "base": {}}, home=None)
+    with pytest.raises(RequestError, match="without the base"):
+        nowhere.save(tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_logs_stack_scale_and_add_like_other_grafts(method):
     model = pico("llama", dtype=torch.bfloat16)
@@ -188,7 +216,7 @@ def test_what_sleeps_is_neither_shifted_nor_moved(method):
             [pico_batch(model)],
             steps=2,
             lr=1e-3,
-            optimizer=method,
+            optimizer=quick(method),
             objective=watch,
             schedule=("stages", {"parts": parts}),
         )
@@ -201,7 +229,7 @@ def test_what_sleeps_is_neither_shifted_nor_moved(method):
             [pico_batch(model)],
             steps=4,
             lr=1e-3,
-            optimizer=method,
+            optimizer=quick(method),
             objective=loss,
             schedule=("stages", {"parts": parts}),
         )
@@ -223,11 +251,13 @@ def test_trainer_runs_resumes_and_repeats_bit_for_bit(method, tmp_path):
         "gradient_accumulation_steps": 2,
     }
     args |= {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2, "output_dir": str(tmp_path)}
-    straight = ng.tune(model, rows, optimizer=method, args=args)
+    straight = ng.tune(model, rows, optimizer=quick(method), args=args)
     assert straight.logged
-    again = ng.tune(model, rows, optimizer=method, args=args, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = ng.tune(
+        model, rows, optimizer=quick(method), args=args, resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+    )
     assert again.identity == straight.identity
-    other = ng.tune(model, rows, optimizer=method, args=args, seed=1)
+    other = ng.tune(model, rows, optimizer=quick(method), args=args, seed=1)
     assert other.identity != straight.identity
 
 
@@ -290,5 +320,5 @@ def test_the_most_tensor_bytes_alive_are_those_of_inference(method):
     with torch.no_grad(), Peak() as inference:
         model(**batch)
     with attach(model, adapter=DISK) as live, Peak() as meter:
-        fit(live, [batch], steps=1, lr=1e-6, optimizer=method, objective=loss)
+        fit(live, [batch], steps=1, lr=1e-6, optimizer=quick(method), objective=loss)
     assert (own + meter.peak) / (own + inference.peak) < 1.02

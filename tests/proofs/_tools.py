@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.choose import choose
-from neurograft.core.context import Step
+from neurograft.core.context import IGNORE, Step
 from neurograft.pipeline.attach import attach
 from neurograft.train.loop import fit
 from neurograft.worlds.mixture import mixture
@@ -149,3 +149,12 @@ def tuned_to(
     model.eval()
     assert found, f"the loss on {task} never fell below {target}"
     return found
+
+
+@torch.no_grad()
+def right(model: nn.Module, batch: Mapping[str, Tensor]) -> float:
+    """Return the share of a causal model's labelled tokens that are the likeliest, a number without a gradient."""
+    labels = batch["labels"][:, 1:]
+    keep = labels != IGNORE
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return float((logits.argmax(-1)[keep] == labels[keep]).float().mean())

@@ -18,7 +18,7 @@ from neurograft.train.loop import fit
 from neurograft.worlds.mixture import mixture
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import base, moved, snapshot
+from tests.proofs._tools import base, moved, right, snapshot
 
 PAPER, SCALE = "mezo", "tiny"
 
@@ -209,15 +209,6 @@ def test_a_process_that_trains_takes_no_more_memory_than_one_that_infers():
         assert done.returncode == 0, done.stderr
         found[what] = int(done.stdout.split()[-1])
     bar("peak resident memory of training over that of inference", found["training"] / found["inference"], at_most=1.02)
-
-
-def right(model, batch):
-    """Share of labelled tokens that are the likeliest."""
-    labels = batch["labels"][:, 1:]
-    keep = labels != IGNORE
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    return float((logits.argmax(-1)[keep] == labels[keep]).float().mean())
 
 
 def probed(model, train, test):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -19,7 +18,7 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.operation import Operation
 from neurograft.core.region import as_matrix, positions, union
-from neurograft.core.replay import Replay
+from neurograft.core.replay import Home, Replay
 from neurograft.core.resolve import resolve
 from neurograft.core.stack import Stack
 from neurograft.core.untie import Apart, Untie
@@ -38,7 +37,7 @@ class Graft:
         card: plain data: base, recipe, selection, data digests, seeds, versions, citations, audit.
         strength: s in original + s * (value - original).
         originals: the base's numbers under each slice, if known; never saved.
-        home: weak reference to the model a log of seeds was made on; never saved.
+        home: the model a log of seeds was made on, held weakly; never saved.
 
     Example:
         >>> from neurograft.core.region import Region
@@ -59,7 +58,7 @@ class Graft:
     card: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
     originals: Mapping[str, Tensor] = field(default_factory=dict)
-    home: Callable[[], nn.Module | None] | None = field(default=None, repr=False, compare=False)
+    home: Home | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def made(
@@ -84,7 +83,7 @@ class Graft:
         known_as = {name: where.modules(name) for name in known}
         known_as = {name: modules for name, modules in known_as.items() if modules != [name]}
         facts = {"base": describe(model), "versions": versions(), "modules": known_as, **(card or {})}
-        home = weakref.ref(model) if any(isinstance(d, Replay) for d in deltas.values()) else None
+        home = Home(model) if any(isinstance(d, Replay) for d in deltas.values()) else None
         return Graft(deltas, operations, base, facts, 1.0, originals, home)
 
     @cached_property
@@ -213,8 +212,13 @@ class Graft:
         """
         if not self.logged:
             return self
-        base = model or (self.home() if self.home is not None else None)
-        base = base or resolve("neurograft.export._changes.base_model")(self, None)
+        if model is not None or self.home is None:
+            return self._replayed(model)
+        with self.home.base() as base:
+            return self._replayed(base)
+
+    def _replayed(self, model: nn.Module | None) -> Graft:
+        base: nn.Module = model or resolve("neurograft.export._changes.base_model")(self, None)
         where, stack = coordinates(base), Stack.of(base)
         deltas, originals = dict(self.deltas), dict(self.originals)
         for name, delta in self.deltas.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import Digested, tensor_digest
@@ -47,6 +50,30 @@ class Log:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+
+class Home:
+    """Where a log was made, held weakly: the model, at rest for as long as its base is read.
+
+    Args:
+        model: the model.
+        rest: of a mount: puts the base's numbers back and returns what ends that.
+    """
+
+    def __init__(self, model: nn.Module, rest: Callable[[], Callable[[], None]] | None = None) -> None:
+        self.model = weakref.ref(model)
+        self.rest = None if rest is None else weakref.WeakMethod(rest)
+
+    @contextmanager
+    def base(self) -> Iterator[nn.Module | None]:
+        """Give the base, or None if the model is gone."""
+        rest = None if self.rest is None else self.rest()
+        ended = None if rest is None else rest()
+        try:
+            yield self.model()
+        finally:
+            if ended is not None:
+                ended()
 
 
 @dataclass(frozen=True, eq=False)
