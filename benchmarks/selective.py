@@ -50,7 +50,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "smt": {"block": 8, "fraction": 0.05},
     "s2ft": {"fraction": 0.1},
-    "lift": {"rank": 8, "R": 4, "interval": 40},
+    "lift": {"r": 8, "budget": 4, "interval": 20},
     "spafit": {"middle": "norm", "r": 4},
     "lisa": {"gamma": 1, "K": 10},
 }

@@ -19,8 +19,8 @@ from neurograft.recipes._training import training
 )
 def lift(
     *,
-    r: int = 128,
-    budget: int = 64,
+    r: int = 64,
+    budget: int = 128,
     interval: int = 400,
     svd: str = "exact",
     lr: float = 2e-4,
@@ -34,11 +34,13 @@ def lift(
     ones begin at zero, and those that leave keep what they learned and stop moving.
 
     Args:
-        r: rank to which a matrix is reduced for its scores: 128 in all published settings but one.
-        budget: LoRA rank that would cost as much: (m + n) * budget weights of each m x n matrix.
+        r: rank to which a matrix is reduced for its scores: 64 for Llama-2-7B and Llama-3.2-3B, 128 for Llama-3-8B, 32
+            for Llama-3.2-1B; commonsense 64 and 16.
+        budget: LoRA rank that would cost as much: (m + n) * budget weights of each m x n matrix; 128 in all published
+            settings but one of 32.
         interval: steps between two choices (400; 10 for Llama-3.2-3B; 2000 for commonsense).
         svd: "exact" or "random", see `locators.principal`.
-        lr: learning rate, linear; 1e-4 for Llama-3-8B.
+        lr: learning rate, linear; 1e-4 for Llama-3-8B, 1e-4 and 5e-5 for commonsense.
         epochs: passes over the data.
         batch: examples in a batch.
         warmup: share of the steps.
