@@ -246,9 +246,9 @@ def test_sampled_layers_learn():
 
     The card asks that sampled layers beat a fixed random one. They do not here, which is why the scale says
     "identity": with embeddings and head awake, one layer trained all the time suffices for so small a task, and each
-    of four sampled ones gets a quarter of the steps. In a partial search on one seed "sort" gave the same order at rates
-    1e-3 and 4e-3, periods 5 and 20, moments kept or dropped; "count" at 1e-3 favoured sampling at a period of 5 and not
-    at 20. That sampled layers learn is asserted.
+    of four sampled ones gets a quarter of the steps. In a partial search on one seed "sort" gave the same order at
+    rates 1e-3 and 4e-3, periods 5 and 20, moments kept or dropped; "count" at 1e-3 favoured sampling at a period of 5
+    and not at 20. That sampled layers learn is asserted.
     """
     table = {"before": [], "lisa": [], "fixed": [], "lora_r8": [], "full": []}
     for seed in range(3):

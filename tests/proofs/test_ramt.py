@@ -2,9 +2,9 @@
 
 The card asks for recall above 0.9 and 0.95 of the others kept in a frozen network with planted harmful entries. In a
 network that reads bags of few features, so that harmful entries act apart from each other, both are reached; its size
-and steps were picked on the first of the three seeds. In dense perceptrons, where other weights can make up for a harmful
-one, they were not: recall 0.33 to 0.89, kept 0.75 to 0.93 (about twenty runs, one seed, several rates and sizes); in a
-small ViT with few steps 0.38 to 0.45 and 0.64 to 0.71. Hence the scale.
+and steps were picked on the first of the three seeds. In dense perceptrons, where other weights can make up for a
+harmful one, they were not: recall 0.33 to 0.89, kept 0.75 to 0.93 (about twenty runs, one seed, several rates and
+sizes); in a small ViT with few steps 0.38 to 0.45 and 0.64 to 0.71. Hence the scale.
 """
 
 import tempfile
