@@ -117,11 +117,11 @@ class SliceMount(InPlaceMount):
             The trainable tensors from before, by name, for carrying an optimizer's state over.
 
         Raises:
-            RequestError: the model carries grafts or new parameters, or the selection touches nothing.
+            RequestError: the model carries grafts or new rows, or the selection touches nothing.
         """
-        if self.start or self.new:
+        if self.start or self.appended:
             raise RequestError(
-                "another selection on a model with grafts or new parameters",
+                "another selection on a model with grafts or new rows",
                 expected="a plain base",
                 do="merge the grafts into a base of their own first",
             )

@@ -267,6 +267,7 @@ class Phase:
         lr: name -> learning-rate multiplier, 1 where absent.
         moments: what happens to a tensor's optimizer state when it falls asleep: "keep" or "drop".
         reselect: whether the loop should call the locator again and carry the values over.
+        turn: how often the selection has changed up to this step, for schedules that select anew.
         stage: name of the stage, for logs and for swapping objective or data.
     """
 
@@ -274,4 +275,5 @@ class Phase:
     lr: Mapping[str, float] = field(default_factory=dict)
     moments: str = "keep"
     reselect: bool = False
+    turn: int = 0
     stage: str = ""

@@ -39,5 +39,6 @@ def every(
     """
     if steps < 1:
         raise RequestError(f"a selection every {steps} steps", expected="at least 1", do="give a positive number")
+    turn = (step if until is None else min(step, until)) // steps
     now = step % steps == 0 and (step > 0 or first) and (until is None or step <= until)
-    return Phase(reselect=now, moments=moments, stage=f"{step // steps}")
+    return Phase(reselect=now, moments=moments, turn=turn, stage=f"{turn}")
