@@ -267,6 +267,8 @@ class Phase:
         lr: name -> learning-rate multiplier, 1 where absent.
         moments: what happens to a tensor's optimizer state when it falls asleep: "keep" or "drop".
         reselect: whether the loop should call the locator again and carry the values over.
+        values: what becomes of the values when it does: "keep", what is left behind stays and stops moving, or
+            "rewind", everything goes back to the base and the new choice starts there.
         turn: how often the selection has changed up to this step, for schedules that select anew.
         stage: name of the stage, for logs and for swapping objective or data.
     """
@@ -275,5 +277,6 @@ class Phase:
     lr: Mapping[str, float] = field(default_factory=dict)
     moments: str = "keep"
     reselect: bool = False
+    values: str = "keep"
     turn: int = 0
     stage: str = ""

@@ -54,7 +54,7 @@ class Conductor:
             return self.phase
         phase: Phase = self.schedule(step, list(self.mount.named_parameters()))
         if phase.reselect:
-            self._turn(step, optimizer, scheduler, phase.moments)
+            self._turn(step, optimizer, scheduler, phase)
             phase = self.schedule(step, list(self.mount.named_parameters()))
         parameters = self.mount.named_parameters()
         awake = set(parameters) if phase.awake is None else set(phase.awake)
@@ -74,7 +74,7 @@ class Conductor:
         self.phase = phase
         return phase
 
-    def _turn(self, step: int, optimizer: Any, scheduler: Any, moments: str) -> None:
+    def _turn(self, step: int, optimizer: Any, scheduler: Any, phase: Phase) -> None:
         turn = getattr(self.mount, "reselect", None)
         if self.reselect is None or turn is None or not self.freeze:
             raise RequestError(
@@ -86,8 +86,8 @@ class Conductor:
             self.witness.check()
         ask = self.reselect
         regions = self.mount.regions()  # type: ignore[attr-defined]
-        old = turn(lambda: ask(self.mount.model, step))
-        carry(optimizer, scheduler, self.mount, old, regions, keep=moments == "keep")
+        old = turn(lambda: ask(self.mount.model, step), rewind=phase.values == "rewind")
+        carry(optimizer, scheduler, self.mount, old, regions, keep=phase.moments == "keep")
         if self.witness is not None:
             self.witness.restart()
 
