@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def run(
     common = {"processing_class": processing_class, "seed": seed}
     used: set[str] = set()
     for step in plan.steps:
-        do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as")}
+        do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as", "on")}
         if "." in do:
             state |= resolve(do)(state, **arguments) or {}
             continue
@@ -120,7 +121,10 @@ def run(
         arguments = {k: _referred(v, state) for k, v in arguments.items()}
         extra = {k: v for k, v in {**common, **given}.items() if k in known and k not in arguments and v is not None}
         used |= extra.keys()
-        made = verb(*[state[n] for n in names], **arguments, **extra)
+        given_names = [arguments.pop(n) if n in arguments else state[n] for n in names]
+        used |= {n for n in _listed(step.get("on")) if n in given}
+        with _under(step.get("on"), state):
+            made = verb(*given_names, **arguments, **extra)
         if isinstance(made, Graft):
             made = replace(made, card={**made.card, "recipe": plan.as_dict()})
         state[step.get("as", result)] = made
@@ -132,6 +136,26 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data")})
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [] if names is None else [names] if isinstance(names, str) else list(names)
+
+
+@contextmanager
+def _under(names: str | Sequence[str] | None, state: Mapping[str, Any]) -> Iterator[None]:
+    """Put the grafts on the model that a step stands on."""
+    with ExitStack() as stack:
+        for name in _listed(names):
+            graft = state.get(name)
+            if not isinstance(graft, Graft):
+                raise RequestError(
+                    f"a step on top of {name!r}, which is no graft",
+                    expected="a graft of an earlier step, or one that was given",
+                    do=f"pass {name}=graft to run",
+                )
+            stack.enter_context(graft.on(state["model"]))
+        yield
 
 
 def changed(found: Recipe | str, changes: Mapping[str, Any]) -> Recipe:
