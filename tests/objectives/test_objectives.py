@@ -8,13 +8,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from neurograft.core.choose import choose, methods
-from neurograft.core.context import Step
+from neurograft.core.context import Step, Trained
 from neurograft.core.errors import RequestError
+from neurograft.core.region import Region
 from neurograft.core.resolve import resolve
 from neurograft.train.asked import Asked
 from neurograft.worlds.pico import pico, pico_batch
 
-ALL = methods("objectives")
+PENALTIES = [n for n in methods("objectives") if "penalty" in choose("objectives", n).card.claims]
+ALL = [n for n in methods("objectives") if n not in PENALTIES]  # of predictions; penalties are of the weights alone
 LIKELIHOODS = [n for n in ALL if "cross_entropy" in choose("objectives", n).card.claims]
 ANCHORS = [n for n in ALL if "anchor" in choose("objectives", n).card.claims]
 
@@ -255,3 +257,31 @@ def test_auto_is_the_loss_of_the_model_itself():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=family)
         if options:
             assert model(**batch).aux_loss > 0
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("layout", ["rows", "flat", "all"])
+def test_a_penalty_is_of_what_is_trained_alone(name, layout):
+    """No data, no labels; analytic against numeric gradients; refused where nothing of that shape is trained."""
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 24, generator=rng, dtype=torch.float64)
+    ids = {"rows": [1, 3, 8], "flat": list(range(0, 480, 7)), "all": ()}[layout]
+    region = Region.of((20, 24), layout, ids)
+    original = region.read(weight)
+    model = nn.Linear(24, 20, bias=False).double()
+
+    def loss_of(values):
+        return choose("objectives", name)(Step(model, {}, trained={"weight": Trained(values, region, original)}))
+
+    moved = original + torch.randn(original.shape, generator=rng, dtype=torch.float64)
+    assert torch.autograd.gradcheck(loss_of, (moved.requires_grad_(True),))
+    with pytest.raises(RequestError):
+        choose("objectives", name)(Step(model, {}))
+
+
+def test_pull_by_hand():
+    """Two trained of eight numbers, moved by 3 and -1: 4 / 8."""
+    region = Region.of((2, 4), "flat", [1, 6])
+    held = Trained(torch.tensor([4.0, 1.0]), region, torch.tensor([1.0, 2.0]))
+    step = Step(nn.Linear(4, 2, bias=False), {}, trained={"weight": held})
+    assert float(choose("objectives", "pull")(step)) == 0.5

@@ -138,6 +138,33 @@ def test_resumed_across_a_turn_equals_uninterrupted(steps, pick, examples, tmp_p
                 shutil.rmtree(folder)
 
 
+def test_a_rewound_turn_starts_from_the_base(pick, examples, unmoved):
+    """What was trained before names the units and is then taken back; a checkpoint holds it."""
+    model = pico("llama")
+    found, base = unmoved(model), {k: v.clone() for k, v in model.state_dict().items()}
+    batch, asked = collator(model)(examples(model)[:4]), []
+
+    def ask(net, step):
+        asked.append((net.get_parameter(GATE).detach() != base[GATE]).any(1).nonzero().reshape(-1).tolist())
+        return pick(net, {GATE: ("row", [5, 9])})
+
+    turn = ("every", {"steps": 2, "until": 2, "values": "rewind", "moments": "drop"})
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        fit(live, [batch], steps=3, lr=1e-3, schedule=turn, reselect=ask, max_norm=None)
+        now = model.state_dict()[GATE].clone()
+        graft = live.graft()
+        state = live.state_dict()
+    found.check()
+    assert asked == [[1, 5]]
+    assert (now != base[GATE]).any(1).nonzero().reshape(-1).tolist() == [5, 9]
+    assert float((now - base[GATE]).abs().max()) < 1.001e-3  # one step of AdamW from the base
+    assert graft.deltas[GATE].region.ids.tolist() == [5, 9]
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        live.load_state_dict(state)
+        assert torch.equal(model.state_dict()[GATE], now)
+        assert live.state_dict().keys() == state.keys()
+
+
 def test_located_anew_by_plain_data(pick, examples, unmoved):
     model = pico("llama")
     found = unmoved(model)

@@ -124,21 +124,22 @@ class SliceMount(InPlaceMount):
         super().__init__(model, regions, new=new, allow_dense=allow_dense)
         self.first = self.regions()
 
-    def reselect(self, ask: Callable[[], Selection]) -> dict[str, nn.Parameter]:
+    def reselect(self, ask: Callable[[], Selection], *, rewind: bool = False) -> dict[str, nn.Parameter]:
         """Turn to other units: the values of those left behind stay in the model and stop moving.
 
         Args:
             ask: names the units; called while the model is plain, with the values trained so far.
+            rewind: put the base's numbers back afterwards: the new units start from there, and nothing else is changed.
 
         Returns:
             The trainable tensors from before, by name, for carrying an optimizer's state over.
 
         Raises:
-            RequestError: the model carries grafts or new parameters, or the selection touches nothing.
+            RequestError: the model carries grafts or new rows, or the selection touches nothing.
         """
-        if self.start or self.new:
+        if self.start or self.appended:
             raise RequestError(
-                "another selection on a model with grafts or new parameters",
+                "another selection on a model with grafts or new rows",
                 expected="a plain base",
                 do="merge the grafts into a base of their own first",
             )
@@ -151,8 +152,14 @@ class SliceMount(InPlaceMount):
             self._tag(old)
             raise
         for live in old:
+            if rewind:
+                live.restore()
+                continue
             now = Settled.of(live)
             self.past[live.name] = self.past[live.name].joined(now) if live.name in self.past else now
+        if rewind:
+            self._leave(base=True)
+            self.past = {}
         self._tag([Live(n, weights[n], r, allow_dense=self.allow_dense) for n, r in regions.items()])
         self.turned = True
         return before
@@ -207,7 +214,8 @@ class SliceMount(InPlaceMount):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a checkpoint's tensors, also of other units if the training had turned to them."""
-        if any(key.startswith("live::") for key in state) or self.turned:
+        turned = any(key.startswith("live::") for key in state)
+        if turned or self.turned:
             shapes = {n: (tuple(p.shape), self._matrix(n)) for n, p in self.found.by_name.items()}
             regions, left = unpacked(state, shapes)
             self._untag()
@@ -219,7 +227,7 @@ class SliceMount(InPlaceMount):
             lives = [Live(n, self.found.by_name[n], r, allow_dense=self.allow_dense) for n, r in regions.items()]
             self._leave(base=False)
             self._tag(lives)
-            self.turned = bool(left)
+            self.turned = turned
             state = {k: v for k, v in state.items() if k.partition("::")[0] not in ("live", "left", "values")}
         super().load_state_dict(state)
 

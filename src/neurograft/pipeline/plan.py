@@ -15,7 +15,8 @@ from neurograft.core.errors import RequestError
 from neurograft.core.gradients import Side, route
 from neurograft.core.mount import regions_of
 from neurograft.core.region import Region
-from neurograft.core.selection import Selection
+from neurograft.core.selection import Scores, Selection
+from neurograft.core.units import Site
 from neurograft.pipeline.locate import select
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe
@@ -102,12 +103,28 @@ def _stand_in(net: nn.Module, recipe: Recipe) -> Selection | None:
                 step.get("units", "neuron"),
                 **{k: step[k] for k in ("at", "layers", "match", "block") if k in step},
             )
-            scores = choose("locators", "noise")(Context(net, found))
+            scores = _scores(net, found, step.get("by", "noise"), recipe)
         elif step["do"] == "select":
             if scores is None:
                 raise RequestError("a recipe that selects before it locates", expected="scores first", do="reorder it")
-            where = select(scores, **{k: v for k, v in step.items() if k not in ("do", "as", "scores")})
+            given = {k: v for k, v in step.items() if k not in ("do", "as", "scores")}
+            if any(isinstance(v, str) and v.startswith("$") for v in given.values()):
+                continue  # more of the same, whose number depends on what was taken before
+            where = select(scores, **given)
     return where
+
+
+def _scores(net: nn.Module, found: dict[str, Site], by: Any, recipe: Recipe) -> Scores:
+    """Return random scores of the sites a locator would score; a bar on scores needs the locator's own."""
+    asked = choose("locators", by)
+    options = dict(asked.options)
+    inside = choose("locators", options.get("by", "noise")) if asked.name.endswith(".within") else asked
+    bars = any(str(s.get("by", "")).count("threshold") for s in recipe.steps if s["do"] == "select")
+    if not (bars and not inside.card.needs):
+        inside = choose("locators", "noise")
+    chosen = choose("locators", asked.function, **{**options, "by": inside}) if "by" in options else inside
+    made: Scores = chosen(Context(net, found))
+    return made
 
 
 def _row(net: nn.Module, name: str, region: Region) -> dict[str, Any]:

@@ -20,8 +20,9 @@ class Recipe:
     Args:
         name: the recipe's name; a paper's slug with `_`.
         steps: dicts `{"do": verb, **keyword arguments of that verb}`. `locate` makes scores, `select` a
-            selection, `tune` and `edit` a graft, `audit` a report. Instead of a verb, a dotted path to a function
-            `(state, **arguments) -> state` may stand, for papers about networks of their own.
+            selection, `tune` and `edit` a graft, `audit` a report; `as` gives the result another name, "$name" stands
+            for an earlier result, and `on` names grafts that are on the model meanwhile. Instead of a verb, a dotted
+            path to a function `(state, **arguments) -> state` may stand, for papers about networks of their own.
         paper: the paper's slug, or None.
         options: the options it was made with.
 

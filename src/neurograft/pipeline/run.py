@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def run(
     common = state["common"] = {"processing_class": processing_class, "seed": seed}  # for steps that are no verbs
     used: set[str] = set()
     for step in plan.steps:
-        do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as")}
+        do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as", "on")}
         if "." in do:
             state |= resolve(do)(state, **arguments) or {}
             continue
@@ -125,9 +126,11 @@ def run(
         # A step may name its own data or selection instead of the run's.
         first = [arguments.pop(n) if n in arguments else state[n] for n in names]
         ship = arguments.pop("ship", "operations")
-        made = verb(*first, **arguments, **extra)
-        if do == "intervene":
-            made = made.fold() if one_of(ship, SHIPS, what="form of a graft") == "weights" else made.graft()
+        used |= {n for n in _listed(step.get("on")) if n in given}
+        with _under(step.get("on"), state):
+            made = verb(*first, **arguments, **extra)
+            if do == "intervene":
+                made = made.fold() if one_of(ship, SHIPS, what="form of a graft") == "weights" else made.graft()
         if isinstance(made, Graft):
             made = replace(made, card={**made.card, "recipe": plan.as_dict()})
         state[step.get("as", result)] = made
@@ -139,6 +142,26 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [] if names is None else [names] if isinstance(names, str) else list(names)
+
+
+@contextmanager
+def _under(names: str | Sequence[str] | None, state: Mapping[str, Any]) -> Iterator[None]:
+    """Put the grafts on the model that a step stands on."""
+    with ExitStack() as stack:
+        for name in _listed(names):
+            graft = state.get(name)
+            if not isinstance(graft, Graft):
+                raise RequestError(
+                    f"a step on top of {name!r}, which is no graft",
+                    expected="a graft of an earlier step, or one that was given",
+                    do=f"pass {name}=graft to run",
+                )
+            stack.enter_context(graft.on(state["model"]))
+        yield
 
 
 def changed(found: Recipe | str, changes: Mapping[str, Any]) -> Recipe:

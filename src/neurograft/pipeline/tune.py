@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurograft.core.choose import Chosen, choose
+from neurograft.core.choose import Chosen, choose, option_names
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, near
 from neurograft.core.graft import Graft
@@ -39,7 +39,8 @@ DEFAULTS: Mapping[str, Any] = {
     "disable_tqdm": True,
 }
 LOSSES_ON_CARD = 1000
-Reselect = Mapping[str, Mapping[str, Any]] | Callable[[nn.Module, int], Selection] | None
+Ask = Mapping[str, Mapping[str, Any]]
+Reselect = Ask | Sequence[Ask] | Callable[[nn.Module, int], Selection] | None
 
 
 def tune(
@@ -83,7 +84,8 @@ def tune(
             ("likelihood", {"data": old}) replays old data; without `data` it looks at the batch of the step.
         schedule: what is awake when: a choice of `schedules`.
         reselect: whom to ask when the schedule selects anew: a callable (model, step) -> Selection, or
-            {"locate": {...}, "select": {...}}, the arguments of those verbs; `data` are the examples if not given.
+            {"locate": {...}, "select": {...}}, the arguments of those verbs, or a list of such that take turns;
+            `data` are the examples if not given, and a selector that has a `turn` is told how often its turn came.
             Values left behind stay in the model and stop moving, and the graft holds them too.
         optimizer: a name of `torch.optim`, a choice of `optimizers`, or None for AdamW as in TrainingArguments.
         protect: units whose numbers must not move.
@@ -129,7 +131,7 @@ def tune(
                 asked,
                 settings,
                 schedule=schedule,
-                reselect=_asker(reselect, rows, seed),
+                reselect=_asker(reselect, rows, seed, schedule),
                 optimizer=optimizer,
                 train_dataset=rows,
                 eval_dataset=kept,
@@ -142,20 +144,26 @@ def tune(
             return mount.graft(card=card)
 
 
-def _asker(reselect: Reselect, rows: Any, seed: int) -> Callable[[nn.Module, int], Selection] | None:
+def _asker(reselect: Reselect, rows: Any, seed: int, schedule: Any) -> Callable[[nn.Module, int], Selection] | None:
     if reselect is None or callable(reselect):
         return reselect
-    odd = set(reselect) - {"locate", "select"}
-    if odd or "locate" not in reselect:
-        raise RequestError(
-            f"reselect with {', '.join(sorted(reselect)) or 'nothing'}",
-            expected="'locate' and 'select', each with that verb's arguments",
-            do="reselect={'locate': {'by': 'grad_x_act'}, 'select': {'fraction': 0.01}}",
-        )
+    asks = [reselect] if isinstance(reselect, Mapping) else list(reselect)
+    for one in asks or [{}]:
+        if set(one) - {"locate", "select"} or "locate" not in one:
+            raise RequestError(
+                f"reselect with {', '.join(sorted(one)) or 'nothing'}",
+                expected="'locate' and 'select', each with that verb's arguments",
+                do="reselect={'locate': {'by': 'grad_x_act'}, 'select': {'fraction': 0.01}}",
+            )
 
     def ask(model: nn.Module, step: int) -> Selection:
-        scores = locate(model, **{"data": rows, "seed": derive(seed, "reselect", step), **reselect["locate"]})
-        return select(scores, **reselect.get("select", {}))
+        turn, whose = divmod(choose("schedules", schedule)(step, []).turn, len(asks))
+        one = asks[whose]
+        scores = locate(model, **{"data": rows, "seed": derive(seed, "reselect", step), **one["locate"]})
+        how = dict(one.get("select", {}))
+        if "turn" in option_names(choose("selectors", how.get("by", "top")).function):
+            how["turn"] = turn
+        return select(scores, **how)
 
     return ask
 

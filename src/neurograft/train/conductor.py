@@ -69,7 +69,7 @@ class Conductor:
             return self.phase
         phase = self._asked(step)
         if phase.reselect:
-            self._turn(step, optimizer, scheduler, phase.moments)
+            self._turn(step, optimizer, scheduler, phase)
             phase = self._asked(step)
         parameters = self.mount.named_parameters()
         awake = set(parameters) if phase.awake is None else set(phase.awake)
@@ -98,12 +98,9 @@ class Conductor:
             before = set(self.mount.named_parameters()) if said is None else set(said)
         self.woken = set(awake)
         left = sorted((before or set()) - awake)
-        if one_of(phase.values, VALUES, what="policy for values") == "keep" or not left:
-            return
-        if self.witness is None or phase.reselect:
-            raise RequestError(
-                "values='rewind' of a schedule that selects anew", expected="values='keep'", do="keep what was learned"
-            )
+        if one_of(phase.values, VALUES, what="policy for values") == "keep" or not left or phase.reselect:
+            return  # a turn to other units has rewound those it left
+        assert self.witness is not None
         self.witness.rewind(left)
         self.mount.write()
 
@@ -112,7 +109,7 @@ class Conductor:
         phase: Phase = self.schedule(step, list(self.mount.named_parameters()), **self.given)
         return phase
 
-    def _turn(self, step: int, optimizer: Any, scheduler: Any, moments: str) -> None:
+    def _turn(self, step: int, optimizer: Any, scheduler: Any, phase: Phase) -> None:
         turn = getattr(self.mount, "reselect", None)
         if not self.freeze:
             raise RequestError(
@@ -130,8 +127,8 @@ class Conductor:
             self.witness.check()
         ask = self.reselect
         regions = self.mount.regions()  # type: ignore[attr-defined]
-        old = turn(lambda: ask(self.mount.model, step))
-        carry(optimizer, scheduler, self.mount, old, regions, keep=moments == "keep")
+        old = turn(lambda: ask(self.mount.model, step), rewind=phase.values == "rewind")
+        carry(optimizer, scheduler, self.mount, old, regions, keep=phase.moments == "keep")
         if self.witness is not None:
             self.witness.restart()
 

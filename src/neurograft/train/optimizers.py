@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neurograft.core.choose import Chosen, check_options, choose, methods
 from neurograft.core.errors import RequestError, near
+from neurograft.core.moments import carried
 from neurograft.core.mount import Mount
 from neurograft.core.region import Region, shared
 
@@ -150,23 +151,13 @@ def carry(
         made.append(group)
         if keep and name in old and old[name] in optimizer.state:
             inside, there = (i.to(theta.device) for i in shared(now[name], regions[name]))
-            optimizer.state[theta] = {
-                k: _moved(v, old[name], theta, inside, there) for k, v in optimizer.state[old[name]].items()
-            }
+            optimizer.state[theta] = carried(optimizer.state[old[name]], old[name], theta, inside, there)
     for theta in old.values():
         optimizer.state.pop(theta, None)
     optimizer.param_groups[:] = made
     for rates in ("base_lrs", "lr_lambdas"):
         if hasattr(scheduler, rates):
             setattr(scheduler, rates, [getattr(scheduler, rates)[0]] * len(made))
-
-
-def _moved(value: Any, old: Tensor, new: Tensor, inside: Tensor, there: Tensor) -> Any:
-    if not isinstance(value, Tensor) or value.shape != old.shape:
-        return value
-    found = torch.zeros_like(new, dtype=value.dtype)
-    found.view(-1)[inside] = value.reshape(-1)[there]
-    return found
 
 
 def decaying(model: nn.Module, mount: Mount) -> list[str]:

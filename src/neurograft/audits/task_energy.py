@@ -1,0 +1,67 @@
+"""How few directions hold what a task's inputs make of the features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.anatomy.sites import sites
+from neurograft.audits._changes import evaluating
+from neurograft.core.board import Board, Guest
+from neurograft.core.card import method
+from neurograft.core.context import Batch
+from neurograft.core.errors import RequestError
+from neurograft.core.graft import Graft
+from neurograft.core.passing import Seen
+
+
+@method(paper="slicefine")
+def task_energy(
+    model: nn.Module, change: object = None, batches: Sequence[Batch] = (), *, k: int = 8
+) -> dict[str, Any]:
+    """Return the share of the variance of each matrix's inputs that lies in their k strongest directions.
+
+    Where it is high and a slice's features are among them, the slice has a gradient to follow.
+
+    Args:
+        model: the base.
+        change: a graft to look at the model under, or None.
+        batches: the task's inputs.
+        k: directions.
+
+    Returns:
+        `sites`: for each, its name, `features`, `energy`; `k`.
+
+    Raises:
+        RequestError: no batches, or k below 1.
+    """
+    if not batches or k < 1:
+        raise RequestError(f"{len(batches)} batches, k={k}", expected="data, and k from 1", do="give both")
+    where = {n: s for n, s in sites(model, "column").items() if s.tap is not None}
+    sums: dict[str, list[Tensor]] = {}
+
+    def visit(name: str, x: Tensor, seen: Seen) -> None:
+        rows = x.detach().double().reshape(-1, where[name].n).cpu()
+        count, mean, square = sums.setdefault(
+            name, [torch.zeros(()), torch.zeros(rows.shape[1]), torch.zeros(rows.shape[1], rows.shape[1])]
+        )
+        sums[name] = [count + len(rows), mean + rows.sum(0), square + rows.t() @ rows]
+
+    board, guest = Board.of(model), Guest(where, visit)
+    with change.on(model) if isinstance(change, Graft) else nullcontext(), evaluating(model), torch.no_grad():
+        board.join(guest)
+        try:
+            for batch in batches:
+                model(**batch)
+        finally:
+            board.leave(guest)
+    found = []
+    for name, (count, total, square) in sums.items():
+        spread = torch.linalg.eigvalsh(square / count - torch.outer(total, total) / count**2).clamp(min=0).flip(0)
+        share = float(spread[:k].sum() / spread.sum()) if float(spread.sum()) else 0.0
+        found.append({"name": name, "features": len(total), "energy": share})
+    return {"sites": found, "k": k}
