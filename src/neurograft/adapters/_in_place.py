@@ -32,9 +32,8 @@ class InPlaceMount(Mount):
     ) -> None:
         names = {n: self._checked(n, dict(model.named_parameters(remove_duplicate=False))[n]) for n in regions}
         super().__init__(model, new=new)
-        self.lives = [
-            self._live(n, names[n], r, allow_dense=allow_dense) for n, r in regions.items() if n not in self.whole
-        ]
+        self.allow_dense = allow_dense
+        self.lives = [self._live(n, names[n], r) for n, r in regions.items() if n not in self.whole]
         self.start = {}
         for live in self.lives:
             if live.name in self.stack.ledgers:
@@ -46,9 +45,9 @@ class InPlaceMount(Mount):
             model.register_forward_pre_hook(_Guard(self)),
         ]
 
-    def _live(self, name: str, weight: nn.Parameter, region: Region, *, allow_dense: bool) -> Live:
+    def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
         """Return the trainable side of a weight."""
-        return Live(name, weight, region, allow_dense=allow_dense)
+        return Live(name, weight, region, allow_dense=self.allow_dense)
 
     def _prepare(self, live: Live) -> None:
         """Choose the routes of the plain cases now, so that a compiler meets no search for them."""

@@ -144,7 +144,7 @@ class MaskMount(InPlaceMount):
         super().__init__(model, regions, new=new, allow_dense=allow_dense)
         self.write()  # a mask may begin elsewhere than at the base
 
-    def _live(self, name: str, weight: nn.Parameter, region: Region, *, allow_dense: bool) -> Live:
+    def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
         return Masked(
             name,
             weight,
@@ -153,7 +153,7 @@ class MaskMount(InPlaceMount):
             tuned=self.tuned.get(name),
             patch=self.patches.get(name),
             rng=generator(self.seed, "mask", name),
-            allow_dense=allow_dense,
+            allow_dense=self.allow_dense,
         )
 
     def deltas(self) -> dict[str, Slice]:

@@ -41,8 +41,8 @@ class TiedMount(InPlaceMount):
         self.grouped = grouped(model, regions, where)
         super().__init__(model, {n: r for n, (r, _) in self.grouped.items()}, new=new, allow_dense=allow_dense)
 
-    def _live(self, name: str, weight: nn.Parameter, region: Region, *, allow_dense: bool) -> Live:
-        return Tied(name, weight, region, self.grouped[name][1], allow_dense=allow_dense)
+    def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
+        return Tied(name, weight, region, self.grouped[name][1], allow_dense=self.allow_dense)
 
     def deltas(self) -> dict[str, Slice] | dict[str, Delta]:  # type: ignore[override]
         """Return vectors and 0/1 membership as low-rank factors, exactly; folded rows where a weight has no factors."""
@@ -72,7 +72,8 @@ def grouped(model: nn.Module, regions: Mapping[str, Region], where: Selection) -
     Raises:
         RequestError: units of several shapes meet in a parameter, or a unit stands in two sites.
     """
-    found, gathered = Parameters.of(model), {}
+    found = Parameters.of(model)
+    gathered: dict[str, list[tuple[str, tuple[Region, Tensor]]]] = {}
     for name, ids in where.ids.items():
         for index, part in enumerate(where.sites[name].parts if len(ids) else ()):
             key = found.alias[part.param]

@@ -160,7 +160,7 @@ class SliceMount(InPlaceMount):
         if rewind:
             self._leave(base=True)
             self.past = {}
-        self._tag([Live(n, weights[n], r, allow_dense=self.allow_dense) for n, r in regions.items()])
+        self._tag([self._live(n, weights[n], r) for n, r in regions.items()])
         self.turned = True
         return before
 
@@ -224,7 +224,7 @@ class SliceMount(InPlaceMount):
             self._leave(base=True)
             self.past = {n: Settled(r, r.read(self.found.by_name[n]).cpu(), v) for n, (r, v) in left.items()}
             regions = regions or self.first
-            lives = [Live(n, self.found.by_name[n], r, allow_dense=self.allow_dense) for n, r in regions.items()]
+            lives = [self._live(n, self.found.by_name[n], r) for n, r in regions.items()]
             self._leave(base=False)
             self._tag(lives)
             self.turned = turned

@@ -16,6 +16,7 @@ from neurograft.core.delta import Delta, LowRank, New, Shift, Slice, combined
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
 from neurograft.core.region import as_matrix
+from neurograft.core.replay import Replay
 from neurograft.core.stack import Stack
 from neurograft.export._changes import base_model, base_name, place
 from neurograft.export._readme import readme
@@ -98,4 +99,5 @@ def _patches(graft: Graft, model: nn.Module) -> tuple[dict[str, Tensor], dict[st
 def _change(name: str, delta: Delta) -> Slice | Shift:
     if isinstance(delta, LowRank):
         return Shift(delta, Piece(name, everything(delta.shape, as_matrix(delta.shape))))
+    assert not isinstance(delta, Replay)  # `Graft.export` has replayed it
     return delta.on() if isinstance(delta, New) else delta

@@ -6,6 +6,7 @@ Shape letters: M states of all rollouts in order, n channels, h hidden units.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,12 @@ def fitted(
     bounds = [n**-0.5, 0.0, hidden**-0.5, 0.0] if hidden else [0.0, 0.0]
     params = [((2 * torch.rand(s, generator=rng) - 1) * b).requires_grad_(True) for s, b in zip(shapes, bounds)]
     squash = following is not None
-    probe = Value(*params, squash=squash) if hidden else Value(None, None, *params, squash=squash)
-    groups = [{"params": params[:1], "weight_decay": decay}, {"params": params[1:]}]
+
+    def probed(*parts: Tensor) -> Value:
+        return Value(*(parts if hidden else (None, None, *parts)), squash)
+
+    probe = probed(*params)
+    groups: list[dict[str, Any]] = [{"params": params[:1], "weight_decay": decay}, {"params": params[1:]}]
     optimizer = torch.optim.Adam(groups, lr=lr)
     going = torch.zeros(0, dtype=torch.int64) if following is None else (following >= 0).nonzero()[:, 0]
     with torch.enable_grad():
@@ -87,8 +92,7 @@ def fitted(
             for parameter, gradient in zip(params, params_grads):
                 parameter.grad = gradient
             optimizer.step()
-    done = [p.detach() for p in params]
-    return Value(*done, squash=squash) if hidden else Value(None, None, *done, squash=squash)
+    return probed(*[p.detach() for p in params])
 
 
 def errors(value: Tensor, following: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
