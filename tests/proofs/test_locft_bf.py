@@ -225,7 +225,7 @@ def test_shuffled_edits_stay_and_one_after_another_they_are_forgotten():
         table["base_perplexity"].append(perplexity(model, held))
         requests = as_requests(asked, model, None)
         for order in ("depth", "breadth"):
-            options = {"order": order, "layers": [1], "lr": 5e-3, "together": 10, "epochs": 25}
+            options = {"order": order, "layers": [1], "lr": 1e-2, "together": 10, "epochs": 25}
             with edit(model, asked, by=("locft_bf", options), seed=seed).on(model):
                 hits = answered(model, requests).float()
                 table[f"{order}_first_half"].append(float(hits[:50].mean()))
