@@ -19,7 +19,7 @@ from neurograft.worlds.pico import pico
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._tools import moved, snapshot
 
-PAPER, SCALE = "locft-bf", "tiny"
+PAPER, SCALE = "locft-bf", "identity"
 
 
 @contextmanager
@@ -214,7 +214,12 @@ def perplexity(model, batches):
 
 @effect
 def test_shuffled_edits_stay_and_one_after_another_they_are_forgotten():
-    """100 facts of 50 subjects, the same data, rate and gradient examples; the rest is held out."""
+    """100 facts of 50 subjects, the same data, rate and gradient examples; the rest is held out.
+
+    Missed: the card asks that breadth-first raises held-out perplexity less. At the rate at which it learns every edit
+    (1e-2) it raises it more (about 13 against 9, from 1): it holds four times as many edits, in a matrix of 4,608
+    numbers. At half that rate it raises it less, but keeps 89 % of the first half instead of the 95 % asked for.
+    """
     table = {f"{o}_{w}": [] for o in ("depth", "breadth") for w in ("first_half", "all", "perplexity")}
     table["base_perplexity"] = []
     for seed in range(3):
@@ -235,4 +240,4 @@ def test_shuffled_edits_stay_and_one_after_another_they_are_forgotten():
     bar("first half of the edits, depth first", table["depth_first_half"], at_most=0.4)
     bar("first half of the edits, breadth first", table["breadth_first_half"], at_least=0.95)
     more = [d / b for d, b in zip(table["depth_perplexity"], table["breadth_perplexity"])]
-    bar("held-out perplexity, depth over breadth", more, at_least=1.0)
+    bar("held-out perplexity, depth over breadth", more, at_least=1.0, missed=True)
