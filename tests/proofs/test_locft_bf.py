@@ -217,8 +217,8 @@ def test_shuffled_edits_stay_and_one_after_another_they_are_forgotten():
     """100 facts of 50 subjects, the same data, rate and gradient examples; the rest is held out.
 
     Missed: the card asks that breadth-first raises held-out perplexity less. At the rate at which it learns every edit
-    (1e-2) the perplexities are 10.3, 15.9, 11.9 against 7.3, 11.1, 17.4, from 1.0: it holds four times as many edits, in
-    a matrix of 4,608 numbers. At half that rate it raises it less, but keeps 89 % of the first half and not 95 %.
+    (1e-2) the perplexities are 10.3, 15.9, 11.9 against 7.3, 11.1, 17.4, from 1.0: it holds four times as many edits,
+    in a matrix of 4,608 numbers. At half that rate it raises it less, but keeps 89 % of the first half and not 95 %.
     """
     table = {f"{o}_{w}": [] for o in ("depth", "breadth") for w in ("first_half", "all", "perplexity")}
     table["base_perplexity"] = []
