@@ -36,14 +36,16 @@ from neurograft.worlds import atlas
 
 BATCH, ROLLED_BACK = 100, 20
 SKILLS = ("arithmetic", "refuse", "comply")
+# A covariance is a mean over keys: protection counts as 10 of an edit's own keys. At 0.1 a batch of 100 outweighs it
+# and the third one already wipes everything out.
 SEARCH = {"layers": [1, 2], "steps": 12, "lr": 0.6, "clamp": 1.0, "decay": 0.0, "eos": True}
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "nmke, solved in the mask, covariance": (
         "nmke",
-        {**SEARCH, "mask": "solve", "null": None, "weight": 0.1, "ridge": 1e-3},
+        {**SEARCH, "mask": "solve", "null": None, "weight": 10.0, "ridge": 1e-3},
     ),
     "locft_bf": ("locft_bf", {"layers": [2], "lr": 2e-2, "epochs": 12, "together": 25}),
-    "memit": ("nmke", {**SEARCH, "mask": "none", "null": None, "weight": 0.1, "ridge": 1e-3}),
+    "memit": ("nmke", {**SEARCH, "mask": "none", "null": None, "weight": 10.0, "ridge": 1e-3}),
     "nmke": ("nmke", {**SEARCH, "mask": "post", "null": 1.0, "ridge": 0.1}),
 }
 Row = dict[str, Any]

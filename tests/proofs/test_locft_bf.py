@@ -19,7 +19,7 @@ from neurograft.worlds.pico import pico
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._tools import moved, snapshot
 
-PAPER, SCALE = "locft-bf", "tiny"
+PAPER, SCALE = "locft-bf", "identity"
 
 
 @contextmanager
@@ -214,7 +214,12 @@ def perplexity(model, batches):
 
 @effect
 def test_shuffled_edits_stay_and_one_after_another_they_are_forgotten():
-    """100 facts of 50 subjects, the same data, rate and gradient examples; the rest is held out."""
+    """100 facts of 50 subjects, the same data, rate and gradient examples; the rest is held out.
+
+    Missed: the card asks that breadth-first raises held-out perplexity less. At the rate at which it learns every edit
+    (1e-2) the perplexities are 10.3, 15.9, 11.9 against 7.3, 11.1, 17.4, from 1.0: it holds four times as many edits,
+    in a matrix of 4,608 numbers. At half that rate it raises it less, but keeps 89 % of the first half and not 95 %.
+    """
     table = {f"{o}_{w}": [] for o in ("depth", "breadth") for w in ("first_half", "all", "perplexity")}
     table["base_perplexity"] = []
     for seed in range(3):
@@ -225,7 +230,7 @@ def test_shuffled_edits_stay_and_one_after_another_they_are_forgotten():
         table["base_perplexity"].append(perplexity(model, held))
         requests = as_requests(asked, model, None)
         for order in ("depth", "breadth"):
-            options = {"order": order, "layers": [1], "lr": 5e-3, "together": 25, "epochs": 25}
+            options = {"order": order, "layers": [1], "lr": 1e-2, "together": 10, "epochs": 25}
             with edit(model, asked, by=("locft_bf", options), seed=seed).on(model):
                 hits = answered(model, requests).float()
                 table[f"{order}_first_half"].append(float(hits[:50].mean()))
@@ -235,4 +240,4 @@ def test_shuffled_edits_stay_and_one_after_another_they_are_forgotten():
     bar("first half of the edits, depth first", table["depth_first_half"], at_most=0.4)
     bar("first half of the edits, breadth first", table["breadth_first_half"], at_least=0.95)
     more = [d / b for d, b in zip(table["depth_perplexity"], table["breadth_perplexity"])]
-    bar("held-out perplexity, depth over breadth", more, at_least=1.0)
+    bar("held-out perplexity, depth over breadth", more, at_least=1.0, missed=True)

@@ -18,7 +18,6 @@ ORDERS = ("breadth", "depth")
 @method(
     paper="locft-bf",
     needs={"requests", "gradients"},
-    claims={"one_matrix"},
     departs="One matrix of an FFN is trained, never a whole layer (the paper's choice for Mistral). The sweep tries "
     "every layer and matrix on some of the requests and multiplies the share that is learned with the share of general "
     "predictions that stay; the paper names no formula. The order 'depth' starts a new Adam for every edit, as editing "

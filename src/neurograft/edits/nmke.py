@@ -27,7 +27,7 @@ WIDTH = 14_336  # neurons of an FFN of Llama-3-8B, for which the paper amplifies
     paper="nmke",
     kinds={"neuron"},
     needs={"requests", "gradients", "taps"},
-    claims={"separable", "only_the_mask"},
+    claims={"separable"},
     departs="The covariance of the keys to protect, and the keys of earlier edits, are read from the model as it is "
     "when a batch comes, not once from the base; without general data it is read from the prompts' own tokens. The "
     "KL term of the value search looks at the prediction behind the subject in the prompt itself, not behind a "
