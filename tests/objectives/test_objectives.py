@@ -271,7 +271,9 @@ def test_a_penalty_is_of_what_is_trained_alone(name, layout):
     model = nn.Linear(24, 20, bias=False).double()
 
     def loss_of(values):
-        return choose("objectives", name)(Step(model, {}, trained={"weight": Trained(values, region, original)}))
+        return choose("objectives", name)(
+            Step(model, {}, trained=lambda: {"weight": Trained(values, region, original)})
+        )
 
     moved = original + torch.randn(original.shape, generator=rng, dtype=torch.float64)
     assert torch.autograd.gradcheck(loss_of, (moved.requires_grad_(True),))
@@ -283,5 +285,5 @@ def test_pull_by_hand():
     """Two trained of eight numbers, moved by 3 and -1: 4 / 8."""
     region = Region.of((2, 4), "flat", [1, 6])
     held = Trained(torch.tensor([4.0, 1.0]), region, torch.tensor([1.0, 2.0]))
-    step = Step(nn.Linear(4, 2, bias=False), {}, trained={"weight": held})
+    step = Step(nn.Linear(4, 2, bias=False), {}, trained=lambda: {"weight": held})
     assert float(choose("objectives", "pull")(step)) == 0.5

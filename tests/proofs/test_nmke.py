@@ -26,7 +26,7 @@ from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._tools import moved, snapshot
 
-PAPER, SCALE = "nmke", "tiny"
+PAPER, SCALE = "nmke", "identity"
 
 
 @contextmanager
@@ -343,8 +343,10 @@ def test_fifty_facts_one_at_a_time():
     """AlphaEdit on a two-layer model of facts, its null space the directions below the mean; the mask of the paper.
 
     Threshold and amplification matter. With a null space of few directions (null=0.1, amplification 30 as at 14,336
-    neurons, here 192) the mask spoils both: reliability .06 against .99, locality .02 against .63. In the paper's
-    proportions the mask's gains are small, one seed of three goes the other way in each, and it costs reliability.
+    neurons, here 192) the mask spoils both: reliability .06 against .99, locality .02 against .63. The settings here were
+    chosen after that, with a probe on seed 0, which is among the seeds reported. In these, nearer the paper's
+    proportions, the mask's gains are small, one seed of three goes the other way in each, and it costs reliability.
+    Hence the scale "identity", though both means reach their bars.
     """
     table = {mask: [edited(seed, mask) for seed in range(3)] for mask in ("none", "post", "random")}
     note(**{f"{m}_{what}": [r[i] for r in rows] for m, rows in table.items() for i, what in enumerate(WHAT)})

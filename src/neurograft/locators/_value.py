@@ -76,7 +76,8 @@ def fitted(
     squash = following is not None
 
     def probed(*parts: Tensor) -> Value:
-        return Value(*(parts if hidden else (None, None, *parts)), squash)
+        first = parts[:2] if hidden else (None, None)
+        return Value(first[0], first[1], parts[-2], parts[-1], squash)
 
     probe = probed(*params)
     groups: list[dict[str, Any]] = [{"params": params[:1], "weight_decay": decay}, {"params": params[1:]}]

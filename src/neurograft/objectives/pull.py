@@ -19,11 +19,12 @@ def pull(step: Step) -> Tensor:
     Raises:
         RequestError: nothing is trained in the shape of the base's numbers (low rank, beside the weight).
     """
-    if not step.trained:
+    trained = step.trained()
+    if not trained:
         raise RequestError(
             "a pull on a change that is no set of the base's numbers",
             expected="adapter='slice' in place, or 'dense'",
             do="choose one of them, or leave the anchor out",
         )
-    far = [(t.values - t.original.to(t.values)).abs().sum() for t in step.trained.values()]
+    far = [(t.values - t.original.to(t.values)).abs().sum() for t in trained.values()]
     return torch.stack(far).sum() / sum(p.numel() for p in step.model.parameters())
