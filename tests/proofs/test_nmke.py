@@ -343,8 +343,8 @@ def test_fifty_facts_one_at_a_time():
     """AlphaEdit on a two-layer model of facts, its null space the directions below the mean; the mask of the paper.
 
     Threshold and amplification matter. With a null space of few directions (null=0.1, amplification 30 as at 14,336
-    neurons, here 192) the mask spoils both: reliability .06 against .99, locality .02 against .63. The settings here were
-    chosen after that, with a probe on seed 0, which is among the seeds reported. In these, nearer the paper's
+    neurons, here 192) the mask spoils both: reliability .06 against .99, locality .02 against .63. The settings here
+    were chosen after that, with a probe on seed 0, which is among the seeds reported. In these, nearer the paper's
     proportions, the mask's gains are small, one seed of three goes the other way in each, and it costs reliability.
     Hence the scale "identity", though both means reach their bars.
     """
