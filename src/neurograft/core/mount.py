@@ -21,6 +21,7 @@ from neurograft.core.fingerprint import tensor_digest
 from neurograft.core.forward import ForwardOnly
 from neurograft.core.graft import Graft
 from neurograft.core.noise import Stream
+from neurograft.core.operation import Operation
 from neurograft.core.region import Region, as_matrix, region_of, union
 from neurograft.core.replay import Log, Replay
 from neurograft.core.selection import Selection
@@ -66,6 +67,10 @@ class Mount(ABC):
     @abstractmethod
     def unmount(self) -> None:
         """Take the adapter out and put the touched numbers back."""
+
+    def operations(self) -> tuple[Operation, ...]:
+        """Return what the adapter trains that is no change of a weight, as it is now."""
+        return ()
 
     def write(self) -> None:  # noqa: B027
         """Bring the weights up to date; needed only after optimizers outside of `torch.optim`."""
@@ -157,8 +162,8 @@ class Mount(ABC):
         resting = self.rest()
         try:
             apart = () if self.ties is None else (Untie(self.ties.names),)
-            deltas = dict(sorted(found.items()))
-            return Graft.made(self.model, deltas, operations=apart, card=card, stack=self.stack)
+            made = (*self.operations(), *apart)
+            return Graft.made(self.model, dict(sorted(found.items())), operations=made, card=card, stack=self.stack)
         finally:
             resting()
 
