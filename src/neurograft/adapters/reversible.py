@@ -110,7 +110,7 @@ class ReversibleMount(DenseMount):
         """Return the parameters set free and the projections."""
         return {**super().trained(), **{h.name: h.theta for h in self.halves}}
 
-    def payloads(self) -> tuple[Operation, ...]:
+    def operations(self) -> tuple[Operation, ...]:
         """Return the blocks."""
         return (Reversible(self.tape.form, {h.name: h.theta.detach().cpu().clone() for h in self.halves}),)
 

@@ -68,8 +68,8 @@ class Mount(ABC):
     def unmount(self) -> None:
         """Take the adapter out and put the touched numbers back."""
 
-    def payloads(self) -> tuple[Operation, ...]:
-        """Return what the adapter changes beside weights."""
+    def operations(self) -> tuple[Operation, ...]:
+        """Return what the adapter changes or trains that is no change of a weight, as it is now."""
         return ()
 
     def write(self) -> None:  # noqa: B027
@@ -162,7 +162,7 @@ class Mount(ABC):
         resting = self.rest()
         try:
             apart = () if self.ties is None else (Untie(self.ties.names),)
-            deltas, operations = dict(sorted(found.items())), (*apart, *self.payloads())
+            deltas, operations = dict(sorted(found.items())), (*apart, *self.operations())
             made = Graft.made(self.model, deltas, operations=operations, card=card, stack=self.stack)
             return replace(made, home=Home(self.model, self.rest)) if made.logged else made
         finally:
