@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,29 @@ def pages() -> dict[str, str]:
     rows = [name for name in recipes() if card(name).paper]
     found |= {f"papers/{name.replace('_', '-')}.md": paper_page(name) for name in rows}
     found["methods/README.md"] = index("Methods by room", {r: QUESTIONS[r] for r in ROOMS if public(r)})
-    titles = {name.replace("_", "-"): known()[name.replace("_", "-")]["title"] for name in rows}
-    found["papers/README.md"] = index("Papers with a recipe", titles)
+    found["papers/README.md"] = papers_page(rows)
     return found
 
 
 def index(title: str, entries: Mapping[str, str]) -> str:
     """Return a page that lists others."""
     return f"{NOTE}# {title}\n\n" + "".join(f"- [{name}]({name}.md): {text}\n" for name, text in entries.items())
+
+
+def papers_page(rows: Sequence[str]) -> str:
+    """Return the page that lists the papers with a recipe: what each does, and how far its proof goes."""
+    text = (
+        f"{NOTE}# Papers with a recipe\n\nScale `identity`: exact properties of the mechanism, the paper's effect was "
+    )
+    text += "not asked for or did not show at this size; `tiny`: the effect shows on a tiny model too.\n\n"
+    text += "| recipe | what it does | scale | bars met |\n|---|---|---|---|\n"
+    for name in rows:
+        slug, record = name.replace("_", "-"), _proofs.read().get(name.replace("_", "-"), {})
+        does, _ = sections(inspect.getdoc(resolve(f"neurograft.recipes.{name}")) or "")
+        bars = list(record.get("bars", {}).values())
+        met = f"{sum(b['met'] for b in bars)} of {len(bars)}" if bars else ""
+        text += f"| [{slug}]({slug}.md) | {cell(does.splitlines()[0])} | {record.get('scale', 'none')} | {met} |\n"
+    return text
 
 
 def public(room: str) -> dict[str, Callable[..., Any]]:
