@@ -34,9 +34,9 @@ from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.train.steps import reference_of
 from neurograft.worlds.pico import pico, pico_batch
-from neurograft.worlds.tiny import Scored, accuracy, tiny
-from neurograft.worlds.tiny import fit as plain_fit
+from neurograft.worlds.tiny import Scored, accuracy
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._digits import TRAINED, digits, order, reader
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "ramt", "identity"
@@ -277,29 +277,16 @@ def test_planted_harmful_weights_are_shut_and_the_others_kept():
     assert all(one["after"] > one["before"] for one in on)
 
 
-def digits(order, *, mirrored):
-    """scikit-learn's digits as 3 x 16 x 16 images."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    pixels = torch.tensor(found.images).float()[order, None] / 8 - 1
-    pixels = F.interpolate(pixels, size=(16, 16)).repeat(1, 3, 1, 1)
-    pixels = pixels.flip(-1) if mirrored else pixels
-    labels = torch.tensor(found.target)[order]
-    return [{"pixel_values": x, "labels": y} for x, y in zip(pixels.split(50), labels.split(50))]
-
-
 @effect
 def test_a_vision_transformer_is_fitted_to_mirrored_digits():
     """A small ViT that knows digits; masks of its attention alone, 60 steps on mirrored ones, 3 seeds."""
     table = {"before": [], "after": [], "shut": []}
     for seed in range(3):
-        order = torch.randperm(1797, generator=generator(seed, "digits"))
-        shape = tiny("vit", steps=1, seed=seed, num_labels=10, num_hidden_layers=2)
-        model = plain_fit(shape, 5 * digits(order[:1200], mirrored=False), lr=3e-3)
-        test, where = digits(order[1200:], mirrored=True), attention(model)
+        rows = order(seed)
+        model = reader(seed, digits(rows[:TRAINED]), labels=10)
+        train, test = (digits(r, turn=lambda x: x.flip(-1)) for r in (rows[:TRAINED], rows[TRAINED:]))
+        where = attention(model)
         with attach(model, where, adapter="mask") as live:
-            train = digits(order[:1200], mirrored=True)
             fit(
                 live, train, steps=60, lr=3e-4, optimizer="Adam", objective="gradient_dropout", max_norm=None, seed=seed
             )

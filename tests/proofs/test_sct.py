@@ -18,6 +18,7 @@ from neurograft.core.units import Part, Site, Tap
 from neurograft.locators.salient import salient
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.locate import locate
+from neurograft.pipeline.plan import plan
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
@@ -135,6 +136,7 @@ def test_at_the_start_nothing_changes_and_the_count_is_the_papers():
         assert torch.equal(model(**batch).logits, before)
         assert sum(p.numel() for p in live.parameters()) == 12 * (6 * 6 + 6)
     assert 12 * (96 * 96 + 96) == 111_744
+    assert plan(model, "sct")["trainable"] == 12 * (6 * 6 + 6)
 
 
 def test_only_the_chosen_channels_differ_behind_the_map():

@@ -22,6 +22,7 @@ from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe
 from neurograft.pipeline.run import changed
 
+OWNED = ("dense", "slice")  # adapters that train the numbers which units own
 VALUE = 4  # bytes of a trained value, its gradient and each moment: all float32
 
 
@@ -61,15 +62,16 @@ def plan(
     else:
         made = changed(recipe, changes or {})
         steps, where = [dict(s) for s in made.steps], _stand_in(net, made)
-    if where is None:
-        numbers = _by_adapter(net, steps)
+    numbers = _by_adapter(net, steps, where)
+    if numbers is not None:
         return {
             "steps": steps,
-            "units": None,
+            "units": None if where is None else {"chosen": len(where), "of": where.total},
             "parameters": "all" if numbers == sum(p.numel() for p in net.parameters()) else "by the adapter's options",
             "trainable": numbers,
             "bytes": _bytes(numbers, 0, 4),
         }
+    assert where is not None
     regions = regions_of(net, where, tied=tied)
     rows = [_row(net, name, region) for name, region in regions.items()]
     trainable = sum(r["numbers"] for r in rows)
@@ -84,12 +86,15 @@ def plan(
     }
 
 
-def _by_adapter(net: nn.Module, steps: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many numbers an adapter trains that is given no selection: all, or what its options say."""
+def _by_adapter(net: nn.Module, steps: Sequence[Mapping[str, Any]], where: Selection | None) -> int | None:
+    """Return how many numbers an adapter trains that makes its own; None where it trains what the units own."""
     adapter = next((s["adapter"] for s in steps if s["do"] == "tune" and "adapter" in s), "dense")
-    if choose("adapters", adapter).function in (choose("adapters", n).function for n in ("dense", "slice")):
+    made = choose("adapters", adapter)
+    if where is not None and made.function in (choose("adapters", n).function for n in (*OWNED, "mask")):
+        return None
+    if made.function in (choose("adapters", n).function for n in OWNED):
         return sum(p.numel() for p in net.parameters())
-    with choose("adapters", adapter)(net, None) as mount:
+    with made(net, where) as mount:
         return sum(p.numel() for p in mount.parameters())
 
 
