@@ -1,0 +1,102 @@
+"""How often units fire, by group of data: what entropy over groups, thresholds within one and their changes read.
+
+Shape letters: K groups, n units of a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.context import Batch, token_mask
+from neurograft.core.errors import RequestError
+from neurograft.core.passing import Positions
+from neurograft.core.stream import Rate, observe
+from neurograft.core.tap import routed
+from neurograft.core.units import Site
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How often units fire in each group.
+
+    Args:
+        groups: their names.
+        rate: site name -> share of the group's tokens at which a unit is above the bar, float64 [K, n]. A neuron of
+            an expert that does not see a token does not fire there, so it never exceeds `share`.
+        share: site name -> share of the group's tokens that reach the site, float64 [K]: 1 outside of experts.
+        tokens: counted tokens of each group.
+    """
+
+    groups: tuple[str, ...]
+    rate: Mapping[str, Tensor]
+    share: Mapping[str, Tensor]
+    tokens: tuple[int, ...]
+
+    def within(self) -> dict[str, Tensor]:
+        """Return rates over the tokens that reach a site, rate / share, float64 [K, n]; 0 where none does."""
+        return {name: rate / self.share[name][:, None].clamp(min=1e-300) for name, rate in self.rate.items()}
+
+
+def rates(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    groups: Mapping[str, Sequence[Batch]],
+    *,
+    above: float = 0.0,
+    positions: Positions = "all",
+) -> Rates:
+    """Count at how many tokens of each group every unit is above a bar; padding never counts.
+
+    Args:
+        model: run as it is, without gradients.
+        sites: what to count; each needs a tap.
+        groups: name -> batches.
+        above: the bar.
+        positions: which tokens count.
+
+    Raises:
+        RequestError: a group without data, a site without a tap, experts and data without tokens.
+
+    Example:
+        >>> from neurograft.core.units import Tap
+        >>> net, site = nn.Sequential(nn.Identity()), Site("a", "neuron", 2, tap=Tap("0"))
+        >>> groups = {"x": [{"input": torch.tensor([[1.0, -1.0], [2.0, 3.0]])}], "y": [{"input": -torch.ones(1, 2)}]}
+        >>> rates(net, {"a": site}, groups).rate["a"].tolist()
+        [[1.0, 0.5], [0.0, 0.0]]
+    """
+    rate: dict[str, list[Tensor]] = {name: [] for name in sites}
+    share: dict[str, list[float]] = {name: [] for name in sites}
+    tokens = []
+    for group, batches in groups.items():
+        found = observe(model, sites, batches, lambda n: {"": Rate(n, above=above)}, mask=positions)
+        seen = {name: reducers[""] for name, reducers in found.items()}
+        whole = _tokens(batches, positions)
+        if whole is None:
+            whole = max(r.count for r in seen.values())
+            if any(routed(site) for site in sites.values()):
+                raise RequestError(
+                    f"experts and data without tokens in the group {group!r}",
+                    expected="data whose tokens can be counted",
+                    do="choose units outside of experts",
+                )
+        tokens.append(whole)
+        for name, counted in seen.items():
+            assert isinstance(counted, Rate)
+            total = whole if routed(sites[name]) else counted.count
+            rate[name].append(counted.fired / max(1, total))
+            share[name].append(counted.count / max(1, total))
+    return Rates(
+        tuple(groups),
+        {name: torch.stack(rows) for name, rows in rate.items()},
+        {name: torch.tensor(rows, dtype=torch.float64) for name, rows in share.items()},
+        tuple(tokens),
+    )
+
+
+def _tokens(batches: Sequence[Batch], positions: Positions) -> int | None:
+    masks = [token_mask(batch, "all" if positions == "generated" else positions) for batch in batches]
+    return None if any(m is None for m in masks) else sum(int(m.sum()) for m in masks if m is not None)
