@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from neurograft.core.context import Batch, token_mask
 from neurograft.core.errors import RequestError
 from neurograft.core.passing import Positions
+from neurograft.core.selection import Selection
 from neurograft.core.stream import Rate, observe
 from neurograft.core.tap import routed
 from neurograft.core.units import Site
@@ -39,6 +40,52 @@ class Rates:
     def within(self) -> dict[str, Tensor]:
         """Return rates over the tokens that reach a site, rate / share, float64 [K, n]; 0 where none does."""
         return {name: rate / self.share[name][:, None].clamp(min=1e-300) for name, rate in self.rate.items()}
+
+    def often(self, sites: Mapping[str, Site], least: float, *, within: bool = False) -> dict[str, Selection]:
+        """Return for each group the units that fire at `least` a share of its tokens, or of those that reach the site.
+
+        Args:
+            sites: as given to `rates`.
+            least: the bar, inclusive.
+            within: count over the tokens routed to an expert, not over all.
+        """
+        table = self.within() if within else self.rate
+        card = {"rule": "often", "least": least, "within": within, "tokens": dict(zip(self.groups, self.tokens))}
+        return {
+            group: Selection.of(
+                sites, {name: (table[name][k] >= least).nonzero()[:, 0] for name in sites}, {**card, "group": group}
+            )
+            for k, group in enumerate(self.groups)
+        }
+
+    def experts(self, sites: Mapping[str, Site], experts: Mapping[str, Site], least: float) -> dict[str, Selection]:
+        """Return for each group the experts that at least a share of its tokens are routed to.
+
+        Args:
+            sites: neurons inside of the experts, as given to `rates`.
+            experts: the experts' own sites.
+            least: the bar, inclusive.
+
+        Raises:
+            RequestError: no expert holds any of the neurons.
+        """
+        home = {
+            (part.param, int(first)): (name, e)
+            for name, site in experts.items()
+            for part in site.parts
+            for e, first in enumerate(part.offsets(torch.arange(site.n)))
+        }
+        mine = {n: home.get((p.param, int(p.offsets(torch.tensor([0]))))) for n in sites for p in sites[n].parts[:1]}
+        if not any(mine.values()):
+            raise RequestError("neurons of no expert", expected="a mixture of experts", do="leave experts out")
+        found = {}
+        for k, group in enumerate(self.groups):
+            ids: dict[str, list[int]] = {}
+            for name, place in mine.items():
+                if place is not None and float(self.share[name][k]) >= least:
+                    ids.setdefault(place[0], []).append(place[1])
+            found[group] = Selection.of(experts, ids, {"rule": "routed", "least": least, "group": group})
+        return found
 
 
 def rates(
