@@ -17,10 +17,10 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits.alteration import alteration
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
-from neurograft.core.rates import rates
+from neurograft.core.rates import Rates, rates
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Selection
-from neurograft.core.units import Site
+from neurograft.core.units import Part, Site
 from neurograft.core.venn import general, pairwise, unique
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
@@ -185,6 +185,19 @@ def test_a_neuron_that_is_always_on_is_general_and_never_unique():
         assert set(out.state["alteration"]) == set(TOPICS)
 
 
+def test_experts_that_are_modules_of_their_own_are_located_too():
+    """Two experts with a weight each; 3 of 4 tokens of one group and 1 of 4 of the other reach the second."""
+    neurons = {f"e.{e}/neuron": Site(f"e.{e}/neuron", "neuron", 5, (Part.rows(f"e.{e}.up", (5, 3)),)) for e in (0, 1)}
+    experts = {f"e.{e}": Site(f"e.{e}", "expert", 1, (Part(f"e.{e}.up", ((1, 15),), run=15),)) for e in (0, 1)}
+    share = {"e.0/neuron": torch.tensor([0.25, 0.75]), "e.1/neuron": torch.tensor([0.75, 0.25])}
+    found = Rates(("a", "b"), {n: torch.zeros(2, 5) for n in neurons}, share, (4, 4))
+    for least, a, b in ((0.75, (0, 1), (1, 0)), (0.25, (1, 1), (1, 1)), (0.8, (0, 0), (0, 0))):
+        chosen = found.experts(neurons, experts, least)
+        assert [tuple(chosen[g].counts().values()) for g in ("a", "b")] == [a, b]
+    with pytest.raises(RequestError, match="neurons of no expert"):
+        found.experts(neurons, {}, 0.5)
+
+
 def test_sets_by_hand():
     site = {"s": Site("s", "neuron", 6, layer=2)}
     a, b, c = (Selection.of(site, {"s": ids}) for ids in ([0, 1, 2], [0, 2, 3], [0, 3, 4]))
@@ -217,6 +230,9 @@ def test_bad_requests():
     model = pico("llama")
     with pytest.raises(RequestError, match="units='expert'"):
         run("sparcom", model, rows(), changes={"expert_share": 0.5})
+    two_sided = pico("switch_transformers")
+    with pytest.raises(RequestError, match="experts of an encoder-decoder"):
+        rates(two_sided, sites(two_sided, "neuron"), POOL)
     with pytest.raises(RequestError, match="a column `group`"):
         run("sparcom", model, [{"input_ids": [5, 6], "labels": [5, 6]}])
     with pytest.raises(RequestError, match="1 selection"):

@@ -106,7 +106,8 @@ def rates(
         positions: which tokens count.
 
     Raises:
-        RequestError: a group without data, a site without a tap, experts and data without tokens.
+        RequestError: a group without data, a site without a tap, experts and data without tokens, experts of an
+            encoder-decoder.
 
     Example:
         >>> from neurograft.core.units import Tap
@@ -115,6 +116,12 @@ def rates(
         >>> rates(net, {"a": site}, groups).rate["a"].tolist()
         [[1.0, 0.5], [0.0, 0.0]]
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(map(routed, sites.values())):
+        raise RequestError(
+            "experts of an encoder-decoder, whose two sides see different tokens",
+            expected="experts of a decoder or an encoder",
+            do="choose units outside of experts",
+        )
     rate: dict[str, list[Tensor]] = {name: [] for name in sites}
     share: dict[str, list[float]] = {name: [] for name in sites}
     tokens = []
