@@ -24,8 +24,10 @@ ROWS = {
     "text-generation": [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(4) for b in range(2)],
     "text-classification": [{"text": f"{a} and {b}", "label": (a + b) % 3} for a in range(4) for b in range(2)],
 }
-# Recipes whose cards need a contrast find it in the same rows.
-PAIRED = {k: [{**r, "positive": r, "negative": s} for r, s in zip(v, v[1:] + v[:1])] for k, v in ROWS.items()}
+# Recipes whose cards need a contrast find it in the same rows: two sets that share no row.
+PAIRED = {
+    k: [{**r, "positive": v[i // 2], "negative": v[4 + i // 2]} for i, r in enumerate(v)] for k, v in ROWS.items()
+}
 # What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up.
 BRISK = {"lr": 1e-2, "warmup": 0.0, "epochs": 1, "batch": 4, "probe_epochs": 50}
 

@@ -74,7 +74,8 @@ def sites(
     Args:
         model: any model of a known family, or of an unknown one whose structure can be verified.
         units: one of `neurograft.core.units.KINDS`.
-        at: which activation of the unit; see the table above. For matrices: the parameter's short name.
+        at: which activation of the unit; see the table above. For matrices: the parameter's short name. Of several,
+            as in "gate|up|act", the first that the model has.
         layers: numbers (negative ones count from the end) or module names of blocks; None for everything, also
             outside of blocks.
         block: (output, input) features of a block, for kind "block"; the largest power of two up to 64 that
@@ -104,11 +105,12 @@ def sites(
 
 def of_kind(reading: Reading, units: str, *, at: str | None = None) -> dict[str, Site]:
     """Return every site of a kind in a model that has been read; see `sites`."""
-    asked = replace(reading, at=_checked(units, at), offered=[])
-    found = {site.name: asked.untied(site) for site in BUILDERS[units](asked)}
-    if not found:
-        raise _nothing(asked, units)
-    return found
+    for word in at.split("|") if at else (None,):
+        asked = replace(reading, at=_checked(units, word), offered=[])
+        found = {site.name: asked.untied(site) for site in BUILDERS[units](asked)}
+        if found:
+            return found
+    raise _nothing(asked, units)
 
 
 def _checked(units: str, at: str | None) -> str | None:

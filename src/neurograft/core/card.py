@@ -15,6 +15,7 @@ NEEDS = (
     "batches",  # ordinary data
     "labels",  # data with labels
     "contrast",  # a second set of batches, or positive and negative ones
+    "groups",  # several sets of batches by name; positive and negative ones are two
     "target",  # a scalar function of the output
     "requests",  # edit requests
     "gradients",  # a differentiable model

@@ -33,6 +33,7 @@ class Context:
         sites: the units in question.
         batches: model inputs, tensors on the model's device.
         contrast: a second set of batches, for methods that compare.
+        groups: several sets of batches by name (languages, tasks), for methods that compare more than two.
         loss: (model, batch) -> scalar loss, the bound objective.
         target: (outputs, batch) -> scalar, for attributions to something other than the loss.
         positions: which tokens count: one of `POSITIONS`, or a callable batch -> bool [B, T].
@@ -55,10 +56,29 @@ class Context:
     against: Any = None
     rehearse: Callable[..., Any] | None = None
     seed: int = 0
+    groups: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
 
     def generator(self, *names: object) -> torch.Generator:
         """Return the generator of that name."""
         return generator(self.seed, *names)
+
+    def by_group(self) -> dict[str, Sequence[Batch]]:
+        """Return the groups by name; batches and contrast are the groups "positive" and "negative".
+
+        Raises:
+            RequestError: fewer than two groups, or one without data.
+        """
+        found = dict(self.groups)
+        if not found and self.contrast:
+            found = {"positive": self.batches, "negative": self.contrast}
+        empty = [name for name, batches in found.items() if not batches]
+        if len(found) < 2 or empty:
+            raise RequestError(
+                f"no data for the group {empty[0]!r}" if empty else f"data of {max(1, len(found))} group",
+                expected="at least two groups to compare",
+                do="give rows with a `group` column, or with `positive` and `negative`",
+            )
+        return found
 
     def mask(self, batch: Batch) -> Tensor | None:
         """Return which tokens of a batch count, bool [B, T], or None if it has no tokens."""

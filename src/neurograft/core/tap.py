@@ -222,19 +222,19 @@ def _seated(board: Board, guest: Guest, found: Watch, why: str = "") -> Iterator
         yield
     finally:
         board.leave(guest)
-    silent = [n for n, s in guest.sites.items() if not found.fired[n] and (guest.fired[n] or not _routed(s))]
+    silent = [n for n, s in guest.sites.items() if not found.fired[n] and (guest.fired[n] or not routed(s))]
     if silent:
         passes = board.now.number - before
         raise RunError(
             f"the tap of {silent[0]} never fired ({len(silent)} of {len(guest.sites)} sites, {passes} forward passes): "
             + (why or "the model was not called, or a compiled or fused kernel bypasses the module")
         )
-    empty = [n for n in guest.sites if not found.tokens[n] and not _routed(guest.sites[n])]
+    empty = [n for n in guest.sites if not found.tokens[n] and not routed(guest.sites[n])]
     if empty:
         raise RunError(f"the tap of {empty[0]} saw no token ({len(empty)} sites): every position was masked")
 
 
-def _routed(site: Site) -> bool:
+def routed(site: Site) -> bool:
     """Say whether a tap lies inside an expert, which may rightly see no token."""
     tap = site.tap
     return tap is not None and (tap.expert is not None or re.search(r"\bexperts\.\w*\d+\b", tap.module) is not None)

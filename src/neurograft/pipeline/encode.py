@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from neurograft.core.context import IGNORE, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import generator
+from neurograft.pipeline.grouped import COLUMN
 
 READY = (
     "input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids",
@@ -32,7 +33,7 @@ def encode(
     """Return one example as the model's inputs, unbatched tensors, labels included where the row has them.
 
     Args:
-        row: columns as in `COLUMNS`, or the model's own inputs.
+        row: columns as in `COLUMNS`, or the model's own inputs; a column `group` says where a row belongs.
         model: the model.
         processor: tokenizer, image processor or feature extractor; None for ready rows.
         max_length: longer texts are cut on the right.
@@ -43,7 +44,7 @@ def encode(
         RequestError: columns that are not understood, a missing processor, an answer cut off whole.
     """
     if is_ready(row):
-        return {k: _tensor(v, k, index) for k, v in row.items() if v is not None}
+        return {k: _tensor(v, k, index) for k, v in row.items() if v is not None and k != COLUMN}
     keys = row.keys()
     if "image" in keys:
         return _labelled(_image(row["image"], processor, index), row, model, index)

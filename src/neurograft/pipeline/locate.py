@@ -18,9 +18,10 @@ from neurograft.core.errors import RequestError
 from neurograft.core.examples import row_digests
 from neurograft.core.graft import describe
 from neurograft.core.selection import Scores, Selection
+from neurograft.pipeline.grouped import grouped_rows, row_of
 from neurograft.pipeline.inputs import as_batches, data_digest, processor_for
 from neurograft.pipeline.models import Model, load_model
-from neurograft.pipeline.rows import Row, read_rows
+from neurograft.pipeline.rows import read_rows
 from neurograft.pipeline.state import as_found
 
 Target = Callable[[Any, Batch], Tensor] | str | tuple[str, str] | None
@@ -53,8 +54,8 @@ def locate(
 
     Args:
         model: a module, a folder, a Hub id or a shipped model.
-        data: examples; rows with `positive` and `negative` for locators that compare; none for those that only
-            look at the weights.
+        data: examples; rows with `positive` and `negative` for locators that compare, with `group` for those that
+            compare more than two (or group -> rows); none for those that only look at the weights.
         by: the locator, of `neurograft.locators`.
         units: kind of unit, see `neurograft anatomy MODEL`.
         at: which of a kind's activations is meant.
@@ -84,11 +85,16 @@ def locate(
     chosen = choose("locators", by)
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     where = sites(net, units, at=at, layers=layers, match=match, block=block)
-    batches, contrast = located_data(
-        data, net, processing_class=processing_class, batch_size=batch_size, max_length=max_length, limit=limit
-    )
+    reading = {"processing_class": processing_class, "batch_size": batch_size, "max_length": max_length, "limit": limit}
+    groups: dict[str, list[Batch]] = {}
+    if "groups" in chosen.card.needs and data is not None:
+        groups = {name: as_batches(rows, net, **reading) for name, rows in grouped_rows(data).items()}
+        sides = [b for group in groups.values() for b in group], list[Batch]()
+    else:
+        sides = located_data(data, net, **reading)
+    batches, contrast = sides
     goal = target_of(target, net, processing_class)
-    _check_needs(chosen.card, chosen.name, units, batches, contrast, goal, against)
+    _check_needs(chosen.card, chosen.name, units, batches, contrast, goal, against, groups)
     with as_found(net):
         context = Context(
             net,
@@ -101,6 +107,7 @@ def locate(
             processor=processing_class,
             against=against,
             seed=seed,
+            groups=groups,
         )
         scores: Scores = chosen(context)
     card = {
@@ -112,6 +119,7 @@ def locate(
         "positions": positions if isinstance(positions, str) else "callable",
         "data": data_digest(batches) if batches else None,
         "contrast": data_digest(contrast) if contrast else None,
+        **({"groups": {name: data_digest(group) for name, group in groups.items()}} if groups else {}),
         "examples": row_digests([*batches, *contrast]),
         "model": describe(net),
         "seed": seed,
@@ -170,13 +178,9 @@ def located_data(data: Any, model: nn.Module, **options: Any) -> tuple[list[Batc
         return as_batches(data["positive"], model, **options), as_batches(data["negative"], model, **options)
     rows = read_rows(data)
     if all({"positive", "negative"} <= row.keys() for row in rows):
-        sides = [[_row_of(row[side]) for row in rows] for side in ("positive", "negative")]
+        sides = [[row_of(row[side]) for row in rows] for side in ("positive", "negative")]
         return as_batches(sides[0], model, **options), as_batches(sides[1], model, **options)
     return as_batches(rows, model, **options), []
-
-
-def _row_of(value: Any) -> Row:
-    return {"text": value} if isinstance(value, str) else dict(value)
 
 
 def target_of(target: Target, model: nn.Module, processing_class: Any) -> Callable[[Any, Batch], Tensor] | None:
@@ -228,16 +232,19 @@ def _check_needs(
     contrast: list[Batch],
     target: Any,
     against: Any,
+    groups: Any = (),
 ) -> None:
     if card.kinds and units not in card.kinds:
         raise RequestError(
             f"units={units!r} for {name}", expected=f"one of {', '.join(sorted(card.kinds))}", do="choose another kind"
         )
     have = {"batches": batches, "contrast": contrast, "target": target is not None, "against": against is not None}
+    have["groups"] = groups
     have["labels"] = target is not None or all(_has_labels(b) for b in batches)
     how = {
         "batches": "give data",
         "contrast": "give rows with `positive` and `negative`",
+        "groups": "give rows with a `group` column",
         "target": "pass target=",
         "against": "pass against=model or graft",
         "labels": "give labelled rows, or pass target=",
