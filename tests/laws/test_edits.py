@@ -3,16 +3,19 @@
 import pytest
 import torch
 
+from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose, methods, option_names
 from neurograft.core.errors import RequestError
+from neurograft.core.selection import Selection
 from neurograft.pipeline.edit import edit, part, without
-from neurograft.worlds.pico import pico
+from neurograft.worlds.pico import pico, pico_batch
 
 ASKED = [
     {"prompt": [5, 6, 7, 3], "subject": [6], "target_new": [9], "rephrase": [[6, 7, 3], [7, 6]], "locality": [8, 9]},
     {"prompt": [5, 8, 7], "subject": [8], "target_new": [10, 11]},
 ]
-CASES = [(name, family) for name in methods("edits") for family in ("llama", "gpt2")]
+ASKING = [name for name in methods("edits") if "requests" in choose("edits", name).card.needs]
+CASES = [(name, family) for name in ASKING for family in ("llama", "gpt2")]
 
 
 def quick(name):
@@ -69,3 +72,21 @@ def test_requests_come_apart_where_that_is_claimed(name, family):
 def test_no_request_is_refused(name):
     with pytest.raises(RequestError):
         edit(pico("llama"), [], by=name)
+
+
+@pytest.mark.parametrize("name", sorted(set(methods("edits")) - set(ASKING)))
+def test_edits_of_data_alone_leave_the_model_and_come_off(name):
+    model = pico("llama").train()
+    before, data = trace(model), [pico_batch(model, seed=i) for i in range(4)]
+    kind = min(choose("edits", name).card.kinds)
+    found = sites(model, kind, at="residual" if kind == "layer" else None)
+    where = Selection.of(found, {next(iter(found)): [0]})
+    graft = edit(model, data, by=name, where=where)
+    assert same(before, trace(model))
+    with torch.no_grad():
+        plain = model.eval()(**data[0]).logits
+        with graft.on(model):
+            assert not torch.equal(model(**data[0]).logits, plain)
+        assert torch.equal(model(**data[0]).logits, plain)
+    with pytest.raises(RequestError, match="no selection"):
+        edit(model, data, by=name)

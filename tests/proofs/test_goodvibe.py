@@ -36,11 +36,11 @@ PAPER, SCALE = "goodvibe", "tiny"
 def only_the_first_row_of_a_group_moves():
     """The shared vector reaches one unit of each group."""
 
-    def values(self):
+    def source(self):
         first = torch.tensor([int(g) not in self.groups[:i].tolist() for i, g in enumerate(self.groups)])
         return self.base + self.theta[self.groups] * first.reshape(-1, *[1] * (self.theta.dim() - 1))
 
-    with patched(Tied, "values", property(values)):
+    with patched(Tied, "source", source):
         yield
 
 

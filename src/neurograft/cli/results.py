@@ -77,7 +77,7 @@ def edit(found: Any, target: Path | None, shown: Shown) -> None:
     facts = {"path": str(written), "numbers": found.numel, "tensors": len(found.deltas), "identity": found.identity}
     facts |= {"requests": len(found.card["requests"]), **shares}
     lines = [f"{len(found.card['requests'])} requests in {len(found.deltas)} tensors, {size(written)}: {written}"]
-    shown.result(facts, lines=[*lines, ", ".join(f"{k} {v:.1%}" for k, v in shares.items())])
+    shown.result(facts, lines=[*lines, *([", ".join(f"{k} {v:.1%}" for k, v in shares.items())] if shares else [])])
 
 
 def report(found: Any, target: Path | None, shown: Shown) -> None:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Choice, Chosen, choose
-from neurograft.core.context import Context
+from neurograft.core.context import Batch, Context
 from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
 from neurograft.core.requests import Request
+from neurograft.core.selection import Selection
 from neurograft.core.stack import Stack
 from neurograft.pipeline._edited import measured
 from neurograft.pipeline.attach import Where, selection_of
@@ -53,7 +55,8 @@ def edit(
 
     Args:
         model: a module, a folder, a Hub id or a shipped model. Grafts that lie on a live one count as edited earlier.
-        requests: dicts with prompt, target_new and subject (+ rephrase, locality), or a JSONL path.
+        requests: dicts with prompt, target_new and subject (+ rephrase, locality), or a JSONL path; for edits that
+            take none, such as "remove_components", the data they read.
         by: the edit, of `neurograft.edits`.
         where: units the edit may use, for edits that can be told; or the path of a saved selection.
         general: data whose keys are to keep their values, for edits that protect some.
@@ -87,12 +90,11 @@ def edit(
         raise RequestError(f"batch={batch}", expected="at least 1", do="leave it out for all requests at once")
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     processor = processor_for(net, processing_class)
+    reading = {"processing_class": processor, "batch_size": batch_size, "max_length": max_length}
+    if "requests" not in chosen.card.needs:
+        return _by_data(chosen, net, as_batches(requests, net, limit=limit, **reading), selection_of(where), seed)
     asked = as_requests(requests, net, processor, contexts=contexts, limit=limit)
-    kept = (
-        []
-        if general is None
-        else as_batches(general, net, processing_class=processor, batch_size=batch_size, max_length=max_length)
-    )
+    kept = [] if general is None else as_batches(general, net, **reading)
     units = min(chosen.card.kinds, default="neuron")
     with as_found(net), ExitStack() as earlier:
         for graft in _grafts(after):
@@ -110,6 +112,18 @@ def edit(
             "seed": seed,
             **measured(net, made, asked, processor),
         }
+    return replace(made, card={**made.card, **card})
+
+
+def _by_data(chosen: Chosen, net: nn.Module, batches: list[Batch], where: Selection | None, seed: int) -> Graft:
+    """Return what an edit makes of data alone."""
+    if where is None:
+        raise RequestError(
+            f"{chosen.name} and no selection", expected="the units it changes", do="pass where=, or --where FILE"
+        )
+    with as_found(net):
+        made: Graft = chosen(Context(net, where.sites, batches, seed=seed), where)
+    card = {"by": chosen.as_dict(), "data": data_digest(batches), "requests": [], "seed": seed}
     return replace(made, card={**made.card, **card})
 
 
