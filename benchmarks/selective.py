@@ -341,18 +341,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     where, found = environment(), dict[str, dict[str, Any]]()
-    for name, tune in contenders().items():
-        if given.only is None or name in given.only:
-            start = time.perf_counter()
-            found[name] = measured(name, tune, given.seeds, given.steps, RATES)
-            print(f"{name:24} {time.perf_counter() - start:6.1f} s  {found[name].get('test', found[name])}", flush=True)
-    print(lines(found))
     settings = {"seeds": given.seeds, "steps": given.steps, "batch": BATCH, "rates": RATES, "options": OPTIONS}
-    start = {"accuracy": [accuracy(base(s), seed=93) for s in range(given.seeds)]}
-    ratio = {n: interval(r["step_ratio"]) for n, r in found.items() if "step_ratio" in r}
-    if given.only is None or given.output is not None:
-        payload = {**where, "settings": settings, "before": start, "step_ratio": ratio, "contenders": found}
-        print(write("selective", payload, output=given.output))
+    before = {"accuracy": [round(accuracy(base(s), seed=93), 4) for s in range(given.seeds)]}
+    for name, tune in contenders().items():
+        if given.only is not None and name not in given.only:
+            continue
+        start = time.perf_counter()
+        found[name] = measured(name, tune, given.seeds, given.steps, RATES)
+        print(f"{name:24} {time.perf_counter() - start:6.1f} s  {found[name].get('test', found[name])}", flush=True)
+        if given.only is None or given.output is not None:
+            ratio = {n: interval(r["step_ratio"]) for n, r in found.items() if "step_ratio" in r}
+            payload = {**where, "settings": settings, "before": before, "step_ratio": ratio, "contenders": found}
+            write("selective", payload, output=given.output)
+    print(lines(found))
     if given.picture is not None:
         given.picture.write_text(picture(found), encoding="utf-8")
     return 0

@@ -13,7 +13,12 @@ from neurograft.pipeline import _proofs
 from neurograft.pipeline.papers import known, papers
 from neurograft.pipeline.recipe import recipes
 
-CASES = [(proof, name) for proof in find() for name in proof.broken]
+# Sabotages of one proof share its worlds, which are built once in a process.
+CASES = [
+    pytest.param(proof, name, id=f"{proof.name}-{name}", marks=pytest.mark.xdist_group(proof.name))
+    for proof in find()
+    for name in proof.broken
+]
 
 
 @pytest.mark.parametrize("proof", find(), ids=lambda p: p.name)
@@ -29,7 +34,7 @@ def test_a_proof_is_well_formed(proof):
     assert not any(inspect.signature(t).parameters for t in tests)
 
 
-@pytest.mark.parametrize(("proof", "name"), CASES, ids=[f"{p.name}-{n}" for p, n in CASES])
+@pytest.mark.parametrize(("proof", "name"), CASES)
 def test_a_proof_fails_when_its_mechanism_is_spoilt(proof, name):
     assert noticed(proof, proof.broken[name]), f"{proof.slug} passes although {name}"
 
