@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,13 @@ QUESTIONS: Mapping[str, str] = {
 }
 
 
+# benchmark -> (where its rows are, title of its page)
+BOARDS: Mapping[str, tuple[str, str]] = {
+    "planted": ("worlds", "Which locator finds what is there?"),
+    "selective": ("contenders", "What selective tuning costs and buys"),
+}
+
+
 def pages() -> dict[str, str]:
     """Return every generated page: path under `docs` -> text."""
     found = {f"methods/{room}.md": room_page(room) for room in ROOMS if public(room)}
@@ -44,12 +53,38 @@ def pages() -> dict[str, str]:
     found |= {f"papers/{name.replace('_', '-')}.md": paper_page(name) for name in rows}
     found["methods/README.md"] = index("Methods by room", {r: QUESTIONS[r] for r in ROOMS if public(r)})
     found["papers/README.md"] = papers_page(rows)
+    found |= {f"{name}.md": board_page(name, key, title) for name, (key, title) in BOARDS.items()}
     return found
 
 
 def index(title: str, entries: Mapping[str, str]) -> str:
     """Return a page that lists others."""
     return f"{NOTE}# {title}\n\n" + "".join(f"- [{name}]({name}.md): {text}\n" for name, text in entries.items())
+
+
+def board_page(name: str, key: str, title: str) -> str:
+    """Return the page of a benchmark's checked-in results, as the benchmark itself shows them."""
+    folder = HERE.parent / "benchmarks"
+    with patched_path(folder):
+        module = importlib.import_module(name)
+    data = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    prose = "\n\n".join(p for p in (module.__doc__ or "").strip().split("\n\n")[1:] if not p.startswith("    "))
+    made = data["machine"]
+    where = (
+        f"`benchmarks/{name}.py`, commit {data['commit'][:7]}, {data['date']}, {made['cpu']}, {data['threads']} thread."
+    )
+    picture = f"![{title}](images/{name}.svg)\n\n" if (HERE / "images" / f"{name}.svg").is_file() else ""
+    return f"{NOTE}# {title}\n\n{prose}\n\n{where}\n\n{picture}{module.lines(data[key]).strip()}\n"
+
+
+@contextmanager
+def patched_path(folder: Path) -> Iterator[None]:
+    """Let modules of a folder be imported for the length of a block."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def papers_page(rows: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ def test_the_generated_pages_are_current():
     stale = [path for path, text in pages.items() if not (DOCS / path).is_file() or (DOCS / path).read_text() != text]
     assert not stale, "run `make docs`"
     there = {f"{folder}/{p.name}" for folder in ("methods", "papers") for p in (DOCS / folder).glob("*.md")}
-    assert there == set(pages)
+    assert there == {path for path in pages if "/" in path}
 
 
 def test_docstrings_are_taken_apart():
