@@ -10,7 +10,7 @@ from typing import Any
 
 from neurograft.report._svg import dot, drawing, line, scale, words
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 56, 700, 34, 400
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 680, 56, 830, 34, 600
 STYLE = (
     "<style>text{font:12px system-ui,'DejaVu Sans',sans-serif;fill:#16181d}.s{fill:#565d6b;font-size:11px}"
     "line{stroke:#e9ecf1}.edge{stroke:#1f5fbf;stroke-width:1.5;stroke-dasharray:4 3}.one{fill:#7b8494}"

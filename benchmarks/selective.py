@@ -2,7 +2,7 @@
 
     python benchmarks/selective.py [--seeds 3] [--steps 120] [--only NAME ...] [--picture FILE]
 
-A tiny Llama (hidden 64, FFN 128, 4 layers, about 130,000 numbers) that copies and reverses letters learns to say in
+A tiny Llama (hidden 64, FFN 128, 4 layers, about 170,000 numbers) that copies and reverses letters learns to say in
 which third of the alphabet the first letter is. Every contender sees the same 40 batches of 32 rows in the same order,
 AdamW or what its paper asks for, and the same learning rates; the one with the best accuracy on validation rows
 counts, and test rows are read at that one alone. Kept: the loss on what the model knew.
@@ -10,7 +10,7 @@ counts, and test rows are read at that one alone. Kept: the loss on what the mod
 Costs are those of the training itself: seconds of a step beside full fine-tuning in turn with it, bytes autograd saves
 for one step, bytes of gradients when the optimizer steps, of the optimizer's state at the end, numbers in the graft
 and its file. What was trained before (a first full phase, a search) is in `all_steps`. A model this small says little
-about time: most of a step is overhead.
+about time: most of a step is overhead, and the checked-in numbers come from three runs on two cores that were both busy.
 
 Beside the rows: full fine-tuning, PEFT's LoRA, SHiRA and Super-Tuning, and random neurons.
 """
