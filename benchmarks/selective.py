@@ -10,7 +10,7 @@ counts, and test rows are read at that one alone. Kept: the loss on what the mod
 Costs are those of the training itself: seconds of a step beside full fine-tuning in turn with it, bytes autograd saves
 for one step, bytes of gradients when the optimizer steps, of the optimizer's state at the end, numbers in the graft
 and its file. What was trained before (a first full phase, a search) is in `all_steps`. A model this small says little
-about time: most of a step is overhead, and the checked-in numbers come from three runs on two cores that were
+about time: most of a step is overhead, and the checked-in numbers come from four runs on two cores that were
 both busy.
 
 Beside the rows: full fine-tuning, PEFT's LoRA, SHiRA and Super-Tuning, and random neurons.
@@ -321,7 +321,16 @@ def lines(found: Mapping[str, Mapping[str, Any]]) -> str:
     cells = [[name, *(_cell(key, there[name][key]) for key in SHOWN)] for name in order]
     left = [f"- `{n}`: {r['none']}" for n, r in found.items() if "none" in r]
     text = table(cells, ["", *SHOWN.values()])
+    if "random neurons" in there:
+        text += f"\n\nWorse than random neurons at both task and keeping: {', '.join(_below(there)) or 'none'}."
     return text + ("\n\nNot here:\n\n" + "\n".join(left) if left else "")
+
+
+def _below(there: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return those with a lower mean accuracy than random neurons and a larger mean loss rise."""
+    mean = {n: (statistics.fmean(r["test"]), -statistics.fmean(r["forgetting"])) for n, r in there.items()}
+    bar = mean["random neurons"]
+    return [n for n, m in mean.items() if m[0] < bar[0] and m[1] < bar[1]]
 
 
 def _cell(key: str, values: Sequence[float]) -> str:

@@ -18,10 +18,10 @@ from neurograft.optimizers.evolution import evolution
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
-from neurograft.worlds.mixture import mixture
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import base, moved, right, snapshot
+from tests.proofs._forward import better_at_it
+from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "es-landscape", "tiny"
 
@@ -219,21 +219,9 @@ def test_accuracy_itself_is_climbed_on_a_tiny_decoder():
     """LoRA of rank 2 on a new task, minus the accuracy on 64 rows as the loss, 40 populations of 10, 3 seeds."""
     start, end = [], []
     for seed in range(3):
-        model = base(seed)
-        (train,) = mixture(("first",), count=1, batch=64, length=3, seed=50)
-        (test,) = mixture(("first",), count=1, batch=256, length=3, seed=90)
-        start.append(right(model, test))
-        with attach(model, adapter=("lora", {"r": 2})) as live:
-            fit(
-                live,
-                [train],
-                steps=40,
-                lr=0.3,
-                optimizer=("evolution", {"sigma": 0.1, "n": 10}),
-                objective=lambda m, b: -right(m, b),
-                seed=seed,
-            )
-            end.append(right(model, test))
+        before, after, *_ = better_at_it(seed, ("evolution", {"sigma": 0.1, "n": 10}), lr=0.3)
+        start.append(before)
+        end.append(after)
     note(accuracy_before=start, accuracy_after=end)
     assert all(b > a + 0.2 for a, b in zip(start, end)), (start, end)
 

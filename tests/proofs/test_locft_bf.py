@@ -114,6 +114,17 @@ def test_breadth_first_sees_every_request_in_one_batch_and_depth_first_one_after
     assert sizes["depth"] == [[9], [9], [10], [10], [20], [20]]
 
 
+def test_breadth_first_shuffles_anew_in_every_epoch():
+    train, requests = training(pico("llama"), epochs=12, together=1, enough=0.0)
+    seen, loss = [], train.loss
+    train.loss = lambda batch: (seen.append(batch[0].target[0]), loss(batch))[1]
+    with train.at("model.layers.1.mlp.down_proj.weight") as weight:
+        train.fit(weight, requests)
+    epochs = [tuple(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert len(epochs) == 12
+    assert len(set(epochs)) > 2
+
+
 def test_with_one_request_both_orders_are_the_same():
     model = pico("llama")
     grafts = [edit(model, ASKED[:1], by=("locft_bf", {"order": o, "epochs": 3})) for o in ("breadth", "depth")]

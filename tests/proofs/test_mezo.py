@@ -15,10 +15,10 @@ from neurograft.optimizers.mezo import mezo
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
-from neurograft.worlds.mixture import mixture
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import base, moved, right, snapshot
+from tests.proofs._forward import better_at_it
+from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "mezo", "tiny"
 
@@ -234,22 +234,9 @@ def test_accuracy_itself_is_learned_from_forward_passes():
     """
     start, end, probe = [], [], []
     for seed in range(3):
-        model = base(seed)
-        train, test = (
-            mixture(("first",), count=1, batch=size, length=3, seed=s)[0] for size, s in ((64, 50), (256, 90))
-        )
-        start.append(right(model, test))
-        with attach(model, adapter=("lora", {"r": 2})) as live:
-            fit(
-                live,
-                [train],
-                steps=40,
-                lr=0.1,
-                optimizer=("mezo", {"eps": 0.1, "n": 4}),
-                objective=lambda m, b: -right(m, b),
-                seed=seed,
-            )
-            end.append(right(model, test))
+        before, after, model, train, test = better_at_it(seed, ("mezo", {"eps": 0.1, "n": 4}), lr=0.1)
+        start.append(before)
+        end.append(after)
         probe.append(probed(model, train, test))
     note(accuracy_before=start, accuracy_after=end, linear_probe=probe)
     assert all(b > a + 0.2 for a, b in zip(start, end))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,27 +54,10 @@ def wanted(
         eos: whether the end of the answer is asked for too.
         at_once: requests a pass.
     """
-    return torch.cat(
-        [
-            _chunk(model, memory, requests[i : i + at_once], steps, lr, clamp, decay, kl, absolute, enough, eos)
-            for i in range(0, len(requests), at_once)
-        ]
-    )
-
-
-def _chunk(
-    model: nn.Module,
-    memory: Memory,
-    requests: Sequence[Request],
-    steps: int,
-    lr: float,
-    clamp: float,
-    decay: float,
-    kl: float,
-    absolute: bool,
-    enough: float,
-    eos: bool,
-) -> Tensor:
+    if len(requests) > at_once:
+        how: dict[str, Any] = {"steps": steps, "lr": lr, "clamp": clamp, "decay": decay, "kl": kl, "enough": enough}
+        parts = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
+        return torch.cat([wanted(model, memory, part, absolute=absolute, eos=eos, **how) for part in parts])
     n, rows = len(requests), joined(requests, eos=eos, device=device_of(model))
     site = {memory.stream.name: memory.stream}
     first = rows.mean(at_subjects(model, site, rows)[memory.stream.name], n)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-from neurograft.core.errors import RequestError, near
 from neurograft.core.graft import Graft
+from neurograft.pipeline._earlier import earlier
 
 
 def summed(state: Mapping[str, Any], *, of: Sequence[str], name: str = "graft") -> dict[str, Graft]:
@@ -22,11 +22,6 @@ def summed(state: Mapping[str, Any], *, of: Sequence[str], name: str = "graft") 
     Raises:
         RequestError: there is no graft of that name.
     """
-    for one in of:
-        if not isinstance(state.get(one), Graft):
-            raise RequestError(
-                f"the graft {one!r} of a recipe that made none", expected="an earlier step's name",
-                do=near(one, [k for k, v in state.items() if isinstance(v, Graft)]),
-            )  # fmt: skip
-    found = reduce(lambda a, b: a + b, [state[one].bind(state["model"]) for one in of])
-    return {name: replace(found, card={**state[of[-1]].card, "sum_of": [state[one].identity for one in of]})}
+    grafts = earlier(state, of, Graft)
+    found = reduce(lambda a, b: a + b, [graft.bind(state["model"]) for graft in grafts])
+    return {name: replace(found, card={**grafts[-1].card, "sum_of": [graft.identity for graft in grafts]})}
