@@ -19,7 +19,7 @@ from neurograft.core.region import Region
 from neurograft.core.replay import Replay
 from neurograft.core.selection import Selection
 from neurograft.core.shift import Shift
-from neurograft.core.spill import Spill
+from neurograft.core.spill import Spill, differing
 
 
 @method(claims={"undo", "only_the_selection", "zero_graft", "live_model", "resume", "coordinates"})
@@ -114,7 +114,7 @@ class DenseMount(Mount):
         found: dict[str, Slice | Replay] = {}
         for name in self.names:
             now = self.found.by_name[name].detach().cpu()
-            if not torch.equal(now, self.original[name]):
+            if differing(self.original, name, now):
                 region = self._region(name)
                 if self.replayable(name, region):
                     found[name] = self.replay(name, region, now.dtype, tensor_digest(now))

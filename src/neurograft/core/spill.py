@@ -32,11 +32,21 @@ class Spill(Mapping[str, Tensor]):
 
     def put(self, name: str, into: Tensor) -> None:
         """Write a tensor's copy into a contiguous tensor of its shape and dtype, a piece at a time."""
-        place, _, dtype = self.index[name]
+        flat, lo = into.detach().view(-1), 0
+        for piece in self.pieces(name):
+            flat[lo : lo + len(piece)].copy_(piece)
+            lo += len(piece)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's numbers in order, flat, in pieces of at most a MiB: whole tensors read one after another
+        leave holes behind in the allocator, which grow to half a model."""
+        place, shape, dtype = self.index[name]
         self.file.seek(place)
-        for part in into.detach().view(-1).split(CHUNK // dtype.itemsize):
-            here = bytearray(self.file.read(part.numel() * dtype.itemsize))
-            part.copy_(torch.frombuffer(here, dtype=dtype))
+        left = math.prod(shape)
+        while left:
+            count = min(left, CHUNK // dtype.itemsize)
+            yield torch.frombuffer(bytearray(self.file.read(count * dtype.itemsize)), dtype=dtype)
+            left -= count
 
     def __getitem__(self, name: str) -> Tensor:
         _, shape, dtype = self.index[name]
@@ -50,3 +60,20 @@ class Spill(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.index)
+
+
+def differing(held: Mapping[str, Tensor], name: str, now: Tensor) -> int:
+    """Return how many numbers of a tensor differ from the copy of it that is held.
+
+    Example:
+        >>> held = Spill({"w": torch.tensor([1.0, 2.0, 3.0])})
+        >>> differing(held, "w", torch.tensor([1.0, 0.0, 4.0]))
+        2
+    """
+    if not isinstance(held, Spill):
+        return int((now.detach() != held[name].to(now.device)).sum())
+    flat, lo, found = now.detach().reshape(-1), 0, 0
+    for piece in held.pieces(name):
+        found += int((flat[lo : lo + len(piece)] != piece.to(flat.device)).sum())
+        lo += len(piece)
+    return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neurograft.core.errors import RunError
 from neurograft.core.mount import Mount
+from neurograft.core.spill import differing
 
 
 class Witness:
@@ -68,7 +69,7 @@ class Witness:
                 (where=None), a part that the objective does not use is named instead, as `unreached`.
         """
         now = self.mount.named_parameters()
-        moved = {n: int((now[n].detach() != self.start[n].to(now[n].device)).sum()) for n in self.awake}
+        moved = {n: differing(self.start, n, now[n]) for n in self.awake}
         blind = sorted(self.awake - self.reached)
         if not self.awake or (blind and (self.mount.declared or not self.reached)):
             raise RunError(
