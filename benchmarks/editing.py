@@ -19,18 +19,21 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from _bench import arguments, environment, table, write
+from _curves import picture
 from torch import Tensor, nn
 
 from neurograft.core.graft import Graft
 from neurograft.core.requests import Request
 from neurograft.core.seeds import derive
 from neurograft.pipeline._edited import answered
-from neurograft.pipeline.edit import edit, part, without
+from neurograft.pipeline.edit import edit
 from neurograft.pipeline.requests import as_requests
+from neurograft.pipeline.rollback import part, rollback
 from neurograft.worlds import _atlas_text as text
 from neurograft.worlds import atlas
 
@@ -131,12 +134,35 @@ class Exam:
         gone, back, others = [], [], []
         for i in drawn:
             beside = [j for j in held if j // BATCH == i // BATCH and j != i]
-            with without(graft, [i]).on(self.model):
+            with rollback(graft, [i]).on(self.model):
                 gone.append(not bool(self.hits([edits[i]])))
                 back.append(bool(self.hits([self.olds[i]])))
                 others.append(float(self.hits([edits[j] for j in beside]).float().mean()))
         shares = {"edit_gone": gone, "old_answer_back": back, "others_of_its_batch_stay": others}
         return {"edits": len(drawn), **{k: round(sum(v) / len(v), 4) for k, v in shares.items()}}
+
+
+SHOWN = ("edits", "reliability", "known", "held_out", "locality", "general")
+
+
+def lines(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the curves as Markdown, and what single edits rolled back left."""
+    cells = [
+        [name if not i else "", *(f"{p[k]:,}" if k == "edits" else f"{p[k]:.3f}" for k in SHOWN)]
+        for name, row in found.items()
+        for i, p in enumerate(row["curve"])
+    ]
+    back = [_back(name, row["rollback"]) for name, row in found.items() if "rollback" in row]
+    return table(cells, ["", *SHOWN]) + "\n\n" + "\n".join(back)
+
+
+def _back(name: str, found: Mapping[str, Any]) -> str:
+    shares = (f"{found[k]:.2f}" for k in ("edit_gone", "old_answer_back", "others_of_its_batch_stay"))
+    gone, back, stay = shares
+    return (
+        f"- {name}: of {found['edits']} single edits rolled back {gone} are no longer said, {back} answer as before; "
+        f"{stay} of the other edits of the same batch are still said."
+    )
 
 
 def _bare(row: Row) -> Row:
@@ -147,8 +173,10 @@ def main() -> None:
     """Edit, examine, and write `benchmarks/results/editing.json`."""
     parser = arguments(__doc__ or "", rounds=1, threads=1)
     parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--picture", type=Path, default=None)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    where = environment()
     model, tokenizer = atlas.load()
     new = changed(given.edits, given.seed)
     exam = Exam(model, tokenizer, new)
@@ -178,16 +206,11 @@ def main() -> None:
         results[name] = {"by": by, "options": options, "seconds": round(seconds, 1), "curve": curve}
         if by == "nmke":
             results[name]["rollback"] = exam.rolled_back(whole, given.seed)
-        print(name, f"{seconds:.0f} s")
-        payload = {"environment": environment(), "seed": given.seed, "batch": BATCH, "kept_questions": kept}
-        path = write("editing", payload | {"methods": results}, output=given.output)
-        heads = list(curve[0])
-        print(
-            table([[row[h] for h in heads] for row in curve], heads),
-            results[name].get("rollback", ""),
-            path,
-            flush=True,
-        )
+        payload = {**where, "seed": given.seed, "batch": BATCH, "kept_questions": kept}
+        write("editing", payload | {"methods": results}, output=given.output)
+        print(lines({name: results[name]}), flush=True)
+    if given.picture is not None:
+        given.picture.write_text(picture(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from neurograft.pipeline.papers import cite, papers
     from neurograft.pipeline.plan import plan
     from neurograft.pipeline.recipe import Recipe, recipe
+    from neurograft.pipeline.rollback import rollback
     from neurograft.pipeline.run import run
     from neurograft.pipeline.trim import trim
     from neurograft.pipeline.tune import tune
@@ -56,6 +57,7 @@ _HOME = {
     "papers": "neurograft.pipeline.papers",
     "plan": "neurograft.pipeline.plan",
     "recipe": "neurograft.pipeline.recipe",
+    "rollback": "neurograft.pipeline.rollback",
     "run": "neurograft.pipeline.run",
     "select": "neurograft.pipeline.locate",
     "trim": "neurograft.pipeline.trim",

@@ -7,7 +7,8 @@ from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose, methods, option_names
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Selection
-from neurograft.pipeline.edit import edit, part, without
+from neurograft.pipeline.edit import edit
+from neurograft.pipeline.rollback import part, rollback
 from neurograft.worlds.pico import pico, pico_batch
 
 ASKED = [
@@ -62,7 +63,7 @@ def test_requests_come_apart_where_that_is_claimed(name, family):
         with pytest.raises(RequestError, match="share"):
             part(graft, [0])
         return
-    one, rest = part(graft, [1]), without(graft, [1])
+    one, rest = part(graft, [1]), rollback(graft, [1])
     for tensor, delta in graft.deltas.items():
         total = one.deltas[tensor].product() + rest.deltas[tensor].product()
         torch.testing.assert_close(total, delta.product(), rtol=0, atol=1e-6)

@@ -90,9 +90,21 @@ def test_a_graft_survives_its_folder_and_comes_off(tmp_path):
     graft = ng.edit(model, ROWS, by=BY, processing_class=letters())
     same = ng.Graft.load(graft.save(tmp_path / "edit"))
     assert same.identity == graft.identity
-    from neurograft.pipeline.edit import without
 
-    assert len(without(same, [0]).card["requests"]) == 1
+
+def test_an_edit_is_taken_back_by_its_place_or_its_words(tmp_path):
+    graft = ng.edit(pico("llama"), ROWS, by=BY, processing_class=letters())
+    folder = graft.save(tmp_path / "edit")
+    rest = [ng.rollback(folder, which) for which in (0, "0", ["ab"], [ROWS[0]["prompt"]])]
+    assert [[r["subject"] for r in g.card["requests"]] for g in rest] == [["cd"]] * 4
+    assert len({g.identity for g in rest}) == 1
+    for name, delta in rest[0].deltas.items():
+        whole = graft.deltas[name]
+        assert torch.equal(delta.A, whole.A[1:])
+        assert torch.equal(delta.B, whole.B[:, 1:])
+    for bad, words in ((2, "counted from 0"), ("aab", "did you mean"), ([0, 1], "some from 0")):
+        with pytest.raises(ng.RequestError, match=words):
+            ng.rollback(graft, bad)
 
 
 BAD = {
@@ -141,3 +153,9 @@ def test_the_command_line_edits_and_says_how_far_it_came(tmp_path, monkeypatch, 
     assert found["requests"] == 2
     assert set(found) >= {"reliability", "rephrase", "locality", "path"}
     assert ng.Graft.load(tmp_path / "graft").identity == found["identity"]
+    words = ["rollback", tmp_path / "graft", "ab", "--json", "-o", tmp_path / "rest"]
+    monkeypatch.setattr(sys, "argv", ["neurograft", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code or 0) == 0, capsys.readouterr().err
+    assert ng.Graft.load(tmp_path / "rest").identity == ng.rollback(tmp_path / "graft", 0).identity

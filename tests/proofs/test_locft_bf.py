@@ -11,8 +11,9 @@ from neurograft.core.resolve import resolve
 from neurograft.edits._places import places
 from neurograft.edits._training import Training
 from neurograft.pipeline._edited import answered
-from neurograft.pipeline.edit import edit, part
+from neurograft.pipeline.edit import edit
 from neurograft.pipeline.requests import as_requests
+from neurograft.pipeline.rollback import part
 from neurograft.pipeline.run import run
 from neurograft.worlds.facts import facts
 from neurograft.worlds.pico import pico

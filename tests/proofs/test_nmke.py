@@ -18,8 +18,9 @@ from neurograft.edits import _amplified as lens
 from neurograft.edits._memory import at_subjects, caches, memories
 from neurograft.edits._values import per_row, wanted
 from neurograft.pipeline._edited import said
-from neurograft.pipeline.edit import edit, part, without
+from neurograft.pipeline.edit import edit
 from neurograft.pipeline.requests import as_requests
+from neurograft.pipeline.rollback import part, rollback
 from neurograft.pipeline.run import run
 from neurograft.worlds.facts import facts
 from neurograft.worlds.pico import pico, pico_batch
@@ -247,7 +248,7 @@ def test_every_request_comes_off_again():
     graft = edit(model, ASKED, by=("nmke", options), general=context.batches, batch=2)
     assert graft.card["batches"] == [2, 1]
     assert [len(d.A) for d in graft.deltas.values()] == [3, 3]
-    rest = without(graft, [1])
+    rest = rollback(graft, [1])
     assert [r["target"] for r in rest.card["requests"]] == [[9], [20]]
     one = part(graft, [1])
     for name, delta in graft.deltas.items():

@@ -48,6 +48,7 @@ VERBS: Mapping[str, Row] = {
     "audit": ("neurograft.pipeline.audit", {"model": Model, "graft": Model}, None, results.report),
     "apply": ("neurograft.pipeline.apply", {"base": Model, "grafts": Words}, None, results.path),
     "neuron": ("neurograft.pipeline.neuron", {"model": Model, "unit": File, "data": MaybeData}, None, results.data),
+    "rollback": ("neurograft.pipeline.rollback", {"graft": File, "edits": Words}, "graft", results.graft),
     "trim": ("neurograft.pipeline.trim", {"model": Model, "graft": File}, "trimmed", results.graft),
     "plan": ("neurograft.pipeline.plan", {"model": Model, "recipe": File}, None, results.plan),
     "anatomy": ("neurograft.pipeline.anatomy", {"model": MaybeModel}, None, results.anatomy),

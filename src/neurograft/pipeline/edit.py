@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import nn
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Choice, Chosen, choose
 from neurograft.core.context import Batch, Context
-from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
 from neurograft.core.requests import Request
@@ -51,7 +50,7 @@ def edit(
     """Write facts into a model and return the change as a graft; the model is left as it was found.
 
     The graft's card holds how many of the requests the edited model answers, of their `rephrase` prompts too, and of
-    the `locality` prompts the share that is answered as before. `without(graft, [i])` takes single edits back.
+    the `locality` prompts the share that is answered as before. `rollback(graft, [i])` takes single edits back.
 
     Args:
         model: a module, a folder, a Hub id or a shipped model. Grafts that lie on a live one count as edited earlier.
@@ -147,50 +146,3 @@ def _in_turn(chosen: Chosen, context: Context, where: Any, chunks: Sequence[Sequ
 def _grafts(after: Any) -> list[Graft]:
     several = after if isinstance(after, (list, tuple)) else [after]
     return [g if isinstance(g, Graft) else Graft.load(g) for g in several]
-
-
-def part(graft: Graft, keep: Iterable[int]) -> Graft:
-    """Return the graft of some requests of an edit, by their place on its card.
-
-    Args:
-        graft: of an edit that gives every request a rank of its own.
-        keep: which requests, from 0.
-
-    Raises:
-        RequestError: an edit whose requests share their numbers, or no such request.
-    """
-    asked: list[Mapping[str, Any]] = list(graft.card.get("requests", ()))
-    chosen = sorted(set(keep))
-    odd = [n for n, d in graft.deltas.items() if not isinstance(d, LowRank) or len(d.A) != len(asked)]
-    if odd or graft.operations or not asked:
-        raise RequestError(
-            f"a part of a graft whose requests share {odd[0] if odd else 'its numbers'}",
-            expected="an edit with a rank for every request, as nmke gives it",
-            do="make one graft for each request, or edit again without the one",
-        )
-    if not chosen or chosen[0] < 0 or chosen[-1] >= len(asked):
-        raise RequestError(
-            f"the requests {chosen[:6]} of a graft with {len(asked)}",
-            expected=f"some from 0 to {len(asked) - 1}",
-            do="count them from 0, as on the card",
-        )
-    deltas = {
-        n: replace(d, A=d.A[chosen].clone(), B=d.B[:, chosen].clone())
-        for n, d in graft.deltas.items()
-        if isinstance(d, LowRank)
-    }
-    measured_then = ("reliability", "rephrase", "locality", "batches", "neurons")
-    card = {k: v for k, v in graft.card.items() if k not in measured_then}
-    return replace(graft, deltas=deltas, originals={}, card={**card, "requests": [asked[i] for i in chosen]})
-
-
-def without(graft: Graft, drop: Iterable[int]) -> Graft:
-    """Return an edit with some requests taken back; see `part`."""
-    dropped = set(drop)
-    asked = range(len(graft.card.get("requests", ())))
-    odd = sorted(dropped - set(asked))
-    if odd:
-        raise RequestError(
-            f"request {odd[0]} of a graft with {len(asked)}", expected="one of its requests", do="see its card"
-        )
-    return part(graft, [i for i in asked if i not in dropped])

@@ -1,0 +1,95 @@
+"""`rollback`: take single edits out of a graft that holds many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from neurograft.core.delta import LowRank
+from neurograft.core.errors import RequestError, near
+from neurograft.core.graft import Graft
+
+
+def rollback(graft: Graft | str | Path, edits: Sequence[int | str] | int | str) -> Graft:
+    """Return a graft without some of its edits; all others stay as they are, to the bit.
+
+    Args:
+        graft: of `edit` with a method that gives every request numbers of its own (nmke), or its folder.
+        edits: which to take back: their place on the card, from 0, or their prompt or subject.
+
+    Raises:
+        RequestError: an edit whose requests share their numbers, no such request, or all of them.
+
+    Example:
+        >>> import neurograft as ng
+        >>> from neurograft.worlds.pico import pico
+        >>> model = pico("llama")
+        >>> asked = [{"prompt": [5, 6, 7], "target_new": [9]}, {"prompt": [8, 5, 6], "target_new": [4]}]
+        >>> two = ng.edit(model, asked, by=("nmke", {"mask": "none", "null": None, "steps": 2}), layers=[0])
+        >>> [len(g.card["requests"]) for g in (two, ng.rollback(two, [0]))]
+        [2, 1]
+    """
+    whole = graft if isinstance(graft, Graft) else Graft.load(graft)
+    asked: list[Mapping[str, Any]] = list(whole.card.get("requests", ()))
+    wanted = [edits] if isinstance(edits, (int, str)) else list(edits)
+    dropped = {place for one in wanted for place in _places(one, asked)}
+    return part(whole, [i for i in range(len(asked)) if i not in dropped])
+
+
+def _places(one: int | str, asked: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the places of the requests that a number, a prompt or a subject names."""
+    if isinstance(one, int) or str(one).isdigit():
+        if not 0 <= int(one) < len(asked):
+            raise RequestError(
+                f"request {one} of a graft with {len(asked)}",
+                expected="one of its requests, counted from 0" if asked else "a graft of edits",
+                do="see the requests on its card",
+            )
+        return [int(one)]
+    keys = [{str(r[k]) for k in ("prompt", "subject") if r.get(k)} for r in asked]
+    found = [i for i, names in enumerate(keys) if one in names]
+    if not found:
+        names = sorted({k for here in keys for k in here})
+        raise RequestError(
+            f"the edit {one!r} of a graft with {len(asked)}",
+            expected="a request's prompt or subject, or its place from 0",
+            do=near(one, names) if names else "count its requests from 0: they hold no text",
+        )
+    return found
+
+
+def part(graft: Graft, keep: Iterable[int]) -> Graft:
+    """Return the graft of some requests of an edit, by their place on its card.
+
+    Args:
+        graft: of an edit that gives every request a rank of its own.
+        keep: which requests, from 0.
+
+    Raises:
+        RequestError: an edit whose requests share their numbers, or no such request.
+    """
+    asked: list[Mapping[str, Any]] = list(graft.card.get("requests", ()))
+    chosen = sorted(set(keep))
+    odd = [n for n, d in graft.deltas.items() if not isinstance(d, LowRank) or len(d.A) != len(asked)]
+    if odd or graft.operations or not asked:
+        raise RequestError(
+            f"a part of a graft whose requests share {odd[0] if odd else 'its numbers'}",
+            expected="an edit with a rank for every request, as nmke gives it",
+            do="make one graft for each request, or edit again without the one",
+        )
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(asked):
+        raise RequestError(
+            f"the requests {chosen[:6]} of a graft with {len(asked)}",
+            expected=f"some from 0 to {len(asked) - 1}",
+            do="count them from 0, as on the card",
+        )
+    deltas = {
+        n: replace(d, A=d.A[chosen].clone(), B=d.B[:, chosen].clone())
+        for n, d in graft.deltas.items()
+        if isinstance(d, LowRank)
+    }
+    measured_then = ("reliability", "rephrase", "locality", "batches", "neurons")
+    card = {k: v for k, v in graft.card.items() if k not in measured_then}
+    return replace(graft, deltas=deltas, originals={}, card={**card, "requests": [asked[i] for i in chosen]})
