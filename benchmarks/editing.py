@@ -137,9 +137,9 @@ class Exam:
             with rollback(graft, [i]).on(self.model):
                 gone.append(not bool(self.hits([edits[i]])))
                 back.append(bool(self.hits([self.olds[i]])))
-                others.append(float(self.hits([edits[j] for j in beside]).float().mean()))
+                others += self.hits([edits[j] for j in beside]).tolist() if beside else []
         shares = {"edit_gone": gone, "old_answer_back": back, "others_of_its_batch_stay": others}
-        return {"edits": len(drawn), **{k: round(sum(v) / len(v), 4) for k, v in shares.items()}}
+        return {"edits": len(drawn), **{k: round(sum(v) / len(v), 4) if v else None for k, v in shares.items()}}
 
 
 SHOWN = ("edits", "reliability", "known", "held_out", "locality", "general")
@@ -157,7 +157,10 @@ def lines(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _back(name: str, found: Mapping[str, Any]) -> str:
-    shares = (f"{found[k]:.2f}" for k in ("edit_gone", "old_answer_back", "others_of_its_batch_stay"))
+    shares = (
+        "none" if found[k] is None else f"{found[k]:.2f}"
+        for k in ("edit_gone", "old_answer_back", "others_of_its_batch_stay")
+    )
     gone, back, stay = shares
     return (
         f"- {name}: of {found['edits']} single edits rolled back {gone} are no longer said, {back} answer as before; "

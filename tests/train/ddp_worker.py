@@ -5,7 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -39,6 +38,15 @@ def layers(folder, size):
     return {"adapter": "dense", "schedule": ("sampled", drawn), "args": arguments(folder, size)}
 
 
+TURNING = ("noise", "grad_x_act")
+
+
+def turning(by, folder, size):
+    """Other neurons every step; the ones left behind keep what they learned."""
+    chosen = {"locate": {"by": by}, "select": {"count": 3}}
+    return {"schedule": ("every", {"steps": 1}), "reselect": chosen, "args": arguments(folder, size)}
+
+
 def main(folder):
     rank = int(os.environ["RANK"])
     where = Selection.load(folder / "where.safetensors")
@@ -56,9 +64,14 @@ def main(folder):
     graft.save(folder / f"graft{rank}")
     sampled = ng.tune(model, examples(), **layers(folder / "layers", 2))
     sampled.save(folder / f"sampled{rank}")
-    turning = {"schedule": ("every", {"steps": 1}), "reselect": {"locate": {"by": "noise"}, "select": {"count": 3}}}
-    with pytest.raises(ng.RequestError, match="one process"):
-        ng.tune(model, examples(), where, **turning, args=arguments(folder / "turning", 2))
+    for name in TURNING:
+        turned = ng.tune(model, examples(), where, **turning(name, folder / name, 2))
+        turned.save(folder / f"{name}{rank}")
+    if rank == 0:
+        shutil.rmtree(folder / "grad_x_act" / "checkpoint-4")
+    dist.barrier()
+    again = ng.tune(model, examples(), where, resume_from_checkpoint=True, **turning(name, folder / name, 2))
+    assert again.identity == turned.identity, "resumed in several processes differs"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the model is not as found"
     dist.destroy_process_group()
 

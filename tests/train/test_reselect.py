@@ -8,6 +8,7 @@ import torch
 
 import neurograft as ng
 from neurograft.pipeline.inputs import collator
+from neurograft.train.checkpoint import mark
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico
 
@@ -136,6 +137,37 @@ def test_resumed_across_a_turn_equals_uninterrupted(steps, pick, examples, tmp_p
         for folder in tmp_path.iterdir():
             if int(folder.name.split("-")[1]) > last:
                 shutil.rmtree(folder)
+
+
+def test_a_resume_finds_the_state_of_every_tensor(pick, examples, tmp_path):
+    """Neurons own rows and columns of six weights, whose names are not in the model's order in a checkpoint's file."""
+    model = pico("llama")
+
+    def run(**more):
+        return ng.tune(
+            model,
+            examples(model),
+            ng.select(ng.locate(model, by="noise"), count=4),
+            schedule=("every", {"steps": 1}),
+            reselect={"locate": {"by": "noise"}, "select": {"count": 9}},
+            args={
+                "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "output_dir": str(tmp_path),
+                "save_strategy": "steps", "save_steps": 2, "use_cpu": True,
+            },
+            **more,
+        )  # fmt: skip
+
+    straight = run()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert run(resume_from_checkpoint=True).identity == straight.identity
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    saved = tmp_path / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(saved, weights_only=True)
+    state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:1]
+    torch.save(state, saved)
+    mark(tmp_path / "checkpoint-2")
+    with pytest.raises(ng.RequestError, match="moments of shape"):
+        run(resume_from_checkpoint=True)
 
 
 def test_a_rewound_turn_starts_from_the_base(pick, examples, unmoved):

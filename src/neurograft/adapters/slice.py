@@ -224,7 +224,7 @@ class SliceMount(InPlaceMount):
             self._leave(base=True)
             self.past = {n: Settled(r, r.read(self.found.by_name[n]).cpu(), v) for n, (r, v) in left.items()}
             regions = regions or self.first
-            lives = [self._live(n, self.found.by_name[n], r) for n, r in regions.items()]
+            lives = [self._live(n, p, regions[n]) for n, p in self.found.by_name.items() if n in regions]
             self._leave(base=False)
             self._tag(lives)
             self.turned = turned

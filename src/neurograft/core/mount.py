@@ -247,7 +247,9 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[int,
 def regions_of(
     model: nn.Module, selection: Selection, *, protect: Selection | None = None, tied: str = "refuse"
 ) -> dict[str, Region]:
-    """Return which entries of which parameters a selection means, less the protected ones.
+    """Return which entries of which parameters a selection means, less the protected ones, in the model's order.
+
+    The order is the optimizer's too, whose state a resumed training finds by place.
 
     Raises:
         RequestError: nothing remains, a parameter is not in this model, or it is tied and `tied` is "refuse".
@@ -271,7 +273,8 @@ def regions_of(
             expected="at least one unit that owns weights",
             do="select more units, or units of a kind that owns weights",
         )
-    return regions
+    place = {n: i for i, n in enumerate(found.by_name)}
+    return {n: regions[n] for n in sorted(regions, key=place.__getitem__)}
 
 
 def untied(model: nn.Module, selection: Selection) -> Untied | None:

@@ -113,9 +113,10 @@ class Conductor:
         turn = getattr(self.mount, "reselect", None)
         if not self.freeze:
             raise RequestError(
-                f"a schedule that selects anew at step {step}, of a wrapped model (several processes, or compiled)",
-                expected="one process and the plain model: the wrapper is built over the tensors it began with",
-                do="train in one process, or take a schedule that is pure in (seed, step), such as 'sampled'",
+                f"a schedule that selects anew at step {step}, of a wrapped model",
+                expected="the plain model: the wrapper is built over the tensors it began with",
+                do="train with ng.tune or GraftTrainerMixin, in several processes too, or take a schedule that is pure "
+                "in (seed, step), such as 'sampled'",
             )
         if self.reselect is None or turn is None:
             raise RequestError(

@@ -13,7 +13,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.expose import exposed
 from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
-from neurograft.train import checkpoint
+from neurograft.train import checkpoint, together
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
 from neurograft.train.mixin_files import Files
@@ -38,7 +38,8 @@ class GraftTrainerMixin(Losses, Files):
             Trainer's own loss alone.
         anchor: a second objective with a weight, or a list of them; see `Asked.of`.
         schedule: a choice of `schedules`.
-        reselect: (model, step) -> Selection, for schedules that turn to other units.
+        reselect: (model, step) -> Selection, for schedules that turn to other units. Several processes take the
+            first one's answer; they average gradients themselves, since DDP holds on to the tensors it begins with.
         optimizer: an optimizer of `torch.optim` by name, a choice of `optimizers`, or None for the Trainer's.
         **kwargs: the Trainer's.
 
@@ -83,10 +84,15 @@ class GraftTrainerMixin(Losses, Files):
                 do="launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES",
             )
         self.witness = Witness(mount)
+        several = trainer.args.world_size > 1
+        self.together = several and reselect is not None
+        if self.together and reselect is not None:
+            together.check_wrapping(trainer.accelerator)
+            reselect = together.agreed(reselect)
         self.conductor = Conductor(
             schedule,
             mount,
-            freeze=trainer.args.world_size == 1,
+            freeze=not several or self.together,
             reselect=reselect,
             witness=self.witness,
             seed=trainer.args.seed,
@@ -139,6 +145,13 @@ class GraftTrainerMixin(Losses, Files):
         nothing_left = found is not None and not self.witness.awake  # resumed at the end of a run that had turned
         self.moved = {"tensors": 0, "numbers": 0} if nothing_left else self.witness.check()
         return out
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.together:
+            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        with together.unwrapped(trainer.accelerator, self.mount.parameters()):
+            return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Make the chosen optimizer over the mount's tensors, with the Trainer's rule for weight decay."""

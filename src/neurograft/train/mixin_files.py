@@ -12,6 +12,8 @@ from neurograft.train import checkpoint
 from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
 
 class Files:
     """Keeps the mount's tensors only, marks complete checkpoints, and loads them back into the mount."""
@@ -82,6 +84,21 @@ class Files:
         else:
             self.witness.reached, self.witness.awake = set(state["reached"]), set(state["awake"])
         self.witness.losses = list(state["losses"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        trainer: Any = self
+        if checkpoint is None or trainer.optimizer is None:
+            return
+        for name, parameter in self.mount.named_parameters().items():
+            held = trainer.optimizer.state.get(parameter, {})
+            odd = [tuple(held[k].shape) for k in MOMENTS if k in held and held[k].shape != parameter.shape]
+            if odd:  # a fused optimizer would write past its end
+                raise RequestError(
+                    f"moments of shape {odd[0]} in {checkpoint} for {name} of shape {tuple(parameter.shape)}",
+                    expected="the state of this training's tensors",
+                    do="resume with the selection, the adapter and the schedule the run began with",
+                )
 
     def _load_best_model(self) -> None:
         trainer: Any = self

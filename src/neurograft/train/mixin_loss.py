@@ -14,6 +14,7 @@ from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
 from neurograft.train.steps import differentiable, probed, reference_of
+from neurograft.train.together import average
 from neurograft.train.trl import FusedStep, is_trl
 
 
@@ -27,6 +28,7 @@ class Losses:
     window_loss: Tensor | None = None
     micro: int = 0
     probing: bool = False
+    together: bool = False
     reached: frozenset[str] = frozenset()
 
     def compute_loss(
@@ -79,6 +81,8 @@ class Losses:
             loss = self._forward_step(*args, **kwargs)
         else:
             loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+            if self.together and trainer.accelerator.sync_gradients:
+                average(self.mount.parameters())
         self.witness.loss(loss, step=trainer.state.global_step + 1)
         self.window_loss = loss if self.window_loss is None else self.window_loss + loss
         return loss
