@@ -36,7 +36,8 @@ def test_a_proof_is_well_formed(proof):
 
 @pytest.mark.parametrize(("proof", "name"), CASES)
 def test_a_proof_fails_when_its_mechanism_is_spoilt(proof, name):
-    assert noticed(proof, proof.broken[name]), f"{proof.slug} passes although {name}"
+    before = _proofs.read().get(proof.slug, {}).get("broken", {}).get(name)
+    assert noticed(proof, proof.broken[name], first=before), f"{proof.slug} passes although {name}"
 
 
 def test_every_recipe_of_a_paper_has_a_proof():

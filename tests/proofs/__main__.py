@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if given.minutes is not None and time.monotonic() - start > 60 * given.minutes:
             print(f"time is used; not reached: {', '.join(p.slug for p in pending[n:])}")
             break
-        records[proof.slug], text = record(proof)
+        records[proof.slug], text = record(proof, records.get(proof.slug, {}).get("broken", {}))
         _proofs.write(records)
         standing = _proofs.standing(records[proof.slug])
         print(f"{proof.slug:24} {standing:10} {records[proof.slug]['seconds']:6.1f} s")
@@ -69,8 +69,13 @@ def order(proofs: list[Proof], records: Mapping[str, Mapping[str, Any]]) -> list
     return sorted(proofs, key=key)
 
 
-def record(proof: Proof) -> tuple[dict[str, Any], str]:
-    """Run one proof and return its record, and what to print if it does not stand."""
+def record(proof: Proof, before: Mapping[str, str | bool] | None = None) -> tuple[dict[str, Any], str]:
+    """Run one proof and return its record, and what to print if it does not stand.
+
+    Args:
+        proof: which.
+        before: which tests noticed the sabotages last time; they are run first.
+    """
     outcome = attempt(proof)
     short = [what for what, bar in outcome.notes.get("bars", {}).items() if not bar["met"]]
     if outcome.error is None and short and proof.module.SCALE != "identity":
@@ -79,7 +84,7 @@ def record(proof: Proof) -> tuple[dict[str, Any], str]:
     broken: dict[str, bool | str] = {}
     for name, sabotage in proof.broken.items() if outcome.error is None else ():
         try:
-            broken[name] = noticed(proof, sabotage, effects=True) or False
+            broken[name] = noticed(proof, sabotage, effects=True, first=(before or {}).get(name)) or False
         except Exception:
             broken[name] = False
             text += f"\nthe sabotage {name} crashed:\n{traceback.format_exc()}"

@@ -92,14 +92,26 @@ def attempt(proof: Proof, *, effects: bool = True) -> Outcome:
     return Outcome(error, time.perf_counter() - start, sorted(files), notes)
 
 
-def noticed(proof: Proof, sabotage: Callable[[], AbstractContextManager[Any]], *, effects: bool = False) -> str | None:
+def noticed(
+    proof: Proof,
+    sabotage: Callable[[], AbstractContextManager[Any]],
+    *,
+    effects: bool = False,
+    first: str | bool | None = None,
+) -> str | None:
     """Run a proof under a sabotage and return the test that noticed it, or None if none did.
+
+    Args:
+        proof: whose tests are run.
+        sabotage: what is spoilt.
+        effects: run the slow tests too.
+        first: the test to begin with, such as the one that noticed it before.
 
     Raises:
         Exception: the sabotage made something crash, which shows nothing.
     """
     proof.prepare()
-    for test in proof.tests(effects=effects):
+    for test in sorted(proof.tests(effects=effects), key=lambda test: test.__name__ != first):
         with sabotage():
             try:
                 test()
