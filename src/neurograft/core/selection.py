@@ -21,6 +21,8 @@ from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.units import Site, census
 
+EACH = "::each"  # what the names of scores per example end in, in a file
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -30,6 +32,8 @@ class Scores:
         sites: site name -> site.
         values: site name -> float32 [n].
         card: provenance: locator, options, data and model digests, seed.
+        per_example: site name -> float32 [examples, n], where the locator was asked to keep them; for
+            `selectors.vote`.
 
     Example:
         >>> from neurograft.core.units import Part
@@ -41,10 +45,11 @@ class Scores:
     sites: Mapping[str, Site]
     values: Mapping[str, Tensor]
     card: Mapping[str, Any] = field(default_factory=dict)
+    per_example: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in self.values.items():
-            if name not in self.sites or tuple(value.shape) != (self.sites[name].n,):
+        for name, value in (*self.values.items(), *self.per_example.items()):
+            if name not in self.sites or tuple(value.shape[-1:]) != (self.sites[name].n,):
                 raise RequestError(
                     f"scores of shape {tuple(value.shape)} for {name!r}",
                     expected="one number for each unit of a known site",
@@ -74,12 +79,15 @@ class Scores:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
-        return _save(Path(path), "scores", self.sites, self.values, self.card)
+        each = {f"{name}{EACH}": value for name, value in self.per_example.items()}
+        return _save(Path(path), "scores", self.sites, {**self.values, **each}, self.card)
 
     @staticmethod
     def load(path: str | Path) -> Scores:
         """Read what `save` wrote."""
-        return Scores(*_load(Path(path), "scores"))
+        sites, tensors, card = _load(Path(path), "scores")
+        each = {n.removesuffix(EACH): v for n, v in tensors.items() if n.endswith(EACH)}
+        return Scores(sites, {n: v for n, v in tensors.items() if not n.endswith(EACH)}, card, each)
 
 
 @dataclass(frozen=True)
