@@ -79,7 +79,7 @@ class Scores:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
-        each = {f"{name}{EACH}": value for name, value in self.per_example.items()}
+        each = {f"{name}{EACH}": value.clone() for name, value in self.per_example.items()}
         return _save(Path(path), "scores", self.sites, {**self.values, **each}, self.card)
 
     @staticmethod
