@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neurograft.core.chance import at_least, convolved, hypergeometric
 from neurograft.core.errors import RequestError, near
 from neurograft.core.fingerprint import digest
 from neurograft.core.resolve import resolve
@@ -207,19 +207,19 @@ class Selection:
             site, and `p_value`: the chance of sharing at least so many (hypergeometric tail, sites convolved).
         """
         shared = (self & other).counts()
-        tail = [1.0]
+        chances = [1.0]
         expected = 0.0
         for name in self.sites.keys() & other.sites.keys():
             n, k, m = self.sites[name].n, len(self.ids[name]), len(other.ids[name])
             expected += k * m / n
-            tail = _convolved(tail, _hypergeometric(n, k, m))
+            chances = convolved(chances, hypergeometric(n, k, m))
         both = sum(shared.values())
         either = len(self | other)
         return {
             "shared": both,
             "jaccard": both / either if either else 1.0,
             "expected": expected,
-            "p_value": min(1.0, sum(tail[both:])),
+            "p_value": at_least(chances, both),
         }
 
     def random_like(self, seed: int = 0, *, outside: bool = False) -> Selection:
@@ -256,26 +256,6 @@ class Selection:
     def load(path: str | Path) -> Selection:
         """Read what `save` wrote."""
         return Selection(*_load(Path(path), "selection"))
-
-
-def _hypergeometric(n: int, k: int, m: int) -> list[float]:
-    low = max(0, k + m - n)
-    head = [0.0] * low
-    whole = _log_choose(n, m)
-    return head + [math.exp(_log_choose(k, b) + _log_choose(n - k, m - b) - whole) for b in range(low, min(k, m) + 1)]
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
-def _convolved(a: list[float], b: list[float]) -> list[float]:
-    if min(len(a), len(b)) == 1:
-        return [x * y for x in a for y in b]
-    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    size = len(a) + len(b) - 1
-    found: list[float] = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(y, size), size).clamp(min=0).tolist()
-    return found
 
 
 def _save(
