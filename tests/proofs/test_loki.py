@@ -30,7 +30,7 @@ from neurograft.worlds.tiny import llama
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._tools import moved, snapshot, tuned_to
 
-PAPER, SCALE = "loki", "tiny"
+PAPER, SCALE = "loki", "identity"
 DOWN = "model.layers.{}.mlp.down_proj/row"
 
 
@@ -348,4 +348,4 @@ def test_implanting_in_spare_rows_forgets_less():
     for words, arm in (("signed as published", "spare"), ("absolute", "absolute")):
         for other, what in (("random", "in as many random rows"), ("lora", "by a LoRA of as many numbers")):
             more = [a - b for a, b in zip(record[other], record[arm])]
-            bar(f"KL forgotten {what} above spare rows, {words}", more, at_least=0.0, missed=True)
+            bar(f"KL forgotten {what} above spare rows, {words}", more, at_least=0.0, missed=other == "random")

@@ -29,9 +29,10 @@ class DendriticNeuron(nn.Module):
         straight_through: as for a segment.
 
     Example:
-        >>> net, codes = DendriticNeuron(8, segments=2, s=3, theta=3), torch.eye(8)[:, :4].T.repeat_interleave(2, 1)[:, :8]
-        >>> net(codes).tolist()
-        [False, False, False, False]
+        >>> net, codes = DendriticNeuron(8, segments=2, s=3, theta=3), torch.eye(2).repeat_interleave(4, 1)
+        >>> net.store(codes, torch.Generator().manual_seed(0))
+        >>> net(codes).tolist(), net(codes * torch.tensor([1, 0] * 4)).tolist()
+        ([True, True], [False, False])
     """
 
     def __init__(
@@ -45,6 +46,10 @@ class DendriticNeuron(nn.Module):
             DendriticSegment(n, s=s, theta=theta, straight_through=straight_through) for _ in range(segments)
         )
 
+    def each(self) -> list[DendriticSegment]:
+        """Return the segments."""
+        return [segment for segment in self.segments if isinstance(segment, DendriticSegment)]
+
     @torch.no_grad()
     def set_theta(self, theta: int) -> None:
         """Give every segment a threshold.
@@ -54,28 +59,27 @@ class DendriticNeuron(nn.Module):
         """
         if not 1 <= theta <= self.s:
             raise RequestError(f"theta={theta} with s={self.s}", expected=f"1 to {self.s}", do="lower the threshold")
-        for segment in self.segments:
+        for segment in self.each():
             segment.theta.fill_(float(theta))
 
     def store(self, codes: Tensor, rng: torch.Generator) -> None:
         """Store codes [P, n], one after another on the segments in turn, so that each holds about P / segments."""
+        segments = self.each()
         for i, code in enumerate(codes):
-            segment = self.segments[i % len(self.segments)]
-            assert isinstance(segment, DendriticSegment)
-            segment.store(code, rng)
+            segments[i % len(segments)].store(code, rng)
 
     def overlaps(self, codes: Tensor) -> Tensor:
         """Return the overlap of codes [..., n] with each segment, float [..., segments]."""
-        return torch.stack([segment.overlap(codes) for segment in self.segments], -1)
+        return torch.stack([segment.overlap(codes) for segment in self.each()], -1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return which codes [..., n] are recognised: bool [...], or 0.0 and 1.0 with a gradient.
 
         The gradient goes to the segment that is nearest to its threshold, or farthest above it.
         """
-        answers = torch.stack([segment(codes) for segment in self.segments], -1)
+        answers = torch.stack([segment(codes) for segment in self.each()], -1)
         if not self.straight_through:
             return answers.any(-1)
-        thetas = torch.stack([segment.theta for segment in self.segments])
+        thetas = torch.stack([segment.theta for segment in self.each()])
         first = (self.overlaps(codes).detach() - thetas).argmax(-1, keepdim=True)
         return answers.gather(-1, first)[..., 0]

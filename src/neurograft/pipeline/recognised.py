@@ -73,7 +73,7 @@ def recognised(
     foreign = codes[~label]
     if not len(foreign):
         foreign = drawn(active[torch.arange(trials) % len(active)], net.n, generator(seed, "recognised", "foreign"))
-    sizes = [int(segment.synapses.sum()) for segment in net.segments]
+    sizes = [int(segment.synapses.sum()) for segment in net.each()]
     numbers = {
         "theta": theta,
         "stored": len(mine),
