@@ -13,13 +13,17 @@ from torch import nn
 
 from neurograft.anatomy.roles import with_roles
 from neurograft.anatomy.sites import sites
+from neurograft.audits.average_forgetting import average_forgetting
 from neurograft.core.context import Context, Step
 from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError
+from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.locators.kva import kva
 from neurograft.pipeline.attach import attach
+from neurograft.pipeline.diff import diff
+from neurograft.pipeline.plan import plan
 from neurograft.pipeline.run import run
 from neurograft.selectors.vote import vote
 from neurograft.train.loop import fit
@@ -245,6 +249,8 @@ def test_the_recipe_votes_and_trains_the_rows_with_most_votes():
     batch, before = pico_batch(model, batch=8), snapshot(model)
     batch["labels"][:, :4] = -100
     rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    assert plan(model, "loki", changes={"q": 12.5})["trainable"] == 2 * 4 * 48
+    assert plan(model, "loki", changes={"q": 12.5, "rank": 2})["trainable"] == 2 * (4 + 48) * 2
     for rank in (None, 2):
         brisk = {"q": 12.5, "lr": 1e-2, "epochs": 1.0, "warmup": 0.0, "rank": rank}
         out = run("loki", model, rows, changes=brisk)
@@ -263,6 +269,31 @@ def test_the_recipe_votes_and_trains_the_rows_with_most_votes():
         }
 
 
+def test_average_forgetting_is_the_papers_mean_of_shares():
+    """From 4 to 3 is a quarter lost, from 2 to 3 half as much again won: (25 - 50) / 2 percent."""
+    model = pico("llama")
+    batch, norm = pico_batch(model), "model.norm.weight"
+    with torch.no_grad():
+        tuned = copy.deepcopy(model)
+        tuned.get_parameter(norm)[0] += 1.0
+    graft = diff(model, tuned)
+
+    def read(net, batch):
+        moved = float(net.get_parameter(norm)[0]) - float(model_norm)
+        rise = moved if int(batch["input_ids"][0, 0]) == 1 else -moved
+        return torch.full((len(batch["input_ids"]),), 2.0 + rise if int(batch["input_ids"][0, 0]) == 1 else 4.0 + rise)
+
+    model_norm = model.get_parameter(norm)[0].clone()
+    up, down = ({**batch, "input_ids": torch.full_like(batch["input_ids"], i)} for i in (1, 2))
+    found = average_forgetting(model, graft, groups={"up": [up], "down": [down]}, by="read", metrics={"read": read})
+    assert found["benchmarks"]["up"] == {"before": 2.0, "after": 3.0, "degradation": -50.0}
+    assert found["benchmarks"]["down"] == {"before": 4.0, "after": 3.0, "degradation": 25.0}
+    assert found["average"] == -12.5
+    assert average_forgetting(model, Graft(), [up], by="read", metrics={"read": read})["average"] == 0.0
+    with pytest.raises(RequestError, match="scores 0"):
+        average_forgetting(model, graft, [up], by="none", metrics={"none": lambda net, batch: torch.zeros(2)})
+
+
 ADD, COUNT, SHARE = ("add", "first"), "count", 0.25
 
 
@@ -271,11 +302,6 @@ def base(seed):
     """A tiny decoder that adds and sorts letters into thirds, which takes its FFNs; shared, to be left as found."""
     model = llama(seed, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_key_value_heads=4)
     return plain_fit(model, mixture(ADD, count=450, batch=32, length=3, seed=seed), lr=4e-3)
-
-
-def prepare():
-    for seed in range(3):
-        base(seed)
 
 
 @cache
