@@ -58,34 +58,34 @@ def recognised(
         )
     seed = state.get("common", {}).get("seed", 0)
     codes, label = _codes(read_rows(state["data"]), of, model.n)
-    mine = codes[label]
+    mine, foreign = codes[label], codes[~label]
     net = copy.deepcopy(model)
     net.store(mine, generator(seed, "recognised", "store"))
-    active = mine.sum(1)
-    if theta is None:
-        share = -(-len(mine) // len(net.segments))
-        found = recognition(
-            net.n, max(net.s, round(float(active.mean(dtype=torch.float64)))), net.s, nu=nu, M=share,
-            segments=len(net.segments),
-        )  # fmt: skip
-        theta = found.theta
-    net.set_theta(theta)
-    foreign = codes[~label]
+    net.set_theta(theta if theta is not None else _best(net, mine, nu))
     if not len(foreign):
-        foreign = drawn(active[torch.arange(trials) % len(active)], net.n, generator(seed, "recognised", "foreign"))
-    sizes = [int(segment.synapses.sum()) for segment in net.each()]
-    numbers = {
+        active = mine.sum(1)[torch.arange(trials) % len(mine)]
+        foreign = drawn(active, net.n, generator(seed, "recognised", "foreign"))
+    numbers = _numbers(net, mine, foreign, failing(mine, nu, trials, generator(seed, "recognised", "failing")), nu)
+    graft: Graft = diff(model, net)
+    return {name: replace(graft, card={**graft.card, "recognition": numbers}), "recognition": numbers}
+
+
+def _best(net: DendriticNeuron, codes: Tensor, nu: float) -> int:
+    """Return the threshold with the least sum of errors for codes of this mean activity."""
+    active, share = round(float(codes.sum(1).double().mean())), -(-len(codes) // len(net.segments))
+    return recognition(net.n, active, net.s, nu=nu, M=share, segments=len(net.segments)).theta
+
+
+def _numbers(net: DendriticNeuron, mine: Tensor, foreign: Tensor, failed: Tensor, nu: float) -> dict[str, Any]:
+    """Return what `recognised` reports of a neuron that has stored its codes."""
+    sizes, theta = [int(segment.synapses.sum()) for segment in net.each()], int(net.each()[0].theta)
+    return {
         "theta": theta,
         "stored": len(mine),
         "synapses": sizes,
         "false_positive": {"seen": share_of(net, foreign), "expected": _expected(net.n, foreign, sizes, theta)},
-        "false_negative": {
-            "seen": 1.0 - share_of(net, failing(mine, nu, trials, generator(seed, "recognised", "failing"))),
-            "expected": false_negative(net.s, theta, nu),
-        },
+        "false_negative": {"seen": 1.0 - share_of(net, failed), "expected": false_negative(net.s, theta, nu)},
     }
-    graft: Graft = diff(model, net)
-    return {name: replace(graft, card={**graft.card, "recognition": numbers}), "recognition": numbers}
 
 
 def drawn(active: Tensor, n: int, rng: torch.Generator) -> Tensor:
