@@ -116,11 +116,13 @@ def tuned_to(
     seed: int = 0,
     steps: int = 240,
     probe: Callable[[], dict[str, float]] | None = None,
+    adapter: Any = "slice",
+    known_tasks: tuple[str, ...] = KNOWN,
 ) -> dict[str, float]:
     """Tune on a task until its held-out loss falls below the target, and return what was read there."""
     batches = mixture((task,), count=40, batch=32, length=3, seed=50 + seed)
     test = mixture((task,), count=1, batch=128, length=3, seed=90)
-    held = mixture(KNOWN, count=1, batch=128, length=3, seed=91)
+    held = mixture(known_tasks, count=1, batch=128, length=3, seed=91)
     with torch.no_grad():
         known = Step(model, held[0]).scored()[0].log_softmax(-1)
     found: dict[str, float] = {}
@@ -143,7 +145,7 @@ def tuned_to(
                 found.update(probe())
             raise Reached
 
-    with attach(model, where) as live:
+    with attach(model, where, adapter=adapter) as live:
         with suppress(Reached):
             fit(live, batches, steps=steps, lr=lr, warmup=10, evaluate=look, seed=seed)
     model.eval()

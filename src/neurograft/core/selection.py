@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neurograft.core.chance import at_least, convolved, hypergeometric
 from neurograft.core.errors import RequestError, near
 from neurograft.core.fingerprint import digest
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.units import Site, census
+
+EACH = "::each"  # what the names of scores per example end in, in a file
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Scores:
         sites: site name -> site.
         values: site name -> float32 [n].
         card: provenance: locator, options, data and model digests, seed.
+        per_example: site name -> float32 [examples, n], where the locator was asked to keep them; for
+            `selectors.vote`.
 
     Example:
         >>> from neurograft.core.units import Part
@@ -41,10 +45,11 @@ class Scores:
     sites: Mapping[str, Site]
     values: Mapping[str, Tensor]
     card: Mapping[str, Any] = field(default_factory=dict)
+    per_example: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in self.values.items():
-            if name not in self.sites or tuple(value.shape) != (self.sites[name].n,):
+        for name, value in (*self.values.items(), *self.per_example.items()):
+            if name not in self.sites or tuple(value.shape[-1:]) != (self.sites[name].n,):
                 raise RequestError(
                     f"scores of shape {tuple(value.shape)} for {name!r}",
                     expected="one number for each unit of a known site",
@@ -74,12 +79,15 @@ class Scores:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
-        return _save(Path(path), "scores", self.sites, self.values, self.card)
+        each = {f"{name}{EACH}": value.clone() for name, value in self.per_example.items()}
+        return _save(Path(path), "scores", self.sites, {**self.values, **each}, self.card)
 
     @staticmethod
     def load(path: str | Path) -> Scores:
         """Read what `save` wrote."""
-        return Scores(*_load(Path(path), "scores"))
+        sites, tensors, card = _load(Path(path), "scores")
+        each = {n.removesuffix(EACH): v for n, v in tensors.items() if n.endswith(EACH)}
+        return Scores(sites, {n: v for n, v in tensors.items() if not n.endswith(EACH)}, card, each)
 
 
 @dataclass(frozen=True)
@@ -199,19 +207,19 @@ class Selection:
             site, and `p_value`: the chance of sharing at least so many (hypergeometric tail, sites convolved).
         """
         shared = (self & other).counts()
-        tail = [1.0]
+        chances = [1.0]
         expected = 0.0
         for name in self.sites.keys() & other.sites.keys():
             n, k, m = self.sites[name].n, len(self.ids[name]), len(other.ids[name])
             expected += k * m / n
-            tail = _convolved(tail, _hypergeometric(n, k, m))
+            chances = convolved(chances, hypergeometric(n, k, m))
         both = sum(shared.values())
         either = len(self | other)
         return {
             "shared": both,
             "jaccard": both / either if either else 1.0,
             "expected": expected,
-            "p_value": min(1.0, sum(tail[both:])),
+            "p_value": at_least(chances, both),
         }
 
     def random_like(self, seed: int = 0, *, outside: bool = False) -> Selection:
@@ -248,26 +256,6 @@ class Selection:
     def load(path: str | Path) -> Selection:
         """Read what `save` wrote."""
         return Selection(*_load(Path(path), "selection"))
-
-
-def _hypergeometric(n: int, k: int, m: int) -> list[float]:
-    low = max(0, k + m - n)
-    head = [0.0] * low
-    whole = _log_choose(n, m)
-    return head + [math.exp(_log_choose(k, b) + _log_choose(n - k, m - b) - whole) for b in range(low, min(k, m) + 1)]
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
-def _convolved(a: list[float], b: list[float]) -> list[float]:
-    if min(len(a), len(b)) == 1:
-        return [x * y for x in a for y in b]
-    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    size = len(a) + len(b) - 1
-    found: list[float] = torch.fft.irfft(torch.fft.rfft(x, size) * torch.fft.rfft(y, size), size).clamp(min=0).tolist()
-    return found
 
 
 def _save(

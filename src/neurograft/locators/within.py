@@ -63,4 +63,4 @@ def within(
         }
     asked = choose("locators", by)
     found: Scores = asked(replace(context, sites=sites))
-    return Scores(found.sites, found.values, {**found.card, "within": list(roles) or None, "asked": asked.as_dict()})
+    return replace(found, card={**found.card, "within": list(roles) or None, "asked": asked.as_dict()})

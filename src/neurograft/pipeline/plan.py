@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,7 +130,9 @@ def _scores(net: nn.Module, found: dict[str, Site], by: Any, recipe: Recipe) -> 
         inside = choose("locators", "noise")
     chosen = choose("locators", asked.function, **{**options, "by": inside}) if "by" in options else inside
     made: Scores = chosen(Context(net, found))
-    return made
+    return replace(
+        made, per_example={n: v[None] for n, v in made.values.items()}
+    )  # one ballot, where some are asked for
 
 
 def _row(net: nn.Module, name: str, region: Region) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
+from neurograft.pipeline._network import network
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe, recipe
 
@@ -90,7 +91,8 @@ def run(
 
     Args:
         recipe: a recipe, or its name.
-        model: a module, a folder, a Hub id or a shipped model; left as found.
+        model: a module, a folder, a Hub id or a shipped model; left as found. Or the dotted name of a network of
+            `neurograft.networks`, which is made with the options that the recipe gives it.
         data: for every step that takes data; the requests of a step that edits.
         changes: options of the recipe by name, and arguments of its steps as "tune.args" or "locate.limit".
         processing_class: for raw data.
@@ -108,14 +110,14 @@ def run(
         RequestError: an unknown recipe, option, step or argument.
     """
     plan = changed(recipe, changes or {})
-    net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
+    net = load_model(network(model, plan), revision=revision, dtype=dtype, device_map=device_map)
     state: dict[str, Any] = {"model": net, "data": data, "requests": data, "where": None, **given}
     common = state["common"] = {"processing_class": processing_class, "seed": seed}  # for steps that are no verbs
     used: set[str] = set()
     for step in plan.steps:
         do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as", "on")}
         if "." in do:
-            state |= resolve(do)(state, **arguments) or {}
+            state |= {k: _signed(v, plan) for k, v in (resolve(do)(state, **arguments) or {}).items()}
             continue
         names, result = GIVEN[do]
         verb = resolve(HOME.get(do, f"neurograft.pipeline.{do}"))
@@ -131,9 +133,7 @@ def run(
             made = verb(*first, **arguments, **extra)
             if do == "intervene":
                 made = made.fold() if one_of(ship, SHIPS, what="form of a graft") == "weights" else made.graft()
-        if isinstance(made, Graft):
-            made = replace(made, card={**made.card, "recipe": plan.as_dict()})
-        state[step.get("as", result)] = made
+        state[step.get("as", result)] = _signed(made, plan)
     unused = [k for k in given if k not in used and all(k not in names for names, _ in GIVEN.values())]
     if unused:
         raise RequestError(
@@ -142,6 +142,11 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
+
+
+def _signed(made: Any, plan: Recipe) -> Any:
+    """Name the recipe on a graft's card."""
+    return replace(made, card={**made.card, "recipe": plan.as_dict()}) if isinstance(made, Graft) else made
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
