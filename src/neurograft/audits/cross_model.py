@@ -53,13 +53,15 @@ def cross_model(
 ) -> dict[str, Any]:
     """Run the base with each group's activations taken from the changed model on the same prompt.
 
-    recovered = (F(patched) - F(base)) / (F(changed) - F(base)).
+    recovered = (F(patched) - F(base)) / (F(changed) - F(base)). A head's output is what enters the output projection,
+    which stays the base's.
 
     Args:
         model: the base; left as found.
         change: a graft, grafts, or a tuned model of the same shape.
         batches: prompts with answers.
-        circuit: groups of heads by name; "circuit" is all of them together, "everything" every head and FFN.
+        circuit: groups of heads by name; "circuit" is all of them together, "everything" what every attention and
+            FFN adds to the residual stream, which is the changed model unless embeddings, last norm or head moved.
         ways: what of a group's heads is patched: "out", their outputs; "q", "k", "v", "qk" or "qkv", what goes in.
         query: the place whose token "mention" is like.
         metric: F: "accuracy" or "probability".
@@ -110,9 +112,9 @@ class _Patch:
         self.query, self.itself = query, itself
         self.heads = sites_of(model, "head")
         self.into = {of: projections(model, of) for of in ("queries", "keys", "values")}
-        self.ffns = sites_of(model, "neuron")
+        self.layers = sites_of(model, "channel")
         made = {site.name: site for found in self.into.values() for site in found.values()}
-        self.every: dict[str, Site] = {**self.heads, **made, **self.ffns}
+        self.every: dict[str, Site] = {**self.heads, **made, **self.layers}
 
     def plan(
         self,
@@ -124,7 +126,7 @@ class _Patch:
     ) -> tuple[dict[str, Site], Any]:
         """Return the sites to change, and how, for a batch."""
         if way == "all":
-            return {**self.heads, **self.ffns}, lambda name, x: donor[name].to(x)
+            return self.layers, lambda name, x: donor[name].to(x)
         flags: dict[str, Tensor] = {}
         hold: dict[str, Tensor] = {}
         shape = tuple(batch["input_ids"].shape)

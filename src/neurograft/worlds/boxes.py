@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.context import IGNORE
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, one_of
 from neurograft.core.seeds import generator
 
 PAD, BOS, HOLDS = range(3)
@@ -110,13 +110,14 @@ def counterfactual(
     Raises:
         RequestError: an unknown variable.
     """
-    if variable not in VARIABLES:
-        raise RequestError(f"the variable {variable!r}", expected=", ".join(VARIABLES), do="choose one of them")
+    one_of(variable, VARIABLES, what="variable")
+    if boxes < 2 and variable != "object":
+        raise RequestError(f"{boxes} boxes for {variable!r}", expected="another box to ask for", do="take two or more")
     rng, found = generator(seed, "boxes counterfactual", variable, boxes), _sides()
     for _ in range(count):
         labels, objects = scenes(batch, boxes, rng)
         asked = torch.randint(boxes, (batch, 1), generator=rng)
-        shift = torch.randint(1, boxes, (batch, 1), generator=rng)
+        shift = torch.randint(1, max(2, boxes), (batch, 1), generator=rng)
         other = (asked + shift) % boxes
         if variable == "label":
             order = torch.rand(batch, boxes, generator=rng).argsort(1)
