@@ -29,10 +29,12 @@ from neurograft.audits.completeness import completeness
 from neurograft.audits.cross_model import cross_model
 from neurograft.audits.faithfulness import faithfulness
 from neurograft.audits.minimality import minimality
-from neurograft.core.circuit import Bench, Group, Means, credit, random_like, said, units_of, without
+from neurograft.core.answering import credit, said
+from neurograft.core.circuit import Bench, Group, random_like, units_of, without
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
+from neurograft.core.head_means import Means
 from neurograft.core.intervene import capture
 from neurograft.core.places import answers, place
 from neurograft.core.resolve import resolve

@@ -12,8 +12,9 @@ from neurograft.anatomy.projections import projections
 from neurograft.anatomy.sites import sites as sites_of
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.audits._circuits import need_circuit
+from neurograft.core.answering import credit
 from neurograft.core.card import method
-from neurograft.core.circuit import Circuit, Group, credit
+from neurograft.core.circuit import Circuit, Group
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.intervene import capture
@@ -127,32 +128,21 @@ class _Patch:
         """Return the sites to change, and how, for a batch."""
         if way == "all":
             return self.layers, lambda name, x: donor[name].to(x)
+        shape = tuple(batch["input_ids"].shape)
         flags: dict[str, Tensor] = {}
         hold: dict[str, Tensor] = {}
-        shape = tuple(batch["input_ids"].shape)
         for group in groups.values():
             here = place(batch, group.at, query=self.query)
-            at = here.flags(shape[1]).cpu()
-            index, last = torch.arange(shape[1]), here.at.cpu()[:, None]
-            before = (index <= last) if self.itself else (index < last)
+            at, index = here.flags(shape[1]).cpu(), torch.arange(shape[1])
+            last = here.at.cpu()[:, None]
+            before = index <= last if self.itself else index < last
             for name, ids in group.where.ids.items():
-                if not len(ids):
-                    continue
-                n = self.heads[name].n
-                if way == "out":
-                    _set(flags, name, (*shape, n), at, ids)
-                for of in WAYS[way]:
-                    site = self.into[of][name]
-                    shared = (ids // (n // site.n)).unique()
-                    _set(flags, site.name, (*shape, site.n), at if of == "queries" else before, shared)
-                    if of != "queries":  # heads that share a key or value with one of the group answer to it too
-                        users = torch.arange(n)[torch.isin(torch.arange(n) // (n // site.n), shared)]
-                        _set(hold, name, (*shape, n), torch.ones_like(at), users)
-                if way != "out" and name in hold:
-                    hold[name][..., ids] &= ~at[..., None]
+                if len(ids) and way == "out":
+                    _set(flags, name, (*shape, self.heads[name].n), at, ids)
+                elif len(ids):
+                    self._into(way, name, ids, at, before, flags, hold)
         if not flags:
             raise RequestError("groups without a head", expected="at least one", do="take more heads into them")
-        sites = {name: self.every[name] for name in (*flags, *hold)}
 
         def fn(name: str, x: Tensor) -> Tensor:
             for chosen, values in ((flags, donor), (hold, own)):
@@ -161,7 +151,30 @@ class _Patch:
                     x = torch.where(keep.reshape(*keep.shape, *[1] * (x.dim() - 3)), values[name].to(x), x)
             return x
 
-        return sites, fn
+        return {name: self.every[name] for name in (*flags, *hold)}, fn
+
+    def _into(
+        self,
+        way: str,
+        name: str,
+        ids: Tensor,
+        at: Tensor,
+        before: Tensor,
+        flags: dict[str, Tensor],
+        hold: dict[str, Tensor],
+    ) -> None:
+        """Mark queries at the place, keys and values up to it, and the outputs that must not answer to these."""
+        n = self.heads[name].n
+        for of in WAYS[way]:
+            site = self.into[of][name]
+            group = n // site.n
+            shared = (ids // group).unique()
+            _set(flags, site.name, (*at.shape, site.n), at if of == "queries" else before, shared)
+            if of != "queries":  # heads that share a key or value with one of the group answer to it too
+                users = torch.arange(n)[torch.isin(torch.arange(n) // group, shared)]
+                _set(hold, name, (*at.shape, n), torch.ones_like(at), users)
+        if name in hold:
+            hold[name][..., ids] &= ~at[..., None]
 
 
 def _set(flags: dict[str, Tensor], name: str, shape: tuple[int, ...], at: Tensor, ids: Tensor) -> None:

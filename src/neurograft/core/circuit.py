@@ -1,6 +1,6 @@
 """Circuits: groups of attention heads, each at work at one place of the prompt, and the model without the rest.
 
-Shape letters: B rows, T tokens, n heads, w features of a head, D distances from the end of the prompt.
+Shape letters: B rows, T tokens, n heads.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.answering import credit
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.intervene import capture
-from neurograft.core.places import answers, ends, place, rows_of
+from neurograft.core.head_means import Means
+from neurograft.core.places import place
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.tap import change
@@ -73,56 +73,6 @@ def random_like(circuit: Circuit, seed: int = 0) -> dict[str, Group]:
         card = {"rule": "random_like", "of": [group.where.digest], "seed": seed}
         found[name] = replace(group, where=Selection.of(group.where.sites, ids, card))
     return found
-
-
-@dataclass(frozen=True)
-class Means:
-    """What heads do on average, by how far before the end of the prompt.
-
-    Args:
-        values: site name -> float32 [D, n, w], row 0 at the end.
-    """
-
-    values: Mapping[str, Tensor]
-
-    @staticmethod
-    def of(model: nn.Module, sites: Mapping[str, Site], batches: Sequence[Batch]) -> Means:
-        """Measure them on reference prompts, such as other scenes with queries that nothing answers.
-
-        Raises:
-            RequestError: no batches.
-        """
-        if not batches:
-            raise RequestError("no reference prompts", expected="data to take means over", do="give corrupt prompts")
-        longest = max(int(ends(b).max()) + 1 for b in batches)
-        count = torch.zeros(longest, dtype=torch.float64)
-        total: dict[str, Tensor] = {}
-        for batch in batches:
-            last = ends(batch).cpu()
-            far = last[:, None] - torch.arange(batch["input_ids"].shape[1])
-            inside = far >= 0
-            count.index_add_(0, far[inside], torch.ones(int(inside.sum()), dtype=torch.float64))
-            for name, x in capture(model, sites, batch).items():
-                here = x[inside].double()
-                total.setdefault(name, torch.zeros(longest, *here.shape[1:], dtype=torch.float64))
-                total[name].index_add_(0, far[inside], here)
-        shape = {name: (longest, *[1] * (t.dim() - 1)) for name, t in total.items()}
-        return Means({name: (t / count.reshape(shape[name])).float() for name, t in total.items()})
-
-    def at(self, name: str, batch: Batch) -> Tensor:
-        """Return the means at a batch's tokens, [B, T, n, w]; behind the end those at the end.
-
-        Raises:
-            RequestError: a prompt longer than every reference prompt.
-        """
-        far = (ends(batch).cpu()[:, None] - torch.arange(batch["input_ids"].shape[1])).clamp(min=0)
-        if int(far.max()) >= len(self.values[name]):
-            raise RequestError(
-                f"a prompt of {int(far.max()) + 1} tokens",
-                expected=f"at most the {len(self.values[name])} of the reference prompts",
-                do="give reference prompts of the same lengths",
-            )
-        return self.values[name][far]
 
 
 @dataclass(frozen=True)
@@ -208,46 +158,6 @@ def held(
         yield
 
 
-@torch.no_grad()
-def said(model: nn.Module, batch: Batch) -> Tensor:
-    """Return log-probabilities at the end of each prompt, float64 [B, V]."""
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    logits = model(**inputs).logits
-    finish = ends(batch).to(logits.device)
-    found: Tensor = logits[torch.arange(len(finish), device=logits.device), finish].double().log_softmax(-1)
-    return found
-
-
-def credit(model: nn.Module, batch: Batch, metric: str) -> Tensor:
-    """Return each row's credit, float64 [B]: whether its answer is the likeliest token, or its probability."""
-    logp, answer = said(model, batch), answers(batch)
-    if metric == "accuracy":
-        return (logp.argmax(-1) == answer.to(logp.device)).double()
-    return logp.gather(1, answer.to(logp.device)[:, None])[:, 0].exp()
-
-
 def ratio(part: float, whole: float) -> float | None:
     """Return part / whole; None where that means nothing."""
     return part / whole if whole and math.isfinite(whole) else None
-
-
-def paired(clean: Sequence[Batch], other: Sequence[Batch]) -> Iterator[tuple[Batch, Batch]]:
-    """Yield batches side by side.
-
-    Raises:
-        RequestError: they are not row for row the same number.
-    """
-    sizes = [[len(b["input_ids"]) for b in side] for side in (clean, other)]
-    if sizes[0] != sizes[1] or not sizes[0]:
-        raise RequestError(
-            f"batches of {sizes[0][:4]} and {sizes[1][:4]} prompts",
-            expected="a second prompt for each prompt",
-            do="give rows with `positive` and `negative`",
-        )
-    yield from zip(clean, other)
-
-
-def both(clean: Batch, other: Batch, at: Any, there: Any) -> tuple[Batch, Batch, Tensor, Tensor]:
-    """Return two batches cut to the rows that have both places, and these places."""
-    keep = (at.found & there.found.to(at.found.device)).nonzero()[:, 0]
-    return rows_of(clean, keep), rows_of(other, keep), at.at[keep], there.at[keep.to(there.at.device)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neurograft.core.answering import both, need_causal, paired
 from neurograft.core.card import method
-from neurograft.core.circuit import both, paired
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
 from neurograft.core.intervene import capture
@@ -58,8 +58,9 @@ def dcm(
         batches (of all, if there is one) whose wanted answer is the likeliest with the rounded mask.
 
     Raises:
-        RequestError: prompts that do not come in pairs, or none that has the place.
+        RequestError: no causal language model, prompts that do not come in pairs, or none that has the place.
     """
+    need_causal(context.model)
     pairs = []
     for base, other in paired(context.batches, context.contrast):
         found = both(base, other, place(base, at, query=query), place(other, at, query=query))

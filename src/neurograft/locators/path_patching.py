@@ -11,8 +11,8 @@ from torch import Tensor
 
 from neurograft.anatomy.projections import projections
 from neurograft.anatomy.sites import sites as sites_of
+from neurograft.core.answering import both, paired, said
 from neurograft.core.card import method
-from neurograft.core.circuit import both, paired, said
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.intervene import capture
@@ -103,6 +103,9 @@ class _Run:
         self.model, self.senders = context.model, context.sites
         # Heads that are not asked about are frozen all the same.
         self.heads = sites_of(context.model, "head")
+        odd = next((name for name in context.sites if name not in self.heads), None)
+        if odd is not None:
+            raise RequestError(f"the site {odd!r}", expected="heads, tapped at their outputs", do="units='head', no at")
         self.reached: dict[str, Site] = {}
         self.ids: dict[str, Tensor] = {}
         order = {name: i for i, name in enumerate(self.heads)}

@@ -69,7 +69,7 @@ def circuit(
         prune: leave out heads that are not needed.
         metric: "accuracy" or "probability".
         sets: random sets of `completeness`.
-        limit: at most so many prompts are searched with.
+        limit: at most so many prompts (of ready batches: so many batches) are searched with.
         post: the changed model, a folder or a Hub id; the graft `of` if None.
         of: name of the graft.
 
