@@ -28,8 +28,17 @@ ROWS = {
 PAIRED = {
     k: [{**r, "positive": v[i // 2], "negative": v[4 + i // 2]} for i, r in enumerate(v)] for k, v in ROWS.items()
 }
-# What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up.
-BRISK = {"lr": 1e-2, "warmup": 0.0, "epochs": 1, "batch": 4, "probe_epochs": 50}
+# What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up; what an untrained
+# model answers is measured by probability, and no head of its circuits has to be needed.
+BRISK = {
+    "lr": 1e-2,
+    "warmup": 0.0,
+    "epochs": 1,
+    "batch": 4,
+    "probe_epochs": 50,
+    "metric": "probability",
+    "prune": False,
+}
 
 
 def changes_of(name):

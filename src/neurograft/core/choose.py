@@ -63,10 +63,10 @@ class Chosen:
 
 
 def _plain(value: Any) -> Any:
-    """Return what a card says of an option: a graft's identity or a model's class in the place of the thing itself."""
+    """Return what a card says of an option: a graft's identity, a selection's digest, a model's class."""
     if isinstance(value, nn.Module):
         return type(value).__name__
-    return getattr(value, "identity", value)
+    return getattr(value, "identity", getattr(value, "digest", value))
 
 
 def methods(room: str) -> list[str]:

@@ -1,0 +1,129 @@
+"""Which heads carry a variable: a mask over activations, learned on pairs of prompts that differ in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neurograft.core.answering import both, need_causal, paired
+from neurograft.core.card import method
+from neurograft.core.context import Batch, Context
+from neurograft.core.errors import RequestError
+from neurograft.core.intervene import capture
+from neurograft.core.mask import Mask
+from neurograft.core.places import answers, ends, place
+from neurograft.core.selection import Scores, Selection
+from neurograft.core.tap import change
+from neurograft.locators._common import scored
+
+Pair = tuple[Batch, Batch, Tensor, Tensor]
+
+
+@method(
+    paper="entity-tracking",
+    kinds={"head"},
+    needs={"batches", "contrast", "labels", "taps", "per_token", "gradients"},
+    claims={"finite", "length", "mask"},
+    departs="The last mask is kept, where the reference keeps the one that did best on a quarter of the pairs. The "
+    "first half of the batches trains the mask, the rest tells its accuracy. Rows that lack the place are left out.",
+)
+def dcm(
+    context: Context,
+    *,
+    heads: Selection | None = None,
+    at: str = "end",
+    query: str = "end-2",
+    lam: float = 0.01,
+    lr: float = 0.1,
+    epochs: int = 2,
+) -> Scores:
+    """Score heads by 1 - w, w a mask learned so that patching from the other prompt brings the answer wanted.
+
+    A head's output at its place is w * base + (1 - w) * counterfactual, w in [0, 1] and 1 at the start;
+    loss = -logit(wanted) + lam * sum(1 - w), by Adam, w brought back into [0, 1] after every step. Heads whose score
+    is above a half (w rounds to 0) carry the variable.
+
+    Args:
+        context: model, sites of kind "head", base prompts labelled with the answer that is wanted once the variable is
+            patched, and as contrast the counterfactual prompt of each.
+        heads: which heads may be patched, such as a group of a circuit; all if None.
+        at: the place, in both prompts; see `core.places`.
+        query: the place whose token "mention" is like.
+        lam: price of a patched head.
+        lr: learning rate.
+        epochs: passes over the pairs.
+
+    Returns:
+        Scores, 0 for heads outside `heads`; the card holds `accuracy`, the share of pairs of the second half of the
+        batches (of all, if there is one) whose wanted answer is the likeliest with the rounded mask.
+
+    Raises:
+        RequestError: no causal language model, prompts that do not come in pairs, or none that has the place.
+    """
+    need_causal(context.model)
+    pairs = []
+    for base, other in paired(context.batches, context.contrast):
+        found = both(base, other, place(base, at, query=query), place(other, at, query=query))
+        pairs += [found] if len(found[2]) else []
+    if not pairs:
+        raise RequestError(
+            f"pairs none of which has the place {at!r}", expected="some that do", do="choose another at= or query="
+        )
+    may = {n: heads.masks()[n] if heads is not None else torch.ones(s.n) > 0 for n, s in context.sites.items()}
+    middle = -(-len(pairs) // 2)
+    patch = _Patch(context, may)
+    held = patch.learned(pairs[:middle], lam=lam, lr=lr, epochs=epochs)
+    accuracy = patch.accuracy(pairs[middle:] or pairs, patch.mask.hard(held).float())
+    w = dict(zip(context.sites, held.split([s.n for s in context.sites.values()])))
+    scores = {n: torch.where(may[n], 1 - w[n], torch.zeros(())) for n in w}
+    return scored(context, scores, {"at": at, "query": query, "accuracy": accuracy, "lam": lam})
+
+
+class _Patch:
+    """Heads patched by a mask, on one model."""
+
+    def __init__(self, context: Context, may: dict[str, Tensor]) -> None:
+        self.model, self.sites, self.may = context.model, context.sites, may
+        self.mask = Mask("clamp")
+
+    def learned(self, pairs: list[Pair], *, lam: float, lr: float, epochs: int) -> Tensor:
+        """Return the trained w of all heads, float32 [heads]."""
+        s = self.mask.start(torch.empty(sum(x.n for x in self.sites.values())), torch.Generator()).requires_grad_(True)
+        allowed = torch.cat(list(self.may.values()))
+        optimizer = torch.optim.Adam([s], lr=lr)
+        for _ in range(epochs):
+            for pair in pairs:
+                w = self.mask.soft(s)
+                with torch.enable_grad():
+                    logits = self._logits(pair, w)
+                    loss = lam * (1 - w)[allowed].sum() - logits.gather(1, answers(pair[0])[:, None]).mean().cpu()
+                    (pull,) = torch.autograd.grad(loss, s)
+                s.grad = pull * allowed
+                optimizer.step()
+                self.mask.hold_(s.data)
+        return s.detach()
+
+    @torch.no_grad()
+    def accuracy(self, pairs: list[Pair], w: Tensor) -> float:
+        """Return how often the wanted answer is the likeliest."""
+        hits = [self._logits(p, w).argmax(1) == answers(p[0]) for p in pairs]
+        return float(torch.cat(hits).float().mean())
+
+    def _logits(self, pair: Pair, w: Tensor) -> Tensor:
+        base, other, here, there = pair
+        source = capture(self.model, self.sites, other)
+        rows = torch.arange(len(here))
+        shares = dict(zip(self.sites, w.split([s.n for s in self.sites.values()])))
+
+        def mixed(name: str, x: Tensor) -> Tensor:
+            old, new = x[rows, here], source[name][rows, there.cpu()].to(x)
+            share = torch.where(self.may[name], shares[name], torch.ones(())).to(x)
+            share = share.reshape(-1, *[1] * (old.dim() - 2))
+            made = x.clone()
+            made[rows, here] = share * old + (1 - share) * new
+            return made
+
+        with change(self.model, self.sites, mixed):
+            logits = self.model(**{k: v for k, v in base.items() if k != "labels"}).logits
+        found: Tensor = logits[rows, ends(base)]
+        return found
