@@ -6,6 +6,12 @@ instruction has a token there that was never trained. Tried first and given up: 
 where it computes the answer itself and no vector is needed; answers of two letters, whose second one is read off the
 first; tasks that choose between a and b; an uninstructed prompt with a meaning of its own in the base's training.
 With three blocks the vector has to stand before the first FFN (at="attention"); behind the block it comes too late.
+
+What the table over sign and divergence shows here: the divergence does the keeping. At sign -1 with it the other four
+tasks keep .71, .77 and .44 on the three seeds, plain tuning .34, .41 and .39, each at full accuracy on the new task;
+without any student intervention the divergence keeps .88, .88 and .68, and an intervention alone keeps less than plain
+tuning. The paper's overlay claim does not hold in this world: with the instruction's vector put back after plain
+tuning next to nothing of what was lost returns, and knowledge was lost as much as the instruction.
 """
 
 import json
@@ -238,6 +244,10 @@ def test_the_divergence_is_of_the_student_from_the_teacher():
     assert pull(3, "sum", weight=0.5)[0] == pytest.approx(0.5 * once, abs=1e-5)
     assert pull(3, "mean", weight=0.0, end_weight=2.0)[0] == pytest.approx(2 * float(hand), abs=1e-5)
     assert pull(3, "mean", floor=0.1)[0] > 0 == pull(3, "mean", floor=0.15)[0]
+    step.items = 6  # in a window of twice as many labels it counts half
+    with torch.no_grad():
+        assert float(guided(step, temperature=1.0) - guided(step, weight=0.0)) == pytest.approx(once / 2, abs=1e-5)
+    step.items = None
     soft = float(divergence(p, q, 2.0))
     assert pull(3, "mean", temperature=2.0)[0] == pytest.approx(soft, abs=1e-5)  # no factor T^2
     step.batch["attention_mask"] = torch.tensor([[1, 1, 1, 0]])  # padding behind
@@ -344,13 +354,15 @@ def test_the_vector_raises_accuracy_and_a_random_one_does_not():
 
 
 def splits(model, graft):
+    """By task: what is lost of instruction and knowledge, and what the heads' means or theta, put back, recover."""
     found = {}
     for task in KNOWN:
         (plain,) = rows(task, batch=128, seed=7, bare=True)
         with torch.no_grad():  # the plain completion is what the base says by itself
             plain["labels"][:, -1] = model(input_ids=plain["input_ids"]).logits[:, -2].argmax(-1)
-        vector = found_for(model, task)["vector"]
-        found[task] = instruction_split(model, graft, rows(task, batch=128, seed=7), [plain], vector=vector)
+        out, pos = found_for(model, task), rows(task, batch=128, seed=7)
+        found[task] = instruction_split(model, graft, pos, [plain], vector=out["vector"])
+        found[task]["by_theta"] = instruction_split(model, graft, pos, [plain], vector=out["inserted"])["recovered"]
     return found
 
 
@@ -415,15 +427,16 @@ def test_guidance_keeps_more_of_the_other_tasks_at_equal_accuracy_on_the_new_one
         told.append(found)
         better.append(found[published]["kept"] - found[plain]["kept"])
         equal.append(found[published]["learned"] - found[plain]["learned"])
-        again.append([s["recovered"] for s in more[plain][1].values() if s["recovered"] is not None])
-        share.append([s["share"] for s in more[plain][1].values() if s["share"] is not None])
+        lost = list(more[plain][1].values())
+        again.append([[s["recovered"], s["by_theta"]] for s in lost])
+        share.append([s["share"] for s in lost])
         for name, (graft, _) in more.items():
             sides = [rows("copy", seed=5), rows("copy", seed=5, bare=True)]
             drift = vector_drift(base(seed), graft, *sides, measure="nll")
             cosine.setdefault(name, []).append([drift["cosine"], drift["overlap"]["shared"]])
     bar("other tasks' accuracy, guided (sign -1) above plain", better, at_least=0.1)
     bar("the new task's accuracy, guided above plain", equal, at_least=-0.02)
-    note(table=json.dumps(told), recovered_by_reinsertion=json.dumps(again), instruction_share=json.dumps(share))
+    note(table=json.dumps(told), recovered_by_heads_and_theta=json.dumps(again), instruction_share=json.dumps(share))
     note(vector_cosine_and_shared_heads=json.dumps(cosine))
 
 
@@ -467,6 +480,10 @@ def test_what_cannot_be_is_refused():
     for options, words in (({"sign": 2}, "sign=2"), ({"reduce": "max"}, "reduction"), ({}, "reference")):
         with pytest.raises(RequestError, match=words):
             choose("objectives", "guided", **options)(step)
+    with pytest.raises(RequestError, match="str"):
+        guided(step, vector="folder")
+    with pytest.raises(RequestError, match="predict the token ahead"):
+        guided(Step(pico("t5"), batch))
     vector = found_for(model, "copy")["vector"]
     with pytest.raises(RequestError, match="unknown length"):
         guided(step, vector=vector)

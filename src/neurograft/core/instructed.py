@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neurograft.core.board import features
 from neurograft.core.candidates import first_answers
-from neurograft.core.context import Batch
+from neurograft.core.context import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.intervene import Intervention
@@ -40,6 +40,16 @@ def prompt_end(batch: Batch) -> Tensor:
     at, _ = first_answers(batch)
     width: int = batch["labels"].shape[1]
     return torch.arange(width, device=at.device) == at[:, None] - 1
+
+
+def need_ahead(model: nn.Module) -> None:
+    """Raise if a model does not predict the token ahead, so that no answer begins where a prompt ends."""
+    if not shifts(model):
+        raise RequestError(
+            f"a {type(model).__name__}, which does not predict the token ahead",
+            expected="a causal language model",
+            do="choose another method for this model",
+        )
 
 
 def end_means(model: nn.Module, sites: Mapping[str, Site], batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -69,9 +79,13 @@ def answer_scores(model: nn.Module, batches: Sequence[Batch], measure: str = "pr
             tokens.
 
     Raises:
-        RequestError: an unknown measure, or a row without an answer behind a prompt.
+        RequestError: an unknown measure, no batches, a row without an answer behind a prompt, a model that does not
+            predict the token ahead.
     """
     one_of(measure, MEASURES, what="measure of an answer")
+    need_ahead(model)
+    if not batches:
+        raise RequestError("no batches", expected="prompts with labelled answers", do="give prompt/completion rows")
     found = []
     for batch in batches:
         at, first = first_answers(batch)
@@ -81,7 +95,7 @@ def answer_scores(model: nn.Module, batches: Sequence[Batch], measure: str = "pr
             rows = torch.arange(len(at), device=logits.device)
             told = logits[rows, at - 1].float().softmax(-1).gather(1, first[:, None])[:, 0]
         else:
-            marks = batch["labels"][:, 1:] >= 0
+            marks = batch["labels"][:, 1:] != IGNORE
             logp = logits[:, :-1].float().log_softmax(-1)
             each = logp.gather(-1, batch["labels"][:, 1:].clamp(min=0)[..., None])[..., 0]
             told = (each * marks).sum(1) / marks.sum(1)
@@ -182,10 +196,11 @@ def additions(vector: Graft | None) -> tuple[Intervention, ...]:
     """
     if vector is None:
         return ()
-    found = tuple(o for o in vector.operations if isinstance(o, Intervention) and o.kind == "add")
-    if vector.deltas or len(found) != len(vector.operations) or not found:
+    operations = vector.operations if isinstance(vector, Graft) and not vector.deltas else ()
+    found = tuple(o for o in operations if isinstance(o, Intervention) and o.kind == "add")
+    if not found or len(found) != len(operations):
         raise RequestError(
-            "a vector that is no set of additions",
+            f"a vector ({type(vector).__name__}) that is no set of additions",
             expected="a graft of `add` operations alone",
             do="make it with ng.intervene(model, where, 'add', value=...).graft()",
         )

@@ -11,7 +11,7 @@ from neurograft.core.card import method
 from neurograft.core.context import Step
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.graft import Graft
-from neurograft.core.instructed import additions, at_prompt_end, prompt_end
+from neurograft.core.instructed import additions, at_prompt_end, need_ahead, prompt_end
 
 NEUTRAL: dict[str, Any] = {"weight": 0.0}
 REDUCTIONS = ("sum", "mean")
@@ -56,10 +56,11 @@ def guided(
         floor: a divergence counts only while it is above this; the follow-up has 0.1.
 
     Raises:
-        RequestError: an unknown sign or reduction, a training without a reference or of unknown length, activation
-            checkpointing, which would run layers again without the vector.
+        RequestError: an unknown sign or reduction, a training without a reference or of unknown length, a head
+            that makes no logits, a model that does not predict ahead, activation checkpointing, which would run layers again without the vector.
     """
     one_of(reduce, REDUCTIONS, what="reduction")
+    need_ahead(step.model)
     operations, strength = additions(vector), 0.0
     if sign not in (-1, 0, 1):
         raise RequestError(f"sign={sign}", expected="-1, 0 or 1", do="scale the vector to change its size")
@@ -73,6 +74,7 @@ def guided(
         )
     where = prompt_end(step.batch) if operations else None
     with at_prompt_end(step.model, operations, where, strength):
+        step.scored()  # in the same pass; refuses where a fused head makes no logits
         student = _logits(step)
     loss = step.mean(-step.log_probs)
     if not weight and not end_weight:

@@ -19,7 +19,9 @@ from neurograft.recipes._training import training
     "own layer, the student's vector taken out (sign=-1) and given back; whether the paper's tables were made with "
     "this sign is not known, sign=1 is the other reading. Heads are found on the model at hand, where the trainer has "
     "ten fixed ones. Rank, learning rate and batch are those of the authors' follow-up. Padding is left out of the "
-    "divergence. The follow-up's anchor on the heads' outputs is not built.",
+    "divergence. The follow-up's anchor on the heads' outputs is not built. On a tiny decoder the divergence keeps the "
+    "old tasks, the student's intervention does not add to it, and a vector put back after plain tuning restores next "
+    "to nothing; the proof's record has the table.",
 )
 def instruction_vector(
     *,
@@ -48,7 +50,8 @@ def instruction_vector(
     theta = sum over the best heads of W_o^h hbar_h, hbar_h the head's mean at the last prompt token. Loss =
     cross-entropy of the model with sign * alpha(t) hbar added + weight * KL(it || the base with hbar added). The
     outcome's state holds `vector` (the head means) and `inserted` (theta in the residual stream), grafts that make a
-    prompt without the instruction be answered by it; `graft` is what was trained. `audits.instruction_split` and
+    prompt without the instruction be answered by it, at the last token of every pass as in generation; `graft` is what
+    was trained. `audits.instruction_split`, which puts a vector where a labelled row's prompt ends, and
     `audits.vector_drift` measure what was forgotten.
 
     Args:
