@@ -30,9 +30,10 @@ from neurograft.audits.instruction_split import instruction_split
 from neurograft.audits.vector_drift import vector_drift
 from neurograft.core.choose import choose
 from neurograft.core.context import Context, Step
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
-from neurograft.core.instructed import additions, answer_scores, at_prompt_end, effects, end_means, prompt_end, written
+from neurograft.core.head_means import answer_scores, effects, end_means, written
+from neurograft.core.instructed import additions, at_prompt_end, prompt_end
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.locators.causal_effect import causal_effect
@@ -76,7 +77,7 @@ def the_teacher_lacks_the_vector():
 def the_means_are_taken_over_every_token():
     """A head's mean is that of the whole prompt and the answer."""
     plain = resolve("neurograft.core.stream.means")
-    with patched("neurograft.core.instructed", "means", lambda m, s, b, mask=None: plain(m, s, b)):
+    with patched("neurograft.core.head_means", "means", lambda m, s, b, mask=None: plain(m, s, b)):
         yield
 
 
@@ -404,7 +405,7 @@ def table(seed):
     model = base(seed)
     vector = found_for(model, LEARNED)["vector"]
     data, test = rows(LEARNED, count=40, batch=32, seed=100 + seed), rows(LEARNED, batch=256, seed=6)
-    found, more = {}, {}
+    found, grafts = {}, {}
     for (sign, weight), name in CELLS.items():
         objective = ("guided", {"vector": vector, "sign": sign, "weight": weight})
         with attach(model, None, adapter=("lora", {"r": 8})) as live:
@@ -414,8 +415,8 @@ def table(seed):
             kept = {task: accuracy(model, rows(task, batch=128, seed=6)) for task in KNOWN}
             found[name] = {"learned": accuracy(model, test), "kept": sum(kept.values()) / len(kept)}
         if (sign, weight) in ((0, 0.0), (-1, 1.0)):
-            more[name] = (graft, splits(model, graft))
-    return found, more
+            grafts[name] = graft
+    return found, grafts
 
 
 @effect
@@ -423,14 +424,14 @@ def test_guidance_keeps_more_of_the_other_tasks_at_equal_accuracy_on_the_new_one
     told, better, equal, again, cosine, share = [], [], [], [], {}, []
     plain, published = CELLS[0, 0.0], CELLS[-1, 1.0]
     for seed in range(3):
-        found, more = table(seed)
+        found, grafts = table(seed)
         told.append(found)
         better.append(found[published]["kept"] - found[plain]["kept"])
         equal.append(found[published]["learned"] - found[plain]["learned"])
-        lost = list(more[plain][1].values())
+        lost = list(splits(base(seed), grafts[plain]).values())
         again.append([[s["recovered"], s["by_theta"]] for s in lost])
         share.append([s["share"] for s in lost])
-        for name, (graft, _) in more.items():
+        for name, graft in grafts.items():
             sides = [rows("copy", seed=5), rows("copy", seed=5, bare=True)]
             drift = vector_drift(base(seed), graft, *sides, measure="nll")
             cosine.setdefault(name, []).append([drift["cosine"], drift["overlap"]["shared"]])
@@ -487,6 +488,10 @@ def test_what_cannot_be_is_refused():
     vector = found_for(model, "copy")["vector"]
     with pytest.raises(RequestError, match="unknown length"):
         guided(step, vector=vector)
+    early = Step(model, batch, 0, 4)
+    assert early.predictions is not None
+    with pytest.raises(RunError, match="never fired"):  # what has been computed already cannot be intervened in
+        guided(early, vector=vector)
     model.activation_checkpointing_enable()
     try:
         with pytest.raises(RequestError, match="checkpointing"):

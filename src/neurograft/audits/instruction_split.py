@@ -11,7 +11,8 @@ from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.graft import Graft
-from neurograft.core.instructed import additions, answer_scores, at_prompt_end
+from neurograft.core.head_means import answer_scores
+from neurograft.core.instructed import additions, at_prompt_end
 
 
 @method(paper="instruction-vector", needs={"batches", "contrast", "labels"})

@@ -56,8 +56,9 @@ def guided(
         floor: a divergence counts only while it is above this; the follow-up has 0.1.
 
     Raises:
-        RequestError: an unknown sign or reduction, a training without a reference or of unknown length, a head
-            that makes no logits, a model that does not predict ahead, activation checkpointing, which would run layers again without the vector.
+        RequestError: an unknown sign or reduction, a training without a reference or of unknown length, a head that
+            makes no logits, a model that does not predict ahead, activation checkpointing, which would run layers
+            again without the vector.
     """
     one_of(reduce, REDUCTIONS, what="reduction")
     need_ahead(step.model)
