@@ -18,16 +18,17 @@ from neurograft.recipes._training import training
     departs="The guidance is the authors' own trainer's of June 2024, four days before the preprint: heads each at its "
     "own layer, the student's vector taken out (sign=-1) and given back; whether the paper's tables were made with "
     "this sign is not known, sign=1 is the other reading. Heads are found on the model at hand, where the trainer has "
-    "ten fixed ones. Rank, learning rate and batch are those of the authors' follow-up. Padding is left out of the "
-    "divergence. The follow-up's anchor on the heads' outputs is not built. On a tiny decoder the divergence keeps the "
-    "old tasks, the student's intervention does not add to it, and a vector put back after plain tuning restores next "
-    "to nothing; the proof's record has the table.",
+    "ten fixed ones. Rank, learning rate and batch are those of the authors' follow-up, which updates q and v alone; "
+    "families that fuse q, k and v cannot. Padding is left out of the divergence. The follow-up's anchor on the heads' "
+    "outputs is not built. On a tiny decoder the divergence keeps the old tasks, the student's intervention does not "
+    "add to it, and a vector put back after plain tuning restores next to nothing; the proof's record has the table.",
 )
 def instruction_vector(
     *,
     instructed: str | None = None,
     heads: int | None = None,
     measure: str = "probability",
+    examples: int | None = 100,
     layer: int | None = None,
     at: str = "residual",
     weight: float = 1.0,
@@ -60,6 +61,7 @@ def instruction_vector(
             have these columns.
         heads: how many; 10 if None, or all of a model that has fewer.
         measure: what ranks the heads, "probability" of the answer's first token or "nll".
+        examples: prompts of each side that rank the heads, one run for each head and batch of them; None for all.
         layer: block at which theta is added; as 9 of 32 if None.
         at: "residual", behind the block, or "attention", behind its attention (follow-up).
         weight: of the divergence.
@@ -80,12 +82,13 @@ def instruction_vector(
     source: dict[str, Any] = {} if instructed is None else {"data": instructed}
     guidance = {"vector": "$vector", "weight": weight, "sign": sign, "temperature": temperature, "reduce": reduce}
     guidance |= {"end_weight": end_weight, "floor": floor}
+    by = ("causal_effect", {"measure": measure})
     add, noise = {"kind": "add", "positions": "last"}, ("within", {"by": "noise", "roles": list(roles)})
     schedule = "constant_with_warmup" if warmup else "constant"
     return Recipe(
         "instruction_vector",
         (
-            {"do": "locate", "by": ("causal_effect", {"measure": measure}), "units": "head", **source},
+            {"do": "locate", "by": by, "units": "head", "limit": examples, **source},
             {"do": "neurograft.pipeline.instructed", "count": heads, "layer": layer, "at": at, **source},
             {"do": "intervene", "where": "$heads", "value": "$means", **add, "as": "vector"},
             {"do": "intervene", "where": "$stream", "value": "$theta", **add, "as": "inserted"},
