@@ -32,7 +32,7 @@ from neurograft.core.choose import choose
 from neurograft.core.context import Context, Step
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
-from neurograft.core.head_means import answer_scores, effects, end_means, written
+from neurograft.core.end_states import answer_scores, effects, end_means, written
 from neurograft.core.instructed import additions, at_prompt_end, prompt_end
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
@@ -77,7 +77,7 @@ def the_teacher_lacks_the_vector():
 def the_means_are_taken_over_every_token():
     """A head's mean is that of the whole prompt and the answer."""
     plain = resolve("neurograft.core.stream.means")
-    with patched("neurograft.core.head_means", "means", lambda m, s, b, mask=None: plain(m, s, b)):
+    with patched("neurograft.core.end_states", "means", lambda m, s, b, mask=None: plain(m, s, b)):
         yield
 
 

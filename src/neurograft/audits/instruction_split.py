@@ -11,7 +11,7 @@ from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.graft import Graft
-from neurograft.core.head_means import answer_scores
+from neurograft.core.end_states import answer_scores
 from neurograft.core.instructed import additions, at_prompt_end
 
 
