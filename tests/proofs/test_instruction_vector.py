@@ -30,9 +30,9 @@ from neurograft.audits.instruction_split import instruction_split
 from neurograft.audits.vector_drift import vector_drift
 from neurograft.core.choose import choose
 from neurograft.core.context import Context, Step
+from neurograft.core.end_states import answer_scores, effects, end_means, written
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
-from neurograft.core.end_states import answer_scores, effects, end_means, written
 from neurograft.core.instructed import additions, at_prompt_end, prompt_end
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator

@@ -10,8 +10,8 @@ from torch import nn
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import Batch
-from neurograft.core.graft import Graft
 from neurograft.core.end_states import answer_scores
+from neurograft.core.graft import Graft
 from neurograft.core.instructed import additions, at_prompt_end
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from neurograft.core.card import method
 from neurograft.core.context import Context
-from neurograft.core.errors import RequestError
 from neurograft.core.end_states import effects, end_means
+from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores
 from neurograft.locators._common import need_batches, scored
 
