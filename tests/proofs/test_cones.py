@@ -1,7 +1,6 @@
-"""Cones: what shutting a weight would save, along a shrinking path; a few weights shut make a denoiser draw a subject."""
+"""Cones: what shutting a weight saves, along a shrinking path; a few weights shut make a denoiser draw a subject."""
 
 import json
-import math
 import tempfile
 from contextlib import contextmanager
 from functools import cache
@@ -26,12 +25,12 @@ from neurograft.locators.shutting import shutting
 from neurograft.objectives.denoising import denoising, scheduled
 from neurograft.pipeline.edit import edit
 from neurograft.pipeline.locate import select
-from neurograft.pipeline.recipe import recipe
 from neurograft.pipeline.run import run
 from neurograft.recipes.cones import LAYERS
 from neurograft.worlds.pico import pico
-from neurograft.worlds.shapes import NOISE, SUBJECTS, denoiser, shapes
+from neurograft.worlds.shapes import NOISE, denoiser
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._concepts import WORDS, losses, subject, trained
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "cones", "tiny"
@@ -48,7 +47,7 @@ def what_helps_is_shut():
 @contextmanager
 def the_path_does_not_care_for_size():
     """The path is gradient descent on the weights: theta - rho * dL/dtheta."""
-    with patched(room, "shrunk", lambda theta, effect, rho: theta - rho * effect / theta):
+    with patched(room, "shrunk", lambda theta, gain, rho: theta - rho * gain / theta):
         yield
 
 
@@ -96,17 +95,17 @@ def test_a_score_is_the_first_order_effect_and_its_error_falls_fourfold():
     x, y, w = torch.randn(40, 6, generator=rng), torch.randn(40, generator=rng), torch.randn(6, generator=rng)
     model, batch = Linear(w), {"x": x, "y": y}
     score, hessian = scores_of(model, [batch], rho=0.0), x.pow(2).mean(0)
-    start = float(loss(model, batch))
+    start = loss(model, batch).item()
     where = sites(model, "weight")
     for i in range(6):
         with shut(Context(model, where), Selection.of(where, {"read/weight": [i]})).on(model):
-            exact = float(loss(model, batch)) - start
+            exact = loss(model, batch).item() - start
         assert exact == pytest.approx(float(-score[i] + w[i] ** 2 * hessian[i] / 2), abs=1e-5)
     errors = []
     for share in (1.0, 0.5, 0.25):
         less = Linear(w * (1 - share))
         linear = start - share * float(score.sum())
-        errors.append(float(loss(less, batch)) - linear)
+        errors.append(loss(less, batch).item() - linear)
     assert errors[0] / errors[1] == pytest.approx(4, rel=1e-3)
     assert errors[1] / errors[2] == pytest.approx(4, rel=1e-3)
     note(first_order_errors=errors)
@@ -141,7 +140,7 @@ def test_the_path_is_descent_on_the_logarithm_of_the_mask():
 
 def test_a_rate_of_stable_diffusion_leaves_a_tiny_model_where_it_is():
     """At rho = 2e-5 the scores are those of rho = 0 to 1 in 1,000; at a rate of the loss's size they are not."""
-    model, batch = denoiser(), subject("checkered", "rare0")
+    model, batch = denoiser(), joined("checkered")
     where = keys_and_values(model)
     given = Context(model, where, [batch], asked=choose("objectives", "denoising", scheduler=NOISE))
     before = snapshot(model)
@@ -152,7 +151,7 @@ def test_a_rate_of_stable_diffusion_leaves_a_tiny_model_where_it_is():
 
 
 def test_every_step_draws_anew_and_scores_add_up():
-    model, batch = denoiser(), subject("checkered", "rare0")
+    model, batch = denoiser(), joined("checkered")
     where, asked = keys_and_values(model), choose("objectives", "denoising", scheduler=NOISE)
     total = {n: torch.zeros(p.shape) for n, p in model.named_parameters() if "attn2.to_" in n}
     for step in range(3):
@@ -210,10 +209,10 @@ def keys_and_values(model, layers="cross"):
     return sites(model, "weight", match=list(LAYERS[layers]))
 
 
-def subject(name, word, count=5, seed=20):
-    """Return one batch of a subject's images under its word, and as many prior images of its class."""
-    own, other = shapes(name, word=word, count=count, seed=seed), shapes(SUBJECTS[name][0], count=count, seed=seed + 1)
-    return {**own, **{f"prior_{k}": v for k, v in other.items()}}
+def joined(name):
+    """Return a subject's rows as one batch."""
+    rows = subject(name)
+    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
 def _flat(scores):
@@ -231,7 +230,9 @@ def test_a_file_holds_indices_and_no_values():
         data = (graft.save(folder) / "graft.safetensors").read_bytes()
         again = Graft.load(folder)
     size = len(data) - 8 - int.from_bytes(data[:8], "little")
-    note(bytes_of_indices=size, bytes_of_all_keys_and_values=4 * total, bytes_of_the_same_entries_as_floats=4 * len(one))
+    note(
+        bytes_of_indices=size, bytes_of_all_keys_and_values=4 * total, bytes_of_the_same_entries_as_floats=4 * len(one)
+    )
     bar("storage saved against float32 keys and values", 1 - size / (4 * total), at_least=0.9)
     assert size <= 2 * len(one)
     assert again.identity == graft.identity
@@ -253,7 +254,7 @@ def noise_scores(model, where, seed):
 
 
 def test_the_recipe_runs_on_a_saved_denoiser_with_arrays():
-    """A pipeline's folder: the scheduler beside the denoiser is used; self-attention, a bar, and steps with the mask."""
+    """A pipeline's folder, JSONL; the scheduler beside the denoiser; self-attention, a bar, and steps with the mask."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         pico("unet").save_pretrained(root / "unet")
@@ -284,3 +285,90 @@ def test_the_recipe_runs_on_a_saved_denoiser_with_arrays():
                 chosen = more.where.masks()[f"{name.removesuffix('.weight')}/weight"]
                 assert not weight[chosen].any()
                 assert len(at) == len(weight)
+
+
+def test_bad_options_are_named():
+    model = Linear(torch.tensor([1.0, 2.0]))
+    with pytest.raises(RequestError, match="rho=-1"):
+        scores_of(model, [{"x": torch.ones(1, 2), "y": torch.ones(1)}], rho=-1)
+    with pytest.raises(RequestError, match="attention to shut"):
+        run("cones", model, changes={"layers": "self"})
+    with pytest.raises(RequestError, match="fraction=0"):
+        run("cones", model, changes={"fraction": 0})
+    with pytest.raises(RequestError, match="clean images"):
+        denoising(Step(Echo(), {"encoder_hidden_states": torch.ones(1, 2, 8)}))
+    with pytest.raises(RequestError, match="`prior_sample`"):
+        denoising(Step(Echo(), {"sample": torch.ones(1, 1, 4, 4), "prior_encoder_hidden_states": torch.ones(1, 2, 8)}))
+    with pytest.raises(RequestError, match="field of a scheduler"):
+        scheduled(model, {"betas": 1})
+    with pytest.raises(RequestError, match="scheduler_config"):
+        scheduled(model, "nowhere")
+
+
+@cache
+def table(seed):
+    """Return, for one trained denoiser, the losses under every mask, over those of the pretrained model."""
+    model = trained(seed)
+    before = losses(model)
+    grafts, found = {}, {"pretrained": before}
+    for name in WORDS:
+        changes = {"steps": 300, "batch": 5, "scheduler": dict(NOISE)}
+        out = run("cones", model, subject(name), changes=changes)
+        grafts[name] = out.graft
+        where = Context(model, out.scores.sites)
+        masks = {f: shut(where, select(out.scores, fraction=f)) for f in (0.002, 0.1)}
+        masks |= {0.01: out.graft, "random": shut(where, out.where.random_like(seed))}
+        for key, mask in masks.items():
+            with mask.on(model):
+                found[name, key] = losses(model)
+        found[name, "where"] = out.where
+    a, b = grafts.values()
+    with (a.bind(model) + b).on(model):
+        found["union"] = losses(model)
+    return found
+
+
+def over(seed, key, what):
+    """Return a loss under a mask as a multiple of the pretrained model's."""
+    found = table(seed)
+    return found[key][what] / found["pretrained"][what]
+
+
+SEEDS = range(3)
+
+
+@effect
+def test_shutting_one_percent_draws_the_subject_and_leaves_the_classes():
+    """Five images of an unseen checkered square, 300 steps, 6,144 keys and values; new images of it."""
+    for what in ("checkered", "checkered as its class", "classes"):
+        note(**{f"pretrained, {what}": [table(s)["pretrained"][what] for s in SEEDS]})
+    for share in (0.002, 0.01, 0.1, "random"):
+        for what in ("checkered", "classes"):
+            note(**{f"{what} over pretrained, {share} shut": [over(s, ("checkered", share), what) for s in SEEDS]})
+    top = [over(s, ("checkered", 0.01), "checkered") for s in SEEDS]
+    plain = [table(s)["checkered", 0.01]["checkered"] / table(s)["pretrained"]["checkered as its class"] for s in SEEDS]
+    random = [abs(over(s, ("checkered", "random"), "checkered") - 1) for s in SEEDS]
+    bar("top 1 % shut: loss on the subject over pretrained", top, at_most=0.6)
+    bar("top 1 % shut: loss on the subject over that of the class prompt", plain, at_most=1.0)
+    bar("random 1 % shut: how far the loss on the subject moves", random, at_most=0.05)
+    others = [over(s, ("checkered", 0.01), "classes") for s in SEEDS]
+    bar("top 1 % shut: loss on the classes over pretrained", others, at_most=1.12)
+    tenth = [over(s, ("checkered", 0.1), "checkered") for s in SEEDS]
+    bar("top 10 % shut: loss on the subject over pretrained", tenth, at_least=1.0, missed=True)
+    assert all(over(s, ("checkered", 0.1), "classes") > 1.3 for s in SEEDS)
+
+
+@effect
+def test_the_union_of_two_masks_draws_both_and_each_helps_its_own_most():
+    """The matrix of cross-effects, what the sets share, and the union."""
+    for name in WORDS:
+        for what in WORDS:
+            note(**{f"set of {name} on {what}": [over(s, (name, 0.01), what) for s in SEEDS]})
+    for name in WORDS:
+        bar(f"union: loss on {name} over pretrained", [over(s, "union", name) for s in SEEDS], at_most=1.0)
+        others = [n for n in WORDS if n != name]
+        own = [over(s, (name, 0.01), name) - min(over(s, (name, 0.01), n) for n in others) for s in SEEDS]
+        bar(f"set of {name}: its effect on {name}, less that on the other", own, at_most=0.0)
+    pairs = [(table(s)["checkered", "where"], table(s)["dotted", "where"]) for s in SEEDS]
+    note(entries_shared=[len(a & b) / len(a) for a, b in pairs], shared_by_chance=0.01)
+    assert all(len(a & b) / len(a) > 0.01 for a, b in pairs)

@@ -124,7 +124,8 @@ def _by_data(chosen: Chosen, net: nn.Module, batches: list[Batch], where: Select
         )
     with as_found(net):
         made: Graft = chosen(Context(net, where.sites, batches, seed=seed), where)
-    card = {"by": chosen.as_dict(), "data": data_digest(batches) if batches else None, "requests": [], "seed": seed}
+    data = data_digest(batches) if batches else None
+    card: dict[str, Any] = {"by": chosen.as_dict(), "data": data, "requests": [], "seed": seed}
     return replace(made, card={**made.card, **card})
 
 

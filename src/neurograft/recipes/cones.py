@@ -65,7 +65,9 @@ def cones(
     one_of(layers, LAYERS, what="attention to shut")
     if not 0 < fraction <= 1 or tune_steps < 0:
         raise RequestError(
-            f"fraction={fraction}, tune_steps={tune_steps}", expected="a share in (0, 1], and 0 steps or more", do="0.01"
+            f"fraction={fraction}, tune_steps={tune_steps}",
+            expected="a share in (0, 1], and 0 steps or more",
+            do="0.01",
         )
     objective = ("denoising", {"prior": prior, "scheduler": scheduler})
     take: dict[str, Any] = {"fraction": fraction} if tau is None else {"by": ("threshold", {"above": tau})}

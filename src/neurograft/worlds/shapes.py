@@ -92,5 +92,6 @@ def denoiser(seed: int = 0, **config: Any) -> nn.Module:
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "denoiser"))
-        made: nn.Module = UNet2DConditionModel(**{**fields, **config})
-    return made.eval()
+        made: Any = UNet2DConditionModel(**{**fields, **config})
+    found: nn.Module = made.eval()
+    return found
