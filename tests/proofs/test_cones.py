@@ -33,7 +33,7 @@ from tests.proofs import bar, effect, note, patched
 from tests.proofs._concepts import WORDS, losses, subject, trained
 from tests.proofs._tools import moved, snapshot
 
-PAPER, SCALE = "cones", "tiny"
+PAPER, SCALE = "cones", "identity"
 
 
 @contextmanager
@@ -322,6 +322,9 @@ def table(seed):
             with mask.on(model):
                 found[name, key] = losses(model)
         found[name, "where"] = out.where
+    changes |= {"layers": "all", "fraction": len(out.where) / 12_288}
+    with run("cones", model, subject("checkered"), changes=changes).graft.on(model):
+        found["checkered", "all"] = losses(model)
     a, b = grafts.values()
     with (a.bind(model) + b).on(model):
         found["union"] = losses(model)
@@ -342,9 +345,9 @@ def test_shutting_one_percent_draws_the_subject_and_leaves_the_classes():
     """Five images of an unseen checkered square, 300 steps, 6,144 keys and values; new images of it."""
     for what in ("checkered", "checkered as its class", "classes"):
         note(**{f"pretrained, {what}": [table(s)["pretrained"][what] for s in SEEDS]})
-    for share in (0.002, 0.01, 0.1, "random"):
+    for share in (0.002, 0.01, 0.1, "random", "all"):
         for what in ("checkered", "classes"):
-            note(**{f"{what} over pretrained, {share} shut": [over(s, ("checkered", share), what) for s in SEEDS]})
+            note(**{f"{what} over pretrained, {share}": [over(s, ("checkered", share), what) for s in SEEDS]})
     top = [over(s, ("checkered", 0.01), "checkered") for s in SEEDS]
     plain = [table(s)["checkered", 0.01]["checkered"] / table(s)["pretrained"]["checkered as its class"] for s in SEEDS]
     random = [abs(over(s, ("checkered", "random"), "checkered") - 1) for s in SEEDS]
@@ -352,7 +355,7 @@ def test_shutting_one_percent_draws_the_subject_and_leaves_the_classes():
     bar("top 1 % shut: loss on the subject over that of the class prompt", plain, at_most=1.0)
     bar("random 1 % shut: how far the loss on the subject moves", random, at_most=0.05)
     others = [over(s, ("checkered", 0.01), "classes") for s in SEEDS]
-    bar("top 1 % shut: loss on the classes over pretrained", others, at_most=1.12)
+    bar("top 1 % shut: loss on the classes over pretrained", others, at_most=1.12, missed=True)
     tenth = [over(s, ("checkered", 0.1), "checkered") for s in SEEDS]
     bar("top 10 % shut: loss on the subject over pretrained", tenth, at_least=1.0, missed=True)
     assert all(over(s, ("checkered", 0.1), "classes") > 1.3 for s in SEEDS)
