@@ -25,7 +25,7 @@ LAYERS: Mapping[str, Sequence[str]] = {
     "unofficial port takes both, here it is cross-attention unless layers='all'. Which weights move in the few further "
     "steps is inferred: all keys and values that are not shut. The attention guidance for images of several subjects "
     "and the appendix's faster algorithm are not built. On a small UNet one percent shut draws the subject, but the "
-    "other classes suffer more than the card allows, and ten percent still draw it; the proof's record has the numbers.",
+    "other classes suffer more than its card allows, and ten percent still draw it; its proof has the numbers.",
 )
 def cones(
     *,
