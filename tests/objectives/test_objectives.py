@@ -16,7 +16,9 @@ from neurograft.train.asked import Asked
 from neurograft.worlds.pico import pico, pico_batch
 
 PENALTIES = [n for n in methods("objectives") if "penalty" in choose("objectives", n).card.claims]
-ALL = [n for n in methods("objectives") if n not in PENALTIES]  # of predictions; penalties are of the weights alone
+DENOISING = [n for n in methods("objectives") if "denoising" in choose("objectives", n).card.claims]
+# Of predictions of labels; penalties are of the weights alone, and denoisers predict noise.
+ALL = [n for n in methods("objectives") if n not in PENALTIES and n not in DENOISING]
 LIKELIHOODS = [n for n in ALL if "cross_entropy" in choose("objectives", n).card.claims]
 ANCHORS = [n for n in ALL if "anchor" in choose("objectives", n).card.claims]
 
@@ -74,6 +76,35 @@ def cross_entropy(table, tokens, labels):
 def test_every_file_is_held_to_a_law():
     assert set(ALL) == set(LIKELIHOODS) | set(ANCHORS)
     assert {"auto", "likelihood", "dft", "eaft"} <= set(LIKELIHOODS)
+
+
+class HalfForNoise(nn.Module):
+    """Says w times what it sees; the noise alone is worth learning from an image of zeros."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(w, dtype=torch.float64))
+
+    def forward(self, sample, timestep):
+        return (self.w * sample,)
+
+
+@pytest.mark.parametrize("name", DENOISING)
+def test_denoising(name):
+    """Zero for a model that is right, the same for the same step, another draw for another, and a sound gradient."""
+    images = {"sample": torch.zeros(64, 1, 2, 2, dtype=torch.float64)}
+    clean = {"num_train_timesteps": 1, "trained_betas": [1.0], "rescale_betas_zero_snr": False}
+    of = choose("objectives", name, scheduler=clean)
+    assert float(of(Step(HalfForNoise(1.0), images)).detach()) == 0.0
+    model = HalfForNoise(0.5)
+    value = of(Step(model, images))
+    assert float(value.detach()) == pytest.approx(0.25, rel=0.3)
+    value.backward()
+    assert float(model.w.grad) == pytest.approx(-4 * float(value.detach()), rel=1e-9)
+    assert torch.equal(of(Step(model, images)), value)
+    assert not torch.equal(of(Step(model, images, step=1)), value)
+    with pytest.raises(RequestError, match="clean images"):
+        of(Step(model, {"timestep": torch.zeros(1)}))
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)

@@ -35,6 +35,7 @@ class Context:
         contrast: a second set of batches, for methods that compare.
         groups: several sets of batches by name (languages, tasks), for methods that compare more than two.
         loss: (model, batch) -> scalar loss, the bound objective.
+        asked: the objective itself, for methods that tell it the number of their step; `loss` is asked if None.
         target: (outputs, batch) -> scalar, for attributions to something other than the loss.
         positions: which tokens count: one of `POSITIONS`, or a callable batch -> bool [B, T].
         processor: tokenizer or processor, if there is one.
@@ -57,6 +58,7 @@ class Context:
     rehearse: Callable[..., Any] | None = None
     seed: int = 0
     groups: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+    asked: Callable[[Step], Tensor] | None = None
 
     def generator(self, *names: object) -> torch.Generator:
         """Return the generator of that name."""
@@ -84,10 +86,15 @@ class Context:
         """Return which tokens of a batch count, bool [B, T], or None if it has no tokens."""
         return token_mask(batch, self.positions)
 
-    def scalar(self, batch: Batch) -> Tensor:
-        """Run the model with gradients and return what is attributed: the target if there is one, else the loss."""
+    def scalar(self, batch: Batch, *, step: int = 0) -> Tensor:
+        """Run the model with gradients and return what is attributed: the target if there is one, else the loss.
+
+        `step` is for losses that draw: one number, one draw.
+        """
         if self.target is not None:
             return self.target(self.model(**batch), batch)
+        if self.asked is not None:
+            return self.asked(Step(self.model, batch, step=step))
         if self.loss is None:
             raise RequestError(
                 "no objective and no target",

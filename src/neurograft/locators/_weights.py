@@ -1,8 +1,8 @@
-"""Gradients of weights, one parameter at a time: told, reduced, dropped."""
+"""Gradients of weights, one parameter at a time: told, reduced, dropped; and weights put back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -62,3 +62,26 @@ def weight_gradients(
             chosen[name].grad = grad
     if not heard:
         raise RunError(f"none of {len(chosen)} parameters got a gradient: no backward pass ran, or it reached none")
+
+
+@contextmanager
+def put_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Put numbers, flags and what was in `.grad` of some parameters back at the end of the block.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> before = net.weight.detach().clone()
+        >>> with put_back(dict(net.named_parameters())), torch.no_grad():
+        ...     _ = net.weight.zero_()
+        >>> torch.equal(net.weight, before)
+        True
+    """
+    kept = {n: (p.detach().cpu().clone(), p.requires_grad, p.grad) for n, p in parameters.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, (numbers, flag, grad) in kept.items():
+                parameters[name].copy_(numbers)
+                parameters[name].requires_grad_(flag)
+                parameters[name].grad = grad

@@ -12,7 +12,7 @@ from neurograft.core.selection import Scores
 from neurograft.core.units import Parameters
 from neurograft.locators._common import backward, need_batches, scored
 from neurograft.locators._parts import numbers, owners, summed, view
-from neurograft.locators._weights import weight_gradients
+from neurograft.locators._weights import put_back, weight_gradients
 
 SCORES = ("abs_mean", "mean_abs", "l1", "l2")
 
@@ -72,14 +72,12 @@ def _warm(context: Context, parameters: dict[str, torch.nn.Parameter], tell: obj
     assert callable(tell)
     model = context.model
     moving = {n: p for n, p in parameters.items() if p.is_floating_point()}
-    original = {n: p.detach().cpu().clone() for n, p in moving.items()}
-    flags = {n: (p.requires_grad, p.grad) for n, p in moving.items()}
-    for parameter in moving.values():
-        parameter.requires_grad_(True)
-        parameter.grad = None
-    optimizer = torch.optim.AdamW(moving.values(), lr=lr, weight_decay=0.0)
     wanted = owners(context.sites, model)
-    try:
+    with put_back(moving):
+        for parameter in moving.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        optimizer = torch.optim.AdamW(moving.values(), lr=lr, weight_decay=0.0)
         for batch in context.batches:
             backward(context.scalar(batch))
             with torch.no_grad():
@@ -89,10 +87,3 @@ def _warm(context: Context, parameters: dict[str, torch.nn.Parameter], tell: obj
                         tell(name, moving[name].detach(), grad)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    finally:
-        with torch.no_grad():
-            for name, parameter in moving.items():
-                parameter.copy_(original[name])
-                flag, grad = flags[name]
-                parameter.requires_grad_(flag)
-                parameter.grad = grad

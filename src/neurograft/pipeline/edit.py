@@ -55,7 +55,7 @@ def edit(
     Args:
         model: a module, a folder, a Hub id or a shipped model. Grafts that lie on a live one count as edited earlier.
         requests: dicts with prompt, target_new and subject (+ rephrase, locality), or a JSONL path; for edits that
-            take none, such as "remove_components", the data they read.
+            take none, such as "remove_components", the data they read; None for those that read nothing.
         by: the edit, of `neurograft.edits`.
         where: units the edit may use, for edits that can be told; or the path of a saved selection.
         general: data whose keys are to keep their values, for edits that protect some.
@@ -91,7 +91,8 @@ def edit(
     processor = processor_for(net, processing_class)
     reading = {"processing_class": processor, "batch_size": batch_size, "max_length": max_length}
     if "requests" not in chosen.card.needs:
-        return _by_data(chosen, net, as_batches(requests, net, limit=limit, **reading), selection_of(where), seed)
+        read = [] if requests is None else as_batches(requests, net, limit=limit, **reading)
+        return _by_data(chosen, net, read, selection_of(where), seed)
     asked = as_requests(requests, net, processor, contexts=contexts, limit=limit)
     kept = [] if general is None else as_batches(general, net, **reading)
     units = min(chosen.card.kinds, default="neuron")
@@ -122,7 +123,8 @@ def _by_data(chosen: Chosen, net: nn.Module, batches: list[Batch], where: Select
         )
     with as_found(net):
         made: Graft = chosen(Context(net, where.sites, batches, seed=seed), where)
-    card = {"by": chosen.as_dict(), "data": data_digest(batches), "requests": [], "seed": seed}
+    data = data_digest(batches) if batches else None
+    card: dict[str, Any] = {"by": chosen.as_dict(), "data": data, "requests": [], "seed": seed}
     return replace(made, card={**made.card, **card})
 
 

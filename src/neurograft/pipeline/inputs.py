@@ -135,7 +135,8 @@ def as_batches(
 def is_batch(row: Row) -> bool:
     """Say whether a row is a ready batch: its input tensor has a batch axis."""
     least = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_values": 2, "input_features": 3}
-    least |= {"decoder_input_ids": 2, "sample": 4, "states": 3, "hidden_states": 3}
+    # A denoiser's `hidden_states` may be images or sequences; what it is told is always a sequence.
+    least |= {"decoder_input_ids": 2, "sample": 4, "states": 3, "encoder_hidden_states": 3, "hidden_states": 3}
     for name, dims in least.items():
         if isinstance(row.get(name), Tensor):
             return int(row[name].dim()) >= dims

@@ -108,6 +108,7 @@ def locate(
             against=against,
             seed=seed,
             groups=groups,
+            asked=choose("objectives", objective),
         )
         scores: Scores = chosen(context)
     card = {
