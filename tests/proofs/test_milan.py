@@ -229,7 +229,7 @@ def test_what_the_beam_says_of_a_text_is_its_likelihood():
     one = net.vocabulary.encode(["b a"])
     assert one.tolist() == [[START, 4, 3, STOP]]
     assert Vocabulary(["a", "b"]).decode([4, 3, STOP, 3]) == "b a"
-    literal = sum(float(net.language(one[:, : n + 1])[0, n - 1]) for n in (1, 2, 3))
+    literal = sum(net.language(one[:, : n + 1])[0, n - 1].item() for n in (1, 2, 3))
     assert float(net.prior(["b a"])) == pytest.approx(literal, abs=1e-5)
 
 

@@ -117,7 +117,7 @@ def exemplify(
         >>> from neurograft.anatomy.sites import sites
         >>> from neurograft.worlds.pico import pico, pico_batch
         >>> net = pico("resnet")
-        >>> where = sites(net, "channel", match="embedder")
+        >>> where = sites(net, "channel", match="*embedder*")
         >>> (found,) = exemplify(net, where, [pico_batch(net, batch=4)], k=2).values()
         >>> found.maps.shape, found.mask(0, (16, 16)).shape
         (torch.Size([8, 2, 8, 8]), torch.Size([2, 16, 16]))

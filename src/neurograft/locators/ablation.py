@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Context, Step
+from neurograft.core.context import Batch, Context, Step
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import singles
+from neurograft.core.examples import size
 from neurograft.core.intervene import Intervention
 from neurograft.core.selection import Scores, Selection
 from neurograft.locators._common import need_batches, scored
@@ -43,7 +44,7 @@ def ablation(context: Context, *, among: Any = None, metric: str = "log_prob", l
         >>> from neurograft.anatomy.sites import sites
         >>> from neurograft.worlds.pico import pico, pico_batch
         >>> net = pico("resnet")
-        >>> where = sites(net, "channel", match="embedder")
+        >>> where = sites(net, "channel", match="*embedder*")
         >>> (value,) = ablation(Context(net, where, [pico_batch(net)]), metric="accuracy").values.values()
         >>> bool((value >= 0).all()), len(value)
         (True, 8)
@@ -52,7 +53,7 @@ def ablation(context: Context, *, among: Any = None, metric: str = "log_prob", l
     one_of(metric, METRICS, what="metric")
     batches = list(context.batches)
     if limit is not None:
-        batches = [one for batch in batches for one in singles(batch)][:limit]
+        batches = list(_first(batches, limit))
     tried = _tried(context, among)
 
     @torch.no_grad()
@@ -78,6 +79,17 @@ def ablation(context: Context, *, among: Any = None, metric: str = "log_prob", l
     below = min(min(float(v.nan_to_num(0.0).min()) for v in values.values()), 0.0) - 1
     card = {"metric": metric, "tried": sum(map(len, tried.values()))}
     return scored(context, {n: v.nan_to_num(below) for n, v in values.items()}, card)
+
+
+def _first(batches: Sequence[Batch], limit: int) -> Iterator[Batch]:
+    """Yield batches of so many examples together, the last one cut."""
+    for batch in batches:
+        n = size(batch)
+        if limit <= 0:
+            return
+        cut = {k: v[:limit] if isinstance(v, Tensor) and v.dim() and len(v) == n else v for k, v in batch.items()}
+        yield cut
+        limit -= n
 
 
 def _tried(context: Context, among: Any) -> dict[str, list[int]]:

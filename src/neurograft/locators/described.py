@@ -18,7 +18,7 @@ from neurograft.locators._describers import describer_for
 
 @method(
     paper="milan",
-    kinds={"neuron", "channel", "row", "head"},
+    kinds={"neuron", "channel", "row"},
     needs={"batches", "taps"},
     claims={"finite", "length"},
     departs="The released captioner and its annotations are not used: words or captions are taught on synthetic scenes "

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from neurograft.core.errors import RequestError
@@ -76,10 +77,8 @@ def load_describer(folder: str | Path, *, encode: Any = None) -> WordScorer | Ca
         raise RequestError(f"{path} of format {text.get('format')}", expected=f"format {FORMAT}", do="save it again")
     if text["encoder"] == OWN and encode is None:
         raise RequestError(f"{path} without its encoder", expected="encode=", do="load_describer(folder, encode=...)")
-    made: WordScorer | Captioner
-    if text["kind"] == "captions":
-        made = Captioner(text["words"], encode=encode or regions, **text["shape"])
-    else:
-        made = WordScorer(text["words"], text["shape"]["width"], encode=encode or regions)
+    kind: Any = Captioner if text["kind"] == "captions" else WordScorer
+    with torch.random.fork_rng(devices=[]):
+        made: WordScorer | Captioner = kind(text["words"], encode=encode or regions, **text["shape"])
     made.load_state_dict(load_file(path / "describer.safetensors"))
     return made.eval().requires_grad_(False)

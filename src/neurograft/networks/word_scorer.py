@@ -97,7 +97,8 @@ def word_scorer(
     words = sorted(counts)
     shown = [Shown(torch.as_tensor(p["images"]).float(), torch.as_tensor(p["masks"]).bool()) for p in pairs]
     width = encode(shown[0].inputs, shown[0].masks).shape[1]
-    made = WordScorer(words, width, encode=encode)
+    with torch.random.fork_rng(devices=[]):
+        made = WordScorer(words, width, encode=encode)
     x = torch.stack([made.features(one) for one in shown])
     y = torch.tensor([[bag.count(w) / max(1, len(bag)) for w in words] for bag in bags])
     made.middle.copy_(x.mean(0))

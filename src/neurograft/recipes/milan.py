@@ -11,7 +11,7 @@ from neurograft.pipeline.recipe import Recipe
 
 @method(
     paper="milan",
-    kinds={"channel", "neuron", "head", "row"},
+    kinds={"channel", "neuron", "row"},
     needs={"labels", "taps"},
     task="image-classification",
     departs="The released captioner, its pretrained encoder and its human annotations are not shipped: a closed "

@@ -45,7 +45,7 @@ def scenes(
     Example:
         >>> one = scenes(count=1, k=2, seed=3)[0]
         >>> one["images"].shape, one["masks"].shape, one["description"]
-        (torch.Size([2, 3, 32, 32]), torch.Size([2, 32, 32]), 'coloured square in the corner')
+        (torch.Size([2, 3, 32, 32]), torch.Size([2, 32, 32]), 'yellow disc')
     """
     if size < 8 or count < 1 or k < 1:
         raise RequestError(f"count={count}, k={k}, size={size}", expected="at least 1, 1 and 8", do="raise it")
