@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,36 @@ def exemplify(
         assert isinstance(top, Exemplars)
         assert isinstance(sample, Sample)
         found[name] = Exemplified(top.values, examples[name], sample.quantile(quantile), maps[name])
+    return found
+
+
+def as_seen(model: nn.Module, site: Site, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Return batches whose `input_ids` are the tokens a site sees: in an encoder-decoder's decoder, the decoder's own.
+
+    Args:
+        model: the root.
+        site: with a tap.
+        batches: model inputs.
+
+    Raises:
+        RequestError: a decoder whose tokens cannot be told from the batches.
+    """
+    if _runs_bare(model) or site.tap is None or ".decoder." not in f".{site.tap.module}.":
+        return batches
+    return [{"input_ids": _decoded(model, batch)} for batch in batches]
+
+
+def _decoded(model: nn.Module, batch: Batch) -> Tensor:
+    made: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    found: Tensor | None = batch.get("decoder_input_ids")
+    if found is None and made is not None and "labels" in batch:
+        found = made(batch["labels"])
+    if found is None:
+        raise RequestError(
+            f"a {type(model).__name__} and batches of {', '.join(batch)}",
+            expected="decoder_input_ids, or labels it can be made from",
+            do="give the decoder's tokens, or choose units of the encoder",
+        )
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.describe import Description, describe, matches
-from neurograft.core.exemplars import Exemplified, exemplify
+from neurograft.core.exemplars import as_seen, exemplify
 from neurograft.core.selection import Scores
 from neurograft.locators._common import need_batches, scored
 from neurograft.locators._describers import describer_for
@@ -62,21 +62,30 @@ def described(
     """
     need_batches(context)
     words = (query,) if isinstance(query, str) else tuple(query)
-    speaker = describer_for(context.batches, describer, pairs=pairs, processor=context.processor, seed=context.seed)
+    seen = {name: as_seen(context.model, site, context.batches) for name, site in context.sites.items()}
+    own = {name: batches is not context.batches for name, batches in seen.items()}  # a decoder's own tokens
+    how: dict[str, Any] = {"pairs": pairs, "processor": context.processor, "seed": context.seed}
+    first = {side: next(seen[name] for name in own if own[name] == side) for side in set(own.values())}
+    speakers = {side: describer_for(batches, describer, **how) for side, batches in first.items()}
     found = exemplify(context.model, context.sites, context.batches, k=k, quantile=quantile, seed=context.seed)
 
-    def said(exemplified: Exemplified, unit: int) -> list[Description]:
-        return describe(speaker, exemplified.shown(unit, context.batches), lam=lam, beam=beam, length=length)
+    def said(name: str, unit: int) -> list[Description]:
+        shown = found[name].shown(unit, seen[name])
+        return describe(speakers[own[name]], shown, lam=lam, beam=beam, length=length)
 
     texts: dict[str, list[str]] = {}
     values: dict[str, torch.Tensor] = {}
     for name, site in context.sites.items():
-        each = [said(found[name], unit) for unit in range(site.n)]
+        each = [said(name, unit) for unit in range(site.n)]
         texts[name] = [one[0].text if one else "" for one in each]
         values[name] = torch.tensor([_margin(one, words) for one in each])
     lowest = min(float(v[v.isfinite()].min()) if bool(v.isfinite().any()) else 0.0 for v in values.values())
     filled = {n: torch.where(v.isfinite(), v, torch.full_like(v, lowest - 1)) for n, v in values.items()}
-    return scored(context, filled, {"query": list(words), "describer": speaker.identity, "descriptions": texts})
+    return scored(
+        context,
+        filled,
+        {"query": list(words), "describer": sorted({s.identity for s in speakers.values()}), "descriptions": texts},
+    )
 
 
 def _margin(found: Sequence[Description], query: Sequence[str]) -> float:
