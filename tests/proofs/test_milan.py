@@ -129,6 +129,13 @@ def test_masks_are_upsampled_before_they_are_cut():
     assert low.mask(0, (4, 4))[0].tolist() == [[False, True, True, True]] * 4
 
 
+def test_where_the_level_is_the_maximum_the_places_at_it_count():
+    maps = torch.tensor([[[1.0, 1.0, 0.0, -torch.inf]], [[2.0, 2.0, 2.0, -torch.inf]]])
+    tied = Exemplified(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.long), torch.tensor([1.0, 2.0]), maps)
+    assert tied.mask(0).tolist() == [[True, True, False, False]]
+    assert not tied.mask(1).any()
+
+
 def test_tokens_of_a_picture_are_its_patches_behind_what_stands_before_them():
     maps = torch.tensor([[9.0, 0.0, 1.0, 2.0, 3.0]])[None]  # a class token, then two by two patches
     shown = Exemplified(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), torch.tensor([1.5]), maps)

@@ -66,8 +66,8 @@ def _plain(value: Any) -> Any:
     """Return what a card says of an option: the identity of a graft or describer, the digest of a selection, a model's
     class in the place of the thing itself."""
     for name in ("identity", "digest"):
-        if hasattr(value, name):
-            return getattr(value, name)
+        if isinstance(found := getattr(value, name, None), str):
+            return found
     return type(value).__name__ if isinstance(value, nn.Module) else value
 
 

@@ -56,6 +56,9 @@ class Exemplified:
     def mask(self, unit: int, pixels: tuple[int, int] | None = None) -> Tensor:
         """Return where a unit is above its level in its exemplars, bool [k, h, w], [k, T], or [k, *pixels].
 
+        Where its level is its maximum, which many equal contexts can share, the places at it count; a constant unit
+        is nowhere above.
+
         Args:
             unit: its number.
             pixels: size of the images, to which maps are up-sampled bilinearly before they are cut. Tokens of a square
@@ -68,7 +71,11 @@ class Exemplified:
         if pixels is not None:
             maps = _grid(maps, pixels) if maps.dim() == 2 else maps
             maps = F.interpolate(maps[:, None], size=pixels, mode="bilinear", align_corners=False)[:, 0]
-        return maps > self.level[unit]
+        level = self.level[unit]
+        above = maps > level
+        if not bool(above.any()) and bool((maps.isfinite() & (maps < level)).any()):
+            above = maps >= level
+        return above
 
     def shown(self, unit: int, batches: Sequence[Batch]) -> Shown:
         """Return a unit's exemplars and masks as a describer takes them; exemplars without any mask are left out.

@@ -24,7 +24,8 @@ from neurograft.locators._describers import describer_for
     departs="The released captioner and its annotations are not used: words or captions are taught on synthetic scenes "
     "or on the pairs that are given, any describer can be put in their place, and units of text models are described "
     "by the tokens they are active at. Scores are margins, so that nearly matching units can be told from the rest. "
-    "An exemplar in which a unit is nowhere above its level is left out.",
+    "An exemplar in which a unit is nowhere above its level is left out; where the level is the unit's maximum, the "
+    "places at it count.",
 )
 def described(
     context: Context,

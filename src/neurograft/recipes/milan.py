@@ -17,7 +17,8 @@ from neurograft.pipeline.recipe import Recipe
     departs="The released captioner, its pretrained encoder and its human annotations are not shipped: a closed "
     "vocabulary or a captioner of the same form is taught on synthetic scenes or on pairs of one's own, over features "
     "of colour, edges and place, or over any encoder's. For texts descriptions are the tokens units are active at. "
-    "Where a unit is nowhere above its level the exemplar is left out, not kept without features.",
+    "Where a unit is nowhere above its level the exemplar is left out, not kept without features; where the level is "
+    "the unit's maximum, the places at it count.",
 )
 def milan(
     *,
