@@ -2,6 +2,12 @@
 
 The card's captioner is trained here on synthetic pairs of a generic and a specific name; the CNN's units are described
 by the closed vocabulary that is taught on synthetic scenes, which have neither digits nor these tags.
+
+The CNN's size, the digits' contrast, the tags' colours and the query were picked on the first two of the three seeds,
+over about ten settings: where digits are easy the network does not follow the tags and there is little to repair. The
+gain is a mean; on one seed random units did as well. Right tags get lost with wrong ones, so accuracy on half-tagged
+digits falls too (recorded). With 400 held-out digits instead of 200, ordering all units by what they cost, without any
+description, gained more than the described ones on one seed of three (0.19 to 0.36 against 0.21 with 30 units).
 """
 
 import itertools
