@@ -63,10 +63,12 @@ class Chosen:
 
 
 def _plain(value: Any) -> Any:
-    """Return what a card says of an option: a graft's identity, a selection's digest, a model's class."""
-    if isinstance(value, nn.Module):
-        return type(value).__name__
-    return getattr(value, "identity", getattr(value, "digest", value))
+    """Return what a card says of an option: the identity of a graft or describer, the digest of a selection, a model's
+    class in the place of the thing itself."""
+    for name in ("identity", "digest"):
+        if isinstance(found := getattr(value, name, None), str):
+            return found
+    return type(value).__name__ if isinstance(value, nn.Module) else value
 
 
 def methods(room: str) -> list[str]:

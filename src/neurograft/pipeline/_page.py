@@ -23,6 +23,7 @@ class Words:
     """Token numbers as text, or as numbers where there is no tokenizer."""
 
     def __init__(self, processor: Any) -> None:
+        self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
 
     def __call__(self, token: int) -> str:

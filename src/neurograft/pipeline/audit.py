@@ -24,6 +24,7 @@ from neurograft.core.graft import Graft, describe
 from neurograft.pipeline.inputs import as_batches, data_digest, size_of
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found
+from neurograft.pipeline.touched import pages
 from neurograft.report.report import Report
 from neurograft.report.rules import Rules, rules_of
 
@@ -39,6 +40,7 @@ def audit(
     keep: Mapping[str, Any] | None = None,
     metrics: Metrics = None,
     probes: Probes = "all",
+    neurons: int = 0,
     processing_class: Any = None,
     rules: Rules = None,
     batch_size: int = 8,
@@ -65,6 +67,8 @@ def audit(
             one then decides on the gain, unless the rule `gain` names another measure; and on the loss, where a
             domain's outputs are no classes.
         probes: "all", "none", or methods of `neurograft.audits`, to be measured beside gain and loss.
+        neurons: pages of so many of the neurons that the change touches most, on the first 64 examples of `gain`, or
+            of the first domain; each costs about twenty passes over these.
         processing_class: tokenizer or processor for raw data; the one saved with the model if None.
         rules: changes to `neurograft.report.rules.DEFAULT`, or a YAML or JSON file of them.
         batch_size: examples in a batch.
@@ -102,6 +106,10 @@ def audit(
         for probe in asked:
             if not _by_domain(probe):
                 measured["whole"][_short(probe)] = probe(net, change)
+        if neurons:
+            shown = task if task is not None else next(iter(domains.values()))
+            how: dict[str, Any] = {"processing_class": processing_class, "seed": seed, "progress": progress}
+            measured["neurons"] = pages(net, change, shown, count=neurons, **how)
         measured["provenance"] = _provenance(net, change, task, domains, seed)
     return Report.of(measured, chosen)
 

@@ -104,7 +104,7 @@ def locate(
             loss=bound(objective),
             target=goal,
             positions=positions,
-            processor=processing_class,
+            processor=processor_for(net, processing_class),
             against=against,
             seed=seed,
             groups=groups,

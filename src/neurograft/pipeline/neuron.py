@@ -10,14 +10,19 @@ from torch import nn
 from neurograft.anatomy.describe import anatomy
 from neurograft.anatomy.sites import sites
 from neurograft.audits.evidence import evidence
-from neurograft.core.context import shifts
+from neurograft.core.context import Batch, shifts
+from neurograft.core.describe import describe
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.exemplars import as_seen, exemplify
 from neurograft.core.selection import Selection
 from neurograft.core.units import KINDS, Parameters, Site
-from neurograft.pipeline._page import Words, active, ends
+from neurograft.locators._describers import describer_for
+from neurograft.pipeline._page import Words, active, alone, ends
 from neurograft.pipeline.inputs import as_batches, data_digest, processor_for
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found
+
+DESCRIPTIONS = 3
 
 
 def neuron(
@@ -28,6 +33,7 @@ def neuron(
     top: int = 10,
     partners: int = 5,
     controls: int = 10,
+    describer: Any = None,
     limit: int | None = 256,
     processing_class: Any = None,
     batch_size: int = 8,
@@ -46,6 +52,8 @@ def neuron(
         top: examples with the highest activation, one place of each, and tokens at either end of the logits.
         partners: units of the site with the largest correlation over tokens.
         controls: single random, and equally active, units of the site to compare its silence with.
+        describer: what puts it into words: a describer, the folder of a saved one, "tokens", "words" or "captions";
+            None for tokens where the data are texts and words taught on synthetic scenes where they are images.
         limit: use at most so many examples.
         processing_class: tokenizer or processor; the one saved with the model if None.
         batch_size: examples in a batch.
@@ -58,7 +66,8 @@ def neuron(
     Returns:
         `unit`; `writes`: tokens its written vector raises and lowers through the unembedding, norms left out (None
         where the vector does not have the head's width); and with data `activity`, `exemplars` (tokens with their
-        activations), `silenced_logits` (mean change at its strongest places when it is silenced), `partners`,
+        activations), `description` (texts by weighted information, best first; None for data that are neither texts nor
+        images), `silenced_logits` (mean change at its strongest places when it is silenced), `partners`,
         `silence` (as `ng.evidence` measures; None without labels).
 
     Raises:
@@ -79,6 +88,7 @@ def neuron(
         )
         if site.tap is not None:
             found |= active(net, site, number, batches, words, top=top, partners=partners, seed=seed)
+            found["description"] = _said(net, site, number, batches, describer, words.processor, seed)
         labelled = shifts(net) or all(b.get("labels") is not None for b in batches)
         where = Selection.of({site.name: site}, {site.name: [number]})
         effect = evidence(net, where, batches, controls=controls, seed=seed) if labelled else None
@@ -106,6 +116,19 @@ def located(model: nn.Module, unit: str) -> tuple[Site, int]:
     if int(number) >= site.n:
         raise RequestError(f"unit {number} of {name}", expected=f"0 to {site.n - 1}", do="count units from 0")
     return site, int(number)
+
+
+def _said(
+    model: nn.Module, site: Site, number: int, batches: list[Batch], describer: Any, processor: Any, seed: int
+) -> list[dict[str, Any]] | None:
+    """Return the best descriptions of a unit with their scores, nats."""
+    if not {"input_ids", "pixel_values"} & batches[0].keys():
+        return None
+    seen = as_seen(model, site, batches)
+    speaker = describer_for(seen, describer, processor=processor, seed=seed)
+    (one,) = exemplify(model, {site.name: alone(site, number)}, batches, seed=seed).values()
+    found = describe(speaker, one.shown(0, seen))[:DESCRIPTIONS]
+    return [{"text": d.text, "score": d.score, "likelihood": d.likelihood, "prior": d.prior} for d in found]
 
 
 def _written(model: nn.Module, site: Site, number: int, words: Words, top: int) -> dict[str, Any] | None:

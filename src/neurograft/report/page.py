@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from neurograft.report import charts, maps
+from neurograft.report.neurons import card
 from neurograft.report.tables import decided_table, facts, gain_table, loss_table, prediction_table, tiles
 from neurograft.report.words import number
 
@@ -18,7 +19,7 @@ Data = Mapping[str, Any]
 def page(data: Data) -> str:
     """Return the page of a report's data; the same data give the same bytes."""
     verdict = data["verdict"]
-    parts = (_head, _tradeoff, _where, _predictions, _decided, _made)
+    parts = (_head, _tradeoff, _where, _neurons, _predictions, _decided, _made)
     sections = [part(data) for part in parts]
     style = files("neurograft.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
@@ -114,6 +115,15 @@ def _where(data: Data) -> str:
 def _lines_key(names: Sequence[str]) -> str:
     items = "".join(f'<li><i class="c{i % 4}"></i>{escape(name)}</li>' for i, name in enumerate(names))
     return f'<ul class="key">{items}<li><i class="floor"></i>noise floor</li></ul>'
+
+
+def _neurons(data: Data) -> str:
+    lead = (
+        "The units whose numbers the change moved furthest, as they are in the base: what they are active at, what "
+        "they write, what resembles them, and what their silence costs. Stronger colour: more active."
+    )
+    cards = [card(one) for one in data.get("neurons") or ()]
+    return section("Neurons", lead, f'<div class="units">\n{"".join(cards)}</div>\n' if cards else "")
 
 
 def _predictions(data: Data) -> str:

@@ -9,7 +9,14 @@ from neurograft.selectors._quota import joined, split
 
 
 @method()
-def threshold(scores: Scores, *, above: float | None = None, below: float | None = None, least: int = 0) -> Selection:
+def threshold(
+    scores: Scores,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    least: int = 0,
+    most: int | None = None,
+) -> Selection:
     """Take the units with above < score < below; either bar may be left out.
 
     Args:
@@ -18,6 +25,7 @@ def threshold(scores: Scores, *, above: float | None = None, below: float | None
         below: upper bar, exclusive.
         least: take so many of the highest scores if fewer pass, as a z-score's bar may ask of a small site; the
             selection's card then says so.
+        most: of those that pass, take so many of the highest scores; ties go to the lower unit number.
 
     Raises:
         RequestError: no bar is given, or no unit passes.
@@ -36,4 +44,7 @@ def threshold(scores: Scores, *, above: float | None = None, below: float | None
             expected=f"bars within {key.min():.4g} to {key.max():.4g}",
             do="move the bar, or take a fraction",
         )
+    if most is not None and int(passing.sum()) > most:
+        order = key.masked_fill(~passing, -float("inf")).sort(descending=True, stable=True).indices
+        return split(scores, order[:most].sort().values, {**rule, "passed": int(passing.sum()), "most": most})
     return split(scores, passing.nonzero().reshape(-1), rule)
