@@ -125,7 +125,9 @@ class Celeba(Sequence[dict[str, Any]]):
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
-            raise RequestError(f"the image {path} ({error})", expected="a readable image", do="unpack it again") from error
+            raise RequestError(
+                f"the image {path} ({error})", expected="a readable image", do="unpack it again"
+            ) from error
         if self.size is not None:
             image = image.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
@@ -161,7 +163,9 @@ def _numbers(lines: list[str], name: str, count: int) -> dict[str, list[int]]:
             rest = []
         if len(rest) != count:
             raise RequestError(
-                f"the line {line.strip()[:60]!r} of {name}", expected=f"an image and {count} numbers", do="check the file"
+                f"the line {line.strip()[:60]!r} of {name}",
+                expected=f"an image and {count} numbers",
+                do="check the file",
             )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from neurograft.core.errors import RequestError
@@ -49,3 +49,12 @@ def attribute_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
             do="make the network with labels= as many as the data have",
         )
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
+
+
+def rectified(convs: nn.Module) -> None:
+    """Draw convolutions at a scale that rectifiers keep, however many follow one another; biases are 0."""
+    for conv in convs.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)

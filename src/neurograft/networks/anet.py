@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import derive
-from neurograft.networks._tagged import Tagged, attribute_loss
+from neurograft.networks._tagged import Tagged, attribute_loss, rectified
 from neurograft.networks.locally_shared_conv2d import LocallySharedConv2d
 
 
@@ -20,11 +19,6 @@ from neurograft.networks.locally_shared_conv2d import LocallySharedConv2d
     departs="Patches run side by side as a batch; the paper's interweaved evaluation shares work between them and "
     "gives the same numbers. Sizes are options.",
 )
-def anet(**options: Any) -> ANet:
-    """Return an `ANet`."""
-    return ANet(**options)
-
-
 class ANet(nn.Module):
     """Four convolutions, max-poolings after the first three, one fully connected layer of units.
 
@@ -42,7 +36,7 @@ class ANet(nn.Module):
         seed: names the weights.
 
     Raises:
-        RequestError: a size that is no multiple of 8, or not four filters and kernels.
+        RequestError: not four filters and kernels and two grids, or a size that these do not divide.
 
     Example:
         >>> out = ANet(size=16)(torch.zeros(2, 4, 3, 16, 16))
@@ -64,11 +58,17 @@ class ANet(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if size % 8 or len(filters) != 4 or len(kernels) != 4 or len(grids) != 2:
+        if len(filters) != 4 or len(kernels) != 4 or len(grids) != 2:
             raise RequestError(
-                f"size {size}, filters {tuple(filters)}, kernels {tuple(kernels)}, grids {tuple(grids)}",
-                expected="a multiple of 8, four filters, four kernels, two grids",
-                do="mend the one that differs",
+                f"filters {tuple(filters)}, kernels {tuple(kernels)}, grids {tuple(grids)}",
+                expected="four filters, four kernels, two grids",
+                do="give a number for each layer",
+            )
+        if size % 8 or (size // 4) % grids[0] or (size // 8) % grids[1]:
+            raise RequestError(
+                f"an input of {size} pixels with grids of {tuple(grids)} cells",
+                expected="a multiple of 8, whose quarter the first and whose eighth the second grid divides",
+                do="choose another size, such as 16, or other grids",
             )
         self.size = size
         with torch.random.fork_rng(devices=[]):
@@ -78,6 +78,7 @@ class ANet(nn.Module):
                 LocallySharedConv2d(a, b, k, grid=g) if g > 1 else nn.Conv2d(a, b, k, padding=k // 2)
                 for a, b, k, g in zip(wide, filters, kernels, cells)
             )
+            rectified(self.convs)
             self.fc = nn.Linear(filters[-1] * (size // 8) ** 2, features)
             self.act = nn.ReLU()
             self.attributes = nn.Linear(features, labels)
@@ -113,3 +114,6 @@ class ANet(nn.Module):
             features=features,
             identities=self.identities(features),
         )
+
+
+anet = ANet  # a method is named by its file

@@ -18,11 +18,6 @@ from neurograft.networks.localise import WAYS, localise
 
 
 @method(paper="lnet-anet")
-def cascade(**options: Any) -> Cascade:
-    """Return a `Cascade`."""
-    return Cascade(**options)
-
-
 class Cascade(nn.Module):
     """One LNet after the other cuts a smaller window out of the image; an ANet reads patches of the last one.
 
@@ -61,7 +56,7 @@ class Cascade(nn.Module):
         patch: int = 16,
         stride: int = 4,
         localise: str = "peaks",
-        share: float = 0.3,
+        share: float = 0.4,
         apart: float = 2.0,
         lnet: dict[str, Any] | None = None,
         anet: dict[str, Any] | None = None,
@@ -111,6 +106,9 @@ class Cascade(nn.Module):
         boxes = localise(response, by=self.by, share=self.share, apart=self.apart)
         cell = torch.tensor([pixel_values.shape[i + 2] / response.shape[i + 1] for i in range(2)])
         return torch.stack([(b[0, :2] + b[0, 2:]).cpu() / 2 for b in boxes]) * cell
+
+
+cascade = Cascade  # a method is named by its file
 
 
 def cut(images: Tensor, middle: Tensor, side: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,6 +35,7 @@ def identity_loss(
         RequestError: an identity the logits lack.
 
     Example:
+        >>> import torch
         >>> f, who = torch.tensor([[0.0], [2.0], [5.0]]), torch.tensor([0, 0, 1])
         >>> [round(float(identity_loss(torch.zeros(3, 2), f, who, pull=3.0, towards=t)), 4) for t in TOWARDS]
         [1.6931, 6.6931]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.seeds import derive
-from neurograft.networks._tagged import Tagged, attribute_loss
+from neurograft.networks._tagged import Tagged, attribute_loss, rectified
 
 POOLS = ("max", "mean")
 
@@ -21,11 +20,6 @@ POOLS = ("max", "mean")
     departs="The maps of the last convolution are pooled over space in front of the logistic outputs, which lets the "
     "network take images of any size. Sizes are options; the first layer of the paper's has 96 filters of 11 x 11.",
 )
-def lnet(**options: Any) -> LNet:
-    """Return an `LNet`."""
-    return LNet(**options)
-
-
 class LNet(nn.Module):
     """Five convolutions with globally shared filters, max-poolings after the first two, logistic outputs for tags.
 
@@ -67,9 +61,8 @@ class LNet(nn.Module):
         wide = (channels, *filters)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "lnet"))
-            self.convs = nn.ModuleList(
-                nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in zip(wide, filters, kernels)
-            )
+            self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in zip(wide, filters, kernels))
+            rectified(self.convs)
             self.tags = nn.Linear(filters[-1], labels)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tagged:
@@ -82,3 +75,6 @@ class LNet(nn.Module):
         pooled = maps.amax((2, 3)) if self.pool == "max" else maps.mean((2, 3))
         logits = self.tags(pooled)
         return Tagged(loss=attribute_loss(logits, labels), logits=logits, response=maps.mean(1))
+
+
+lnet = LNet  # a method is named by its file

@@ -20,7 +20,7 @@ CHUNK = 1 << 24
     departs="How dense and how far from denser places a peak must be is ours (share, apart); so is the smoothing.",
 )
 def localise(
-    response: Tensor, *, by: str = "peaks", share: float = 0.3, apart: float = 2.0, smooth: int = 3
+    response: Tensor, *, by: str = "peaks", share: float = 0.4, apart: float = 2.0, smooth: int = 3
 ) -> list[Tensor]:
     """Return the boxes of each image where its response is high, the densest first.
 
@@ -81,7 +81,9 @@ def _peaks(maps: Tensor, share: float, apart: float, smooth: int) -> list[Tensor
     found = []
     for r, d in zip(rho, delta):
         keep = (r >= share * r.max()) & (d >= apart)
-        keep[int((r == r.max()).nonzero()[0])] = True  # the densest is a peak, whatever is asked of distances on a small map
+        keep[int((r == r.max()).nonzero()[0])] = (
+            True  # the densest is a peak, whatever is asked of distances on a small map
+        )
         ids = keep.nonzero()[:, 0]
         ids = ids[r[ids].argsort(descending=True, stable=True)]
         corner = torch.stack([ids // maps.shape[2], ids % maps.shape[2]], 1).float()

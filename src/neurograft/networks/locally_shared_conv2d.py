@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from neurograft.core.card import method
@@ -11,11 +9,6 @@ from neurograft.core.errors import RequestError
 
 
 @method(paper="lnet-anet")
-def locally_shared_conv2d(*args: Any, **options: Any) -> LocallySharedConv2d:
-    """Return a `LocallySharedConv2d`."""
-    return LocallySharedConv2d(*args, **options)
-
-
 class LocallySharedConv2d(nn.Module):
     """Cut the maps into a grid of cells that do not overlap, and convolve each with filters of its own.
 
@@ -79,3 +72,6 @@ class LocallySharedConv2d(nn.Module):
         tall, broad = made.shape[-2:]
         apart = made.reshape(batch, high, wide, self.out_channels, tall, broad).permute(0, 3, 1, 4, 2, 5)
         return apart.reshape(batch, self.out_channels, high * tall, wide * broad)
+
+
+locally_shared_conv2d = LocallySharedConv2d  # a method is named by its file

@@ -87,10 +87,8 @@ def read_out(
         site = Site(name, "neuron", units.shape[-1], tap=Tap("0"))
         sides = [[{"input": x[label == side] / scale}] for side in (1, 0)]
         if not all(len(s[0]["input"]) for s in sides):
-            raise RequestError(
-                "an attribute that all examples have or none", expected="both", do="give more examples"
-            )
-        context = Context(nn.Sequential(nn.Identity()), {name: site}, *sides, seed=seed)
+            raise RequestError("an attribute that all examples have or none", expected="both", do="give more examples")
+        context = Context(nn.Sequential(nn.Identity()), {name: site}, sides[0], sides[1], seed=seed)
         found = probe(context, fit=fit, scope="all", pool="mean", score="weight", C=C)
         return found.values[name] / scale, found.card["intercept"][name]
 

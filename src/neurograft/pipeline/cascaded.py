@@ -20,7 +20,7 @@ from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import derive, generator
 from neurograft.core.units import Part, Site, Tap
-from neurograft.networks.cascade import Cascade
+from neurograft.networks.cascade import Cascade, cut
 from neurograft.networks.identity_loss import identity_loss
 from neurograft.pipeline._read_out import linear, read_out
 from neurograft.pipeline.attach import attach
@@ -33,13 +33,12 @@ State = Mapping[str, Any]
 CHUNK = 256
 
 
-def localiser(state: State, *, level: int, steps: int, lr: float, batch: int, held: float) -> dict[str, Any]:
-    """Train the LNet of a level on the tags of whole images, or of what the levels before it cut out.
+def localisers(state: State, *, steps: int, lr: float, batch: int, held: float) -> dict[str, Any]:
+    """Train every LNet on the tags of whole images: the first on the images, the next on what the last one cuts out.
 
     Args:
         state: what the recipe has made so far, its model and data.
-        level: which LNet; those before it are trained.
-        steps: optimizer steps.
+        steps: optimizer steps of each.
         lr: learning rate, linear to 0 after a short warm-up.
         batch: images in a step.
         held: share of the rows held back.
@@ -49,13 +48,15 @@ def localiser(state: State, *, level: int, steps: int, lr: float, batch: int, he
     """
     net = _copy(state)
     rows = _rows(state, net, held)[0]
-    shown = _chunked(lambda x: net.window(x, level), rows["pixel_values"])
-    trained(
-        net.lnets[level],
-        {"pixel_values": shown, "labels": rows["labels"]},
-        lambda model, b: model(**b).loss,
-        steps=steps, lr=lr, batch=batch, seed=_seed(state, "localiser", level),
-    )  # fmt: skip
+    shown = rows["pixel_values"]
+    for level, lnet in enumerate(net.lnets):
+        trained(
+            lnet,
+            {"pixel_values": shown, "labels": rows["labels"]},
+            lambda model, b: model(**b).loss,
+            steps=steps, lr=lr, batch=batch, seed=_seed(state, "localiser", level),
+        )  # fmt: skip
+        shown = _chunked(lambda x, level=level: cut(x, net.where(x, level), net.windows[level]), shown)
     return {"tuned": net}
 
 

@@ -25,6 +25,8 @@ class Recipe:
             path to a function `(state, **arguments) -> state` may stand, for papers about networks of their own.
         paper: the paper's slug, or None.
         options: the options it was made with.
+        network: (dotted path, options) of the network it is for, where it is for one of its own; runs that are given
+            no model take this one.
 
     Example:
         >>> r = Recipe("half", ({"do": "locate", "by": "noise", "units": "neuron"}, {"do": "select", "fraction": 0.5}))
@@ -36,6 +38,7 @@ class Recipe:
     steps: tuple[Mapping[str, Any], ...]
     paper: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    network: tuple[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for step in self.steps:

@@ -16,7 +16,7 @@ from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
-from neurograft.pipeline.models import Model, load_model
+from neurograft.pipeline.models import Model, Network, load_model
 from neurograft.pipeline.recipe import Recipe, recipe
 
 # What each verb is given of the state, by its argument's name, and the name its result gets.
@@ -75,7 +75,7 @@ class Outcome:
 
 def run(
     recipe: Recipe | str,
-    model: Model,
+    model: Model | Network | None = None,
     data: Any = None,
     *,
     changes: Mapping[str, Any] | None = None,
@@ -90,7 +90,8 @@ def run(
 
     Args:
         recipe: a recipe, or its name.
-        model: a module, a folder, a Hub id or a shipped model; left as found.
+        model: a module, a folder, a Hub id or a shipped model; left as found. A network of its own by the
+            dotted path of a function that makes it, or `{"network": [path, options]}`; None for the recipe's.
         data: for every step that takes data; the requests of a step that edits.
         changes: options of the recipe by name, and arguments of its steps as "tune.args" or "locate.limit".
         processing_class: for raw data.
@@ -108,7 +109,7 @@ def run(
         RequestError: an unknown recipe, option, step or argument.
     """
     plan = changed(recipe, changes or {})
-    net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
+    net = load_model(_model(model, plan), revision=revision, dtype=dtype, device_map=device_map, seed=seed)
     state: dict[str, Any] = {"model": net, "data": data, "requests": data, "where": None, **given}
     common = state["common"] = {"processing_class": processing_class, "seed": seed}  # for steps that are no verbs
     used: set[str] = set()
@@ -140,6 +141,12 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
+
+
+def _model(model: Model | Network | None, plan: Recipe) -> Model | Network:
+    if model is None and plan.network is None:
+        raise RequestError(f"the recipe {plan.name} and no model", expected="a model", do="name it behind the recipe")
+    return {"network": plan.network} if model is None else model
 
 
 def _signed(made: Any, plan: Recipe) -> Any:
@@ -240,11 +247,11 @@ def run_words(words: Sequence[str], changes: Mapping[str, Any], **common: Any) -
         raise RequestError(
             f"the words {' '.join(words)}", expected="RECIPE [MODEL] [DATA] key=value ...", do="check them"
         )
-    model = rest[0] if rest else text.get("model")
-    data = rest[1] if len(rest) > 1 else text.get("data")
-    if model is None:
-        raise RequestError(f"the recipe {first} and no model", expected="a model", do="name it behind the recipe")
-    return run(found, model, data, changes={**text.get("options", {}), **text.get("changes", {}), **changes}, **common)
+    options = {**text.get("options", {}), **text.get("changes", {}), **changes}
+    own = changed(found, options).network is not None  # such a recipe needs no model
+    model = rest[0] if len(rest) > int(own) else text.get("model")
+    data = rest[-1] if len(rest) > int(not own) else text.get("data")
+    return run(found, model, data, changes=options, **common)
 
 
 def _read(path: Path) -> tuple[Recipe | str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from neurograft.core.card import method
@@ -20,7 +21,12 @@ STEP = "neurograft.pipeline.cascaded"
 )
 def lnet_anet(
     *,
-    levels: int = 2,
+    labels: int = 6,
+    identities: int = 64,
+    windows: Sequence[int] = (24, 20),
+    patch: int = 16,
+    stride: int = 4,
+    localise: str = "peaks",
     pretrain: bool = True,
     identity_data: str | None = None,
     pull: float = 0.01,
@@ -37,13 +43,19 @@ def lnet_anet(
 ) -> Recipe:
     """Train LNets on tags, an ANet on identities and then on attributes, and one linear SVM for each attribute.
 
-    The model is a `neurograft.networks.cascade`; the data are rows with `pixel_values` [3, H, W], `labels` of 0 and 1
-    [A] and, to pre-train on, `identity`. The graft turns the network into the trained one. Beside it: `accuracy` of
-    each attribute, `readouts` (each attribute from at most `most` units of the ANet) and `concepts` (how well single
-    units tell the attributes before and after fine-tuning), all on rows held back.
+    The model is a `neurograft.networks.cascade`, made to measure if none is given; the data are rows with
+    `pixel_values` [3, H, W], `labels` of 0 and 1 [A] and, to pre-train on, `identity`. The graft turns the network
+    into the trained one. Beside it: `accuracy` of each attribute, `readouts` (each attribute from at most `most`
+    units of the ANet) and `concepts` (how well single units tell the attributes before and after fine-tuning), all
+    on rows held back.
 
     Args:
-        levels: LNets of the cascade; 1 or more, as many as its windows.
+        labels: attributes of the data; this and the next five describe the network, where none is given.
+        identities: identities of the data.
+        windows: side in pixels of what each LNet cuts out, head and shoulders first; as many LNets as windows.
+        patch: side of the overlapping patches of the last window.
+        stride: pixels between them.
+        localise: the densest of the "peaks", or the middle of what lies above a "threshold".
         pretrain: pre-train the ANet on identities.
         identity_data: a file with rows to pre-train on, instead of the run's data.
         pull: weight of the pull between features of one identity.
@@ -59,16 +71,16 @@ def lnet_anet(
         held: share of the rows that nothing is trained on.
     """
     common: dict[str, Any] = {"batch": batch, "held": held}
-    steps: list[dict[str, Any]] = [
-        {"do": f"{STEP}.localiser", "level": i, "steps": lnet_steps, "lr": lr, **common} for i in range(levels)
-    ]
+    steps: list[dict[str, Any]] = [{"do": f"{STEP}.localisers", "steps": lnet_steps, "lr": lr, **common}]
     if pretrain:
-        identities = {"pull": pull, "towards": towards, "steps": identity_steps, "lr": lr, "data": identity_data}
-        steps.append({"do": f"{STEP}.identified", **identities, **common})
+        how = {"pull": pull, "towards": towards, "steps": identity_steps, "lr": lr, "data": identity_data}
+        steps.append({"do": f"{STEP}.identified", **how, **common})
     steps += [
         {"do": f"{STEP}.attributed", "steps": attribute_steps, "lr": attribute_lr, **common},
         {"do": f"{STEP}.classified", "C": C, "held": held},
         {"do": f"{STEP}.explained", "most": most, "C": C, "held": held},
         {"do": f"{STEP}.shipped"},
     ]
-    return Recipe("lnet_anet", tuple(steps), paper="lnet-anet")
+    network = {"labels": labels, "identities": identities, "windows": list(windows), "patch": patch, "stride": stride}
+    made = ("neurograft.networks.cascade", {**network, "localise": localise})
+    return Recipe("lnet_anet", tuple(steps), paper="lnet-anet", network=made)

@@ -66,8 +66,8 @@ def faces(
 ) -> Scenes:
     """Return scenes of 32 x 32 pixels, each with a face of 12 x 12 somewhere.
 
-    Face and ground are made of grains of 2 x 2 pixels, each colour +1 or -1 at random; a part's two textures are the
-    same in all scenes of a world.
+    Face and ground are made of grains of 2 x 2 pixels, each colour +1 or -1 at random; a part's texture is the same
+    in all scenes of a world, and as a negative where the attribute is there.
 
     Args:
         count: scenes.
@@ -109,8 +109,9 @@ def faces(
 
 def _textures(attributes: int, world: int) -> Tensor:
     """Return both textures of every part, [A, 2, 3, 6, 24 / A]."""
-    shape = (attributes, 2, 3, FACE // 2 // GRAIN, 2 * FACE // attributes // GRAIN)
-    return _grains(shape, generator(world, "faces", "textures", attributes))
+    shape = (attributes, 3, FACE // 2 // GRAIN, 2 * FACE // attributes // GRAIN)
+    one = _grains(shape, generator(world, "faces", "textures", attributes))
+    return torch.stack([one, -one], 1)
 
 
 def _face(textures: Tensor, label: Tensor) -> Tensor:
