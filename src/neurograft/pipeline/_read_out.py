@@ -57,8 +57,8 @@ def read_out(
 ) -> dict[str, Any]:
     """Read one attribute from few units and from all: L1 and L2 logistic regression.
 
-    Units are averaged over patches and brought to one standard deviation for the fit; the weights are those of the
-    units themselves.
+    Units are averaged over patches and brought to mean 0 and deviation 1 for the fit, since liblinear penalises the
+    intercept too; the weights are those of the units themselves.
 
     Args:
         name: of the units' site.
@@ -68,7 +68,7 @@ def read_out(
         asked: 0 or 1, [M].
         most: units the sparse readout may use.
         C: weight of the data, the dense readout's too; for the sparse one it is raised while no unit has a weight,
-            then halved until no more than `most` have.
+            then lowered by fifths until no more than `most` have.
         seed: of liblinear.
 
     Returns:
@@ -78,19 +78,19 @@ def read_out(
     Raises:
         RequestError: an attribute that all examples have or none.
     """
-
     x = units.float().mean(1)
-    scale = x.std(0, correction=0).clamp(min=1e-8)
+    middle, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-8)
 
     def fitted(fit: str, C: float) -> tuple[Tensor, float]:
         # Already pooled activations go through the probe as the outputs of a model that passes them on.
         site = Site(name, "neuron", units.shape[-1], tap=Tap("0"))
-        sides = [[{"input": x[label == side] / scale}] for side in (1, 0)]
+        sides = [[{"input": (x[label == side] - middle) / scale}] for side in (1, 0)]
         if not all(len(s[0]["input"]) for s in sides):
             raise RequestError("an attribute that all examples have or none", expected="both", do="give more examples")
         context = Context(nn.Sequential(nn.Identity()), {name: site}, sides[0], sides[1], seed=seed)
         found = probe(context, fit=fit, scope="all", pool="mean", score="weight", C=C)
-        return found.values[name] / scale, found.card["intercept"][name]
+        w = found.values[name] / scale
+        return w, found.card["intercept"][name] - float(w @ middle)
 
     def right(w: Tensor, b: float) -> float:
         return float(((test.float().mean(1) @ w + b > 0) == asked.bool()).float().mean())
@@ -101,7 +101,7 @@ def read_out(
         C = C * 4
         w, b = fitted("l1", C)
     while int((w != 0).sum()) > most:
-        C = C / 2
+        C = C / 1.25
         w, b = fitted("l1", C)
     ids = w.nonzero()[:, 0].tolist()
     return {
