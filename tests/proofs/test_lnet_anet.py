@@ -135,8 +135,8 @@ def test_two_hills_are_two_peaks_or_one_box():
     maps = hills((1, 2, 1.0), (7, 6, 0.6))
     assert localise(maps)[0].tolist() == [[1, 2, 2, 3], [7, 6, 8, 7]]
     assert localise(maps, share=0.7)[0].tolist() == [[1, 2, 2, 3]]
-    (box,) = localise(maps, by="threshold")[0].tolist()
-    assert box == [0, 0, 9, 8]
+    # at least 0.4: within 1.8 cells of the first top, within 1 cell of the second
+    assert localise(maps, by="threshold")[0].tolist() == [[0, 1, 9, 8]]
     assert len(localise(hills((4, 4, 1.0)))[0]) == 1
     assert localise(torch.zeros(1, 3, 3))[0].shape == (1, 4)
     with pytest.raises(RequestError, match="localise"):
@@ -145,7 +145,7 @@ def test_two_hills_are_two_peaks_or_one_box():
 
 def passing(level_sees):
     """A cascade whose LNets show the brightness of the first colour."""
-    net = Cascade(windows=level_sees, patch=8, stride=4, lnet={"filters": (4,) * 5})
+    net = Cascade(windows=level_sees, patch=8, stride=4, lnet={"filters": (4,) * 5}, anet={"grids": (2, 1)})
     with torch.no_grad():
         for lnet in net.lnets:
             for conv in lnet.convs:
@@ -230,7 +230,8 @@ def test_units_are_ranked_by_the_pairs_they_order():
             pairs = up[:, None] - down
             a = ((pairs > 0).double() + (pairs == 0) / 2).mean((0, 1))
             each = torch.maximum(a, 1 - a)
-            assert [u for _, u, _ in found["concepts"][k][key]] == each.argsort(descending=True, stable=True).tolist()
+            named = [u for _, u, _ in found["concepts"][k][key]]
+            torch.testing.assert_close(each[named], each.sort(descending=True).values)
             best.append(float(each.max()))
             assert found["concepts"][k][key][0][2] == pytest.approx(best[-1])
         assert found[key] == pytest.approx(sum(best) / 2)

@@ -121,5 +121,5 @@ def _concepts(batches: Sequence[Batch]) -> Tensor:
 
 
 def _best(names: list[tuple[str, int]], values: Tensor, count: int) -> list[tuple[str, int, float]]:
-    top = values.topk(min(count, len(values)))
-    return [(*names[int(i)], float(v)) for v, i in zip(top.values, top.indices)]
+    order = values.argsort(descending=True, stable=True)[:count]
+    return [(*names[int(i)], float(values[i])) for i in order]

@@ -78,7 +78,7 @@ def read_out(
     Raises:
         RequestError: an attribute that all examples have or none.
     """
-    x = units.float().mean(1)
+    x, test, label, asked = units.float().mean(1).cpu(), test.float().mean(1).cpu(), label.cpu(), asked.cpu()
     middle, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-8)
 
     def fitted(fit: str, C: float) -> tuple[Tensor, float]:
@@ -93,7 +93,7 @@ def read_out(
         return w, found.card["intercept"][name] - float(w @ middle)
 
     def right(w: Tensor, b: float) -> float:
-        return float(((test.float().mean(1) @ w + b > 0) == asked.bool()).float().mean())
+        return float(((test @ w + b > 0) == asked.bool()).float().mean())
 
     dense = fitted("l2", C)
     w, b = fitted("l1", C)

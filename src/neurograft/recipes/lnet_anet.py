@@ -32,7 +32,7 @@ def lnet_anet(
     pull: float = 0.01,
     towards: str = "mean",
     lnet_steps: int = 400,
-    identity_steps: int = 500,
+    identity_steps: int = 700,
     attribute_steps: int = 150,
     lr: float = 3e-3,
     attribute_lr: float = 1e-3,
