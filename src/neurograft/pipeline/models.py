@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from neurograft.core.choose import check_options, option_names
 from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import derive
 
 Model = nn.Module | str | Path
-Network = Mapping[str, Any]  # {"network": [dotted path of a function, its options]}
 SHIPPED = {"atlas": "neurograft.worlds.atlas.path"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load_model(
-    model: Model | Network,
+    model: Model,
     *,
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -36,15 +31,14 @@ def load_model(
     """Return a live model as it is, or load one by path, Hub id or the name of a shipped model.
 
     Args:
-        model: a module, a folder with a config.json, a Hub id, or "atlas"; or a network of its own: the dotted path of
-            a function that makes it, or `{"network": [dotted path, options]}`.
+        model: a module, a folder with a config.json, a Hub id, or "atlas".
         revision: of a Hub id.
         dtype: of the weights; as saved if None.
         device_map: as for `from_pretrained`.
         head: load with this new head instead of the saved class, e.g. "SequenceClassification"; its weights are
             drawn anew from `seed` and belong into `new=`.
         num_labels: classes of that head.
-        seed: names the numbers of a new head, and of a network that takes a seed and was given none.
+        seed: names the numbers of a new head.
 
     Raises:
         RequestError: no such model, an unknown class or dtype, weights that the files lack, or options that
@@ -58,8 +52,6 @@ def load_model(
                 f"{', '.join(odd)} with a live model", expected="a path or Hub id with them", do="leave them out"
             )
         return model
-    if isinstance(model, Mapping) or _is_dotted(model):
-        return _network(model, seed)
     name = str(model)
     if name in SHIPPED and not Path(name).exists():
         name = str(resolve(SHIPPED[name])())
@@ -92,40 +84,6 @@ def load_model(
         )
     loaded: nn.Module = made.eval()
     return loaded
-
-
-def _is_dotted(model: Any) -> bool:
-    words = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", str(model))
-    return isinstance(model, str) and words is not None and not Path(model).exists()
-
-
-def _network(model: Any, seed: int) -> nn.Module:
-    """Return the network that a function makes."""
-    given: Any = model.get("network") if isinstance(model, Mapping) else (model, {})
-    if isinstance(given, str):
-        given = (given, {})
-    if not isinstance(given, (list, tuple)) or len(given) != 2 or not isinstance(given[1], Mapping):
-        raise RequestError(
-            f"the model {model!r}", expected='{"network": [dotted path, options]}', do="name a function and its options"
-        )
-    make, options = resolve(given[0]), dict(given[1])
-    if not callable(make):
-        raise RequestError(f"{given[0]}, which makes nothing", expected="a function or class", do="name one")
-    if "seed" in option_names(make):
-        options.setdefault("seed", seed)
-    check_options(make, options, given[0])
-    try:
-        inspect.signature(make).bind(**options)
-    except TypeError as error:
-        raise RequestError(
-            f"{given[0]} with the options {options} ({error})", expected="all it needs", do="add it to the options"
-        ) from error
-    made = make(**options)
-    if not isinstance(made, nn.Module):
-        raise RequestError(
-            f"{given[0]}, which makes a {type(made).__name__}", expected="a module", do="name a function that makes one"
-        )
-    return made.eval()
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

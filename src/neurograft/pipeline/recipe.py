@@ -25,8 +25,8 @@ class Recipe:
             path to a function `(state, **arguments) -> state` may stand, for papers about networks of their own.
         paper: the paper's slug, or None.
         options: the options it was made with.
-        network: (dotted path, options) of the network it is for, where it is for one of its own; runs that are given
-            no model take this one.
+        network: for a paper about a network of its own: its dotted name and its options, with which `run` makes it
+            where its name is given for the model.
 
     Example:
         >>> r = Recipe("half", ({"do": "locate", "by": "noise", "units": "neuron"}, {"do": "select", "fraction": 0.5}))

@@ -16,7 +16,8 @@ from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
-from neurograft.pipeline.models import Model, Network, load_model
+from neurograft.pipeline._network import network
+from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe, recipe
 
 # What each verb is given of the state, by its argument's name, and the name its result gets.
@@ -75,7 +76,7 @@ class Outcome:
 
 def run(
     recipe: Recipe | str,
-    model: Model | Network | None = None,
+    model: Model,
     data: Any = None,
     *,
     changes: Mapping[str, Any] | None = None,
@@ -90,8 +91,8 @@ def run(
 
     Args:
         recipe: a recipe, or its name.
-        model: a module, a folder, a Hub id or a shipped model; left as found. A network of its own by the
-            dotted path of a function that makes it, or `{"network": [path, options]}`; None for the recipe's.
+        model: a module, a folder, a Hub id or a shipped model; left as found. Or the dotted name of a network of
+            `neurograft.networks`, which is made with the options that the recipe gives it.
         data: for every step that takes data; the requests of a step that edits.
         changes: options of the recipe by name, and arguments of its steps as "tune.args" or "locate.limit".
         processing_class: for raw data.
@@ -109,7 +110,7 @@ def run(
         RequestError: an unknown recipe, option, step or argument.
     """
     plan = changed(recipe, changes or {})
-    net = load_model(_model(model, plan), revision=revision, dtype=dtype, device_map=device_map, seed=seed)
+    net = load_model(network(model, plan), revision=revision, dtype=dtype, device_map=device_map)
     state: dict[str, Any] = {"model": net, "data": data, "requests": data, "where": None, **given}
     common = state["common"] = {"processing_class": processing_class, "seed": seed}  # for steps that are no verbs
     used: set[str] = set()
@@ -141,12 +142,6 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
-
-
-def _model(model: Model | Network | None, plan: Recipe) -> Model | Network:
-    if model is None and plan.network is None:
-        raise RequestError(f"the recipe {plan.name} and no model", expected="a model", do="name it behind the recipe")
-    return {"network": plan.network} if model is None else model
 
 
 def _signed(made: Any, plan: Recipe) -> Any:
@@ -247,11 +242,11 @@ def run_words(words: Sequence[str], changes: Mapping[str, Any], **common: Any) -
         raise RequestError(
             f"the words {' '.join(words)}", expected="RECIPE [MODEL] [DATA] key=value ...", do="check them"
         )
-    options = {**text.get("options", {}), **text.get("changes", {}), **changes}
-    own = changed(found, options).network is not None  # such a recipe needs no model
-    model = rest[0] if len(rest) > int(own) else text.get("model")
-    data = rest[-1] if len(rest) > int(not own) else text.get("data")
-    return run(found, model, data, changes=options, **common)
+    model = rest[0] if rest else text.get("model")
+    data = rest[1] if len(rest) > 1 else text.get("data")
+    if model is None:
+        raise RequestError(f"the recipe {first} and no model", expected="a model", do="name it behind the recipe")
+    return run(found, model, data, changes={**text.get("options", {}), **text.get("changes", {}), **changes}, **common)
 
 
 def _read(path: Path) -> tuple[Recipe | str, dict[str, Any]]:

@@ -43,14 +43,13 @@ def lnet_anet(
 ) -> Recipe:
     """Train LNets on tags, an ANet on identities and then on attributes, and one linear SVM for each attribute.
 
-    The model is a `neurograft.networks.cascade`, made to measure if none is given; the data are rows with
-    `pixel_values` [3, H, W], `labels` of 0 and 1 [A] and, to pre-train on, `identity`. The graft turns the network
-    into the trained one. Beside it: `accuracy` of each attribute, `readouts` (each attribute from at most `most`
-    units of the ANet) and `concepts` (how well single units tell the attributes before and after fine-tuning), all
-    on rows held back.
+    The model is a `neurograft.networks.cascade`, live or by that name; the data are rows with `pixel_values`
+    [3, H, W], `labels` of 0 and 1 [A] and, to pre-train on, `identity`. The graft turns the network into the trained
+    one. Beside it: `accuracy` of each attribute, `readouts` (each attribute from at most `most` units of the ANet)
+    and `concepts` (how well single units tell the attributes before and after fine-tuning), all on rows held back.
 
     Args:
-        labels: attributes of the data; this and the next five describe the network, where none is given.
+        labels: attributes of the data; this and the next five describe the network, if it is named.
         identities: identities of the data.
         windows: side in pixels of what each LNet cuts out, head and shoulders first; as many LNets as windows.
         patch: side of the overlapping patches of the last window.
