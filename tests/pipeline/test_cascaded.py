@@ -69,6 +69,9 @@ def test_what_does_not_fit_is_said(tmp_path):
     ):
         with pytest.raises(ng.RequestError, match=match):
             ng.run("lnet_anet", model, data, changes={**BRIEF, **changes})
+    data, _ = file(tmp_path, labels=2 * made.labels - 1)
+    with pytest.raises(ng.RequestError, match="labels from -1 to 1"):
+        ng.run("lnet_anet", Cascade(**SHAPE), data, changes=BRIEF)
     alike = torch.ones_like(made.labels)
     data, _ = file(tmp_path, labels=alike)
     with pytest.raises(ng.RequestError, match="attribute 0, which all"):

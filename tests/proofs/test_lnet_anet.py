@@ -13,12 +13,13 @@ from neurograft.audits.unit_concepts import unit_concepts
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
+from neurograft.networks.anet import units_of
 from neurograft.networks.cascade import Cascade, cut
 from neurograft.networks.lnet import LNet
 from neurograft.networks.localise import densities, localise
 from neurograft.networks.locally_shared_conv2d import LocallySharedConv2d
+from neurograft.pipeline._cascade import trained
 from neurograft.pipeline._read_out import linear, read_out
-from neurograft.pipeline.cascaded import trained, units_of
 from neurograft.worlds.faces import FACE, SIDE, faces
 from tests.proofs import bar, effect, note, patched
 
@@ -141,6 +142,27 @@ def test_two_hills_are_two_peaks_or_one_box():
     assert localise(torch.zeros(1, 3, 3))[0].shape == (1, 4)
     with pytest.raises(RequestError, match="localise"):
         localise(maps, by="peek")
+
+
+def test_an_lnet_layer_by_layer():
+    x = torch.randn(2, 3, 16, 24, generator=generator(0, "images"))
+    labels = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    for pool in ("max", "mean"):
+        net = LNet(labels=3, filters=(4, 5, 6, 7, 8), pool=pool)
+        maps = x
+        for i, conv in enumerate(net.convs):
+            maps = F.conv2d(maps, conv.weight, conv.bias, padding=(5 if i == 0 else 3) // 2).clamp(min=0)
+            maps = F.max_pool2d(maps, 2) if i < 2 else maps
+        flat = maps.flatten(2)
+        logits = net.tags(flat.amax(2) if pool == "max" else flat.mean(2))
+        out = net(x, labels)
+        torch.testing.assert_close(out.logits, logits)
+        torch.testing.assert_close(out.response, maps.mean(1))
+        p = logits.sigmoid()
+        each = -torch.where(labels == 1, p.log(), (1 - p).log())
+        torch.testing.assert_close(out.loss, each.sum() / 2)
+    with pytest.raises(RequestError, match="labels"):
+        net(x, labels[:, :2])
 
 
 def passing(level_sees):
@@ -286,6 +308,7 @@ def test_tags_of_whole_images_teach_where_the_face_is():
     note(area=area)
     bar("share of held-out scenes whose peak lies in the face", share[False], at_least=0.9)
     bar("the same with shuffled tags, against twice the face's area", share[True], at_most=2 * area)
+    assert abs(sum(share[True]) / 3 - area) < 0.1
 
 
 @effect

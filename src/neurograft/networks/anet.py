@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import derive
+from neurograft.core.units import Part, Site, Tap
 from neurograft.networks._tagged import Tagged, attribute_loss, rectified
 from neurograft.networks.locally_shared_conv2d import LocallySharedConv2d
 
@@ -114,6 +116,13 @@ class ANet(nn.Module):
             features=features,
             identities=self.identities(features),
         )
+
+
+def units_of(net: nn.Module, name: str = "fc/units") -> Site:
+    """Return the units of an ANet's fully connected layer as they act, behind the rectifier."""
+    fc: Any = net.fc
+    parts = (Part.rows("fc.weight", tuple(fc.weight.shape)), Part.entries("fc.bias", fc.out_features))
+    return Site(name, "neuron", fc.out_features, parts, Tap("act"))
 
 
 anet = ANet  # a method is named by its file

@@ -9,7 +9,6 @@ Shape letters: N examples, P patches, F units, A attributes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,20 +16,12 @@ from torch import Tensor, nn
 
 from neurograft.audits.unit_concepts import unit_concepts
 from neurograft.core.context import Batch
-from neurograft.core.errors import RequestError
-from neurograft.core.seeds import derive, generator
-from neurograft.core.units import Part, Site, Tap
+from neurograft.networks.anet import units_of
 from neurograft.networks.cascade import Cascade, cut
 from neurograft.networks.identity_loss import identity_loss
+from neurograft.pipeline._cascade import State, chunked, copied, rows_of, seed_of, trained
 from neurograft.pipeline._read_out import linear, read_out
-from neurograft.pipeline.attach import attach
 from neurograft.pipeline.diff import diff
-from neurograft.pipeline.inputs import as_batches
-from neurograft.pipeline.state import as_found
-from neurograft.train.loop import fit
-
-State = Mapping[str, Any]
-CHUNK = 256
 
 
 def localisers(state: State, *, steps: int, lr: float, batch: int, held: float) -> dict[str, Any]:
@@ -46,17 +37,17 @@ def localisers(state: State, *, steps: int, lr: float, batch: int, held: float) 
     Raises:
         RequestError: the model is no `Cascade`, or rows without pixels or tags that fit it.
     """
-    net = _copy(state)
-    rows = _rows(state, net, held)[0]
+    net = copied(state)
+    rows = rows_of(state, net, held)[0]
     shown = rows["pixel_values"]
     for level, lnet in enumerate(net.lnets):
         trained(
             lnet,
             {"pixel_values": shown, "labels": rows["labels"]},
             lambda model, b: model(**b).loss,
-            steps=steps, lr=lr, batch=batch, seed=_seed(state, "localiser", level),
+            steps=steps, lr=lr, batch=batch, seed=seed_of(state, "localiser", level),
         )  # fmt: skip
-        shown = _chunked(lambda x, level=level: cut(x, net.where(x, level), net.windows[level]), shown)
+        shown = chunked(lambda x, level=level: cut(x, net.where(x, level), net.windows[level]), shown)
     return {"tuned": net}
 
 
@@ -86,9 +77,9 @@ def identified(
     Raises:
         RequestError: rows without identities.
     """
-    net = _copy(state)
-    rows = _rows(state if data is None else {**state, "data": data}, net, held, need=("identity",))[0]
-    patches = _chunked(net.patches, rows["pixel_values"])
+    net = copied(state)
+    rows = rows_of(state if data is None else {**state, "data": data}, net, held, need=("identity",))[0]
+    patches = chunked(net.patches, rows["pixel_values"])
 
     def loss(model: nn.Module, b: Batch) -> Tensor:
         made = model(b["pixel_values"])
@@ -96,19 +87,19 @@ def identified(
 
     trained(
         net.anet, {"pixel_values": patches, "identity": rows["identity"]}, loss,
-        steps=steps, lr=lr, batch=batch, seed=_seed(state, "identified"),
+        steps=steps, lr=lr, batch=batch, seed=seed_of(state, "identified"),
     )  # fmt: skip
     return {"tuned": net, "pretrained": copy.deepcopy(net)}
 
 
 def attributed(state: State, *, steps: int, lr: float, batch: int, held: float) -> dict[str, Any]:
     """Train the ANet on the attributes of the images its patches come from; arguments as above."""
-    net = _copy(state)
-    rows = _rows(state, net, held)[0]
-    patches = _chunked(net.patches, rows["pixel_values"])
+    net = copied(state)
+    rows = rows_of(state, net, held)[0]
+    patches = chunked(net.patches, rows["pixel_values"])
     trained(
         net.anet, {"pixel_values": patches, "labels": rows["labels"]}, lambda model, b: model(**b).loss,
-        steps=steps, lr=lr, batch=batch, seed=_seed(state, "attributed"),
+        steps=steps, lr=lr, batch=batch, seed=seed_of(state, "attributed"),
     )  # fmt: skip
     return {"tuned": net}
 
@@ -119,13 +110,15 @@ def classified(state: State, *, C: float, held: float) -> dict[str, Any]:
     Raises:
         RequestError: an attribute that all rows have or none, or no scikit-learn.
     """
-    net = _copy(state)
-    fitting, test = _rows(state, net, held)
-    weight, bias = linear(_chunked(_described(net), fitting["pixel_values"]), fitting["labels"], C=C, seed=_seed(state))
+    net = copied(state)
+    fitting, test = rows_of(state, net, held)
+    weight, bias = linear(
+        chunked(_described(net), fitting["pixel_values"]), fitting["labels"], C=C, seed=seed_of(state)
+    )
     with torch.no_grad():
         net.svm.weight.copy_(weight)
         net.svm.bias.copy_(bias)
-    right = (_chunked(lambda x: net(x).logits, test["pixel_values"]) > 0) == test["labels"].bool()
+    right = (chunked(lambda x: net(x).logits, test["pixel_values"]) > 0) == test["labels"].bool()
     return {"tuned": net, "accuracy": [float(v) for v in right.float().mean(0)]}
 
 
@@ -138,108 +131,29 @@ def explained(state: State, *, most: int, C: float, held: float) -> dict[str, An
         C: weight of the data to begin with; see `_read_out.read_out`.
         held: share of the rows held back, on which all of it is measured.
     """
-    net = _copy(state)
-    fitting, test = _rows(state, net, held)
-    units = [_chunked(lambda x: net.anet(net.patches(x)).features, r["pixel_values"]) for r in (fitting, test)]
+    net = copied(state)
+    fitting, test = rows_of(state, net, held)
+    units = [chunked(lambda x: net.anet(net.patches(x)).features, r["pixel_values"]) for r in (fitting, test)]
     name = "anet.fc/units"
     made: dict[str, Any] = {
         "readouts": [
             read_out(name, units[0], fitting["labels"][:, k], units[1], test["labels"][:, k], most=most, C=C,
-                     seed=_seed(state))
+                     seed=seed_of(state))
             for k in range(net.labels)
         ]
     }  # fmt: skip
     before = state.get("pretrained")
     if before is not None:
-        shown = {"pixel_values": _chunked(net.patches, test["pixel_values"]), "labels": test["labels"]}
+        shown = {"pixel_values": chunked(net.patches, test["pixel_values"]), "labels": test["labels"]}
         where = {"fc/units": units_of(net.anet, "fc/units")}
-        made["concepts"] = unit_concepts(before.anet, net.anet, [shown], units=where, seed=_seed(state))
+        made["concepts"] = unit_concepts(before.anet, net.anet, [shown], units=where, seed=seed_of(state))
     return made
 
 
 def shipped(state: State) -> dict[str, Any]:
     """Return the graft from the model to its trained copy."""
-    return {"graft": diff(state["model"], _copy(state)), "tuned": None, "pretrained": None}
-
-
-def units_of(anet: nn.Module, name: str = "fc/units") -> Site:
-    """Return the units of an ANet's fully connected layer as they act, behind the rectifier."""
-    fc: Any = anet.fc
-    parts = (Part.rows("fc.weight", tuple(fc.weight.shape)), Part.entries("fc.bias", fc.out_features))
-    return Site(name, "neuron", fc.out_features, parts, Tap("act"))
-
-
-def trained(
-    part: nn.Module, tensors: Mapping[str, Tensor], loss: Any, *, steps: int, lr: float, batch: int, seed: int
-) -> None:
-    """Train every parameter of a module in place, with AdamW, on rows drawn at random.
-
-    Args:
-        part: the module.
-        tensors: columns of the batches, all with N rows; of patches [N, P, ...] one is drawn for each row.
-        loss: (module, batch) -> scalar.
-        steps: optimizer steps; a twentieth of them is warm-up, then the rate falls to 0.
-        lr: learning rate.
-        batch: rows in a step.
-        seed: names the draws.
-    """
-    count = len(next(iter(tensors.values())))
-
-    def feed(draw: int, phase: Any) -> Batch:
-        rng = generator(seed, "draw", draw)
-        ids = torch.randint(count, (min(batch, count),), generator=rng)
-        found = {k: v[ids.to(v.device)] for k, v in tensors.items()}
-        x = found["pixel_values"]
-        if x.dim() == 5:
-            at = torch.randint(x.shape[1], (len(x),), generator=rng).to(x.device)
-            found["pixel_values"] = x[torch.arange(len(x), device=x.device), at]
-        return found
-
-    with attach(part) as live:
-        fit(live, feed, steps=steps, lr=lr, objective=loss, warmup=max(1, steps // 20), decay="linear", seed=seed)
-        values = {n: v.detach().clone() for n, v in part.state_dict().items()}
-    part.load_state_dict(values)
+    return {"graft": diff(state["model"], copied(state)), "tuned": None, "pretrained": None}
 
 
 def _described(net: Cascade) -> Any:
     return lambda x: net.anet(net.patches(x)).features.flatten(1)
-
-
-def _copy(state: State) -> Cascade:
-    net = state.get("tuned") or state["model"]
-    if not isinstance(net, Cascade):
-        raise RequestError(
-            f"a {type(net).__name__}", expected="a cascade", do="give neurograft.networks.cascade, or one made with it"
-        )
-    return net if state.get("tuned") is not None else copy.deepcopy(net).eval()
-
-
-def _seed(state: State, *names: object) -> int:
-    seed = int(state.get("common", {}).get("seed", 0))
-    return derive(seed, *names) if names else seed
-
-
-def _chunked(function: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([function(part) for part in x.split(CHUNK)])
-
-
-def _rows(
-    state: State, net: Cascade, held: float, need: tuple[str, ...] = ("labels",)
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the columns of the rows that are learned from, and of those held back."""
-    with as_found(net):
-        batches = as_batches(state["data"], net)
-    for column in ("pixel_values", *need):
-        if any(column not in b for b in batches):
-            raise RequestError(f"rows without {column}", expected="it in every row", do="add the column")
-    joined = {k: torch.cat([b[k] for b in batches]) for k in ("pixel_values", *need)}
-    count = len(joined["pixel_values"])
-    order = torch.randperm(count, generator=generator(_seed(state), "held back"))
-    cut = round(held * count)
-    if not 0 < cut < count:
-        raise RequestError(
-            f"{count} rows of which {held:g} are held back", expected="some of both", do="give more rows"
-        )
-    back, kept = order[:cut].sort().values, order[cut:].sort().values
-    return tuple({k: v[i.to(v.device)] for k, v in joined.items()} for i in (kept, back))  # type: ignore[return-value]
