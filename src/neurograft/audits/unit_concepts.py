@@ -59,6 +59,15 @@ def unit_concepts(
 
     Raises:
         RequestError: no labels, or a concept that all examples or none have.
+
+    Example:
+        >>> from neurograft.core.units import Tap
+        >>> net, site = nn.Sequential(nn.Identity()), Site("a", "neuron", 2, tap=Tap("0"))
+        >>> x = torch.tensor([[3.0, 0.0], [1.0, 2.0], [2.0, 2.0], [0.0, 3.0]])
+        >>> batch = {"input": x, "labels": torch.tensor([[1], [0], [1], [0]])}
+        >>> found = unit_concepts(net, net, [batch], units={"a": site})
+        >>> found["concepts"][0]["before"]
+        [('a', 0, 1.0), ('a', 1, 0.875)]
     """
     where = sites_of(model, units, at=at, match=match) if isinstance(units, str) else dict(units)
     concepts = _concepts(batches)

@@ -39,6 +39,15 @@ def celeba(
 
     Raises:
         RequestError: a list is missing, damaged or of other images, or no row is left.
+
+    Example:
+        >>> import tempfile
+        >>> lines = ["1", "Bald Smiling", "000001.jpg -1 1"]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / ATTRIBUTES).write_text(chr(10).join(lines))
+        ...     data = celeba(folder, split=None, images=None)
+        >>> data.attributes, data[0]["labels"].tolist()
+        (('Bald', 'Smiling'), [0, 1])
     """
     root = Path(folder)
     head, lines = _list(root, ATTRIBUTES, header=2)
