@@ -111,7 +111,7 @@ def public(room: str) -> dict[str, Callable[..., Any]]:
             method = resolve(f"neurograft.{room}.{name}")
         except (ImportError, RequestError):
             continue
-        if inspect.isfunction(method):
+        if inspect.isfunction(method) or (inspect.isclass(method) and hasattr(method, "card")):
             found[name] = method
     return found
 

@@ -83,6 +83,7 @@ def probe(
     x, y = examples(
         context, pool=pool, statistic=statistic, others=others, padding=padding, standardize=standardize, memory=memory
     )
+    intercepts: dict[str, float] = {}
     names = [list(x)] if scope == "all" else [[name] for name in x]
     if fit == "adam":
         weights = _by_adam(context, x, y, names, steps=epochs or 5000, lr=lr, decay=decay, runs=runs)
@@ -90,13 +91,16 @@ def probe(
         weights = {}
         for group in names:
             wide = torch.cat([x[n] for n in group], 1) if len(group) > 1 else x[group[0]]
-            w, _ = logistic(wide, y, penalty=fit, C=C, steps=epochs or 1000, seed=context.seed)
+            w, intercept = logistic(wide, y, penalty=fit, C=C, steps=epochs or 1000, seed=context.seed)
             weights |= dict(zip(group, w.split([x[n].shape[1] for n in group])))
+            intercepts["all" if len(group) > 1 else group[0]] = intercept
     told = {
         "all" if len(group) > 1 else group[0]: auroc(torch.stack([x[n] @ weights[n] for n in group]).sum(0), y)
         for group in names
     }
     card = {"examples": len(y), "positive": int(y.sum()), "train_auroc": told, "fit": fit, "pool": pool}
+    if fit != "adam":
+        card["intercept"] = intercepts
     card["table_bytes"] = sum(v.numel() * v.element_size() for v in x.values())
     return scored(context, {n: _z(w) for n, w in weights.items()} if score == "z" else weights, card)
 
