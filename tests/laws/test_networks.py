@@ -11,6 +11,7 @@ from neurograft.cli import main
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.papers import card
 from neurograft.pipeline.recipe import recipe, recipes
+from neurograft.worlds.faces import faces
 
 NAMES = [name for name in recipes() if recipe(name).network is not None]
 
@@ -21,8 +22,18 @@ def codes():
     return {"codes": (order < 16).numpy().astype(np.uint8)}
 
 
+def scenes():
+    """Eighty scenes with a face of four parts."""
+    made = faces(80, attributes=4, world=9)
+    return {name: getattr(made, name).numpy() for name in ("pixel_values", "labels", "identity")}
+
+
+SHORT = {"lnet_steps": 2, "identity_steps": 2, "attribute_steps": 2, "batch": 16}
 # recipe -> the options of a network that its proof does not use, and the arrays of a file
-SECOND = {"sdr_dendrites": ({"n": 300, "segments": 3, "s": 9, "nu": 0.1}, codes)}
+SECOND = {
+    "lnet_anet": ({"labels": 4, "identities": 16, "windows": [24], "stride": 8, **SHORT}, scenes),
+    "sdr_dendrites": ({"n": 300, "segments": 3, "s": 9, "nu": 0.1}, codes),
+}
 
 
 def test_every_recipe_without_a_task_that_names_a_network_is_here():

@@ -18,6 +18,7 @@ from neurograft.core.mount import regions_of
 from neurograft.core.region import Region
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.units import Site
+from neurograft.pipeline._network import network
 from neurograft.pipeline.locate import select
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe
@@ -56,13 +57,12 @@ def plan(
     Raises:
         RequestError: as for `run`.
     """
-    net = load_model(model, revision=revision, dtype=dtype)
-    where: Selection | None
-    if isinstance(recipe, Selection):
-        steps, where = [], recipe
-    else:
-        made = changed(recipe, changes or {})
-        steps, where = [dict(s) for s in made.steps], _stand_in(net, made)
+    made = None if isinstance(recipe, Selection) else changed(recipe, changes or {})
+    net = load_model(model if made is None else network(model, made), revision=revision, dtype=dtype)
+    steps = [] if made is None else [dict(s) for s in made.steps]
+    where: Selection | None = recipe if isinstance(recipe, Selection) else None
+    if made is not None:
+        where = _stand_in(net, made)
     numbers = _by_adapter(net, steps, where)
     if numbers is not None:
         return {
