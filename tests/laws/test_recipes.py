@@ -29,7 +29,7 @@ PAIRED = {
     k: [{**r, "positive": v[i // 2], "negative": v[4 + i // 2]} for i, r in enumerate(v)] for k, v in ROWS.items()
 }
 # What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up.
-BRISK = {"lr": 1e-2, "warmup": 0.0, "epochs": 1, "batch": 4, "probe_epochs": 50}
+BRISK = {"lr": 1e-2, "warmup": 0.0, "epochs": 1, "batch": 4, "probe_epochs": 50, "iterations": 6}
 
 
 def changes_of(name):

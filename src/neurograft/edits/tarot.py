@@ -1,0 +1,193 @@
+"""TaRot: heads are turned by angles that a search finds on a few examples, with forward passes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neurograft.core.card import method
+from neurograft.core.context import IGNORE, Batch, Context, Step, shifts
+from neurograft.core.errors import RequestError, RunError, one_of
+from neurograft.core.folding import as_deltas
+from neurograft.core.graft import Graft
+from neurograft.core.intervene import Intervention
+from neurograft.core.rotations import FORMS, numbers_of
+from neurograft.core.search import Propose, drawn, search, uniform
+from neurograft.core.selection import Selection
+from neurograft.core.turn import Turn
+from neurograft.edits._bayes import bayes
+
+METRICS = ("probability", "accuracy", "logit", "rank")
+SHIPS = ("operations", "weights")
+
+
+@method(
+    paper="tarot",
+    kinds={"head", "layer"},
+    needs={"batches", "labels", "taps"},
+    departs="The released loop gives the process the negated metric and then maximises the improvement over its "
+    "minimum, so it looks for bad rotations; here the metric itself is maximised. The angles 0 are tried first "
+    "(origin=False for the published four random starts alone) and a search that finds nothing better fails. The "
+    "metric is a function of the angles: the number of shots is drawn once for each example, not at every try. "
+    "Gaussian process by scikit-learn, its noise at least 1e-5 of the fitness's variance, its scale at the start such "
+    "that the variance in the middle is 1; the climb of the acquisition starts at the best of the raw samples and "
+    "makes at most 30 steps.",
+)
+def tarot(
+    context: Context,
+    where: Selection,
+    *,
+    form: str = "rotary",
+    bound: float = math.pi / 4,
+    metric: str = "probability",
+    optimizer: str | Callable[..., Propose] = "bayes",
+    starts: int = 4,
+    iterations: int = 120,
+    origin: bool = True,
+    ship: str = "operations",
+) -> Graft:
+    """Turn what each unit says, x' = x @ R(theta), by the angles under which the examples' answers are likeliest.
+
+    Args:
+        context: model, batches with labelled answers, named generators.
+        where: heads, or layers tapped at the FFN's output.
+        form: "rotary" (w / 2 angles for a unit of w features), "givens" (w - 1), or "scale" (one factor in 0..1).
+        bound: largest angle, radians; the paper's are pi / 4 and pi / 6.
+        metric: of the answers' first tokens, mean: "probability", "accuracy", "logit" (minus the base's), "rank"
+            (negated).
+        optimizer: "bayes", "random", or a callable (low, high) -> ((found, generator) -> points [k, n]).
+        starts: random points to begin with.
+        iterations: points proposed after them.
+        origin: try the unchanged model first.
+        ship: "operations" (the angles) or "weights" (the output projection's columns, turned).
+
+    Returns:
+        A graft; its card holds the metric before and after, and the best so far after every try as `incumbents`.
+
+    Raises:
+        RequestError: an unknown word, no data or labels, units that have no such rotation, or whose rotation no
+            weight can express.
+        RunError: nothing was better than the base.
+    """
+    one_of(form, FORMS, what="form of rotation")
+    one_of(ship, SHIPS, what="form of a graft")
+    fitness = _metric(one_of(metric, METRICS, what="metric"), context)
+    chosen = {n: (where.sites[n], ids) for n, ids in where.ids.items() if len(ids)}
+    if not context.batches or not chosen or not 0 < bound <= math.pi or starts + origin < 1:
+        raise RequestError(
+            f"{len(context.batches)} batches, {len(chosen)} sites, bound={bound}, {starts + origin} starts",
+            expected="data, units, an angle in (0, pi], at least one start",
+            do="give labelled examples and a selection of heads",
+        )
+    sizes = {n: (len(ids), numbers_of(form, s.tap.width if s.tap else 1)) for n, (s, ids) in chosen.items()}
+    total = sum(k * m for k, m in sizes.values())
+    low, high, still = _box(form, bound, total)
+    propose = _proposer(optimizer)(low, high)
+    first = drawn(low, high, starts, context.generator("tarot", "starts"))
+
+    def turned(point: Tensor) -> list[Intervention]:
+        parts = point.split([k * m for k, m in sizes.values()])
+        return [_turn(form, *chosen[n], p.reshape(sizes[n])) for n, p in zip(chosen, parts)]
+
+    def tried(point: Tensor) -> float:
+        with _on(turned(point), context.model):
+            return fitness(context.model)
+
+    before = fitness(context.model)
+    begin = torch.cat([still[None], first]) if origin else first
+    found = search(begin, tried, propose, rounds=iterations, generator=context.generator("tarot", "proposals"))
+    after = float(found.fitness.max())
+    if after <= before:
+        raise RunError(
+            f"none of {found.tries} rotations has a better {metric} than the base's {before:.6g}; the best has "
+            f"{after:.6g}: try more iterations, another metric, or other units"
+        )
+    made = turned(found.best)
+    card: dict[str, Any] = {"edit": "tarot", "form": form, "metric": metric, "angles": total, "tries": found.tries}
+    card |= {"before": before, "after": after, "incumbents": found.incumbents.tolist()}
+    if ship == "weights":
+        return Graft.made(context.model, as_deltas(context.model, made), card=card)
+    return Graft.made(context.model, {}, operations=tuple(made), card=card)
+
+
+def _box(form: str, bound: float, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the bounds, and the point between them that changes nothing."""
+    if form == "scale":
+        return torch.zeros(total), torch.ones(total), torch.ones(total).double()
+    return torch.full((total,), -bound), torch.full((total,), bound), torch.zeros(total).double()
+
+
+def _turn(form: str, site: Any, ids: Tensor, numbers: Tensor) -> Intervention:
+    if form == "scale":
+        return Intervention(site, ids, "scale", numbers[:, 0].float())
+    return Turn.by(site, ids, numbers, form)
+
+
+@contextmanager
+def _on(turns: Sequence[Intervention], model: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for turn in turns:
+            stack.callback(turn.mount(model).remove)
+        yield
+
+
+def _proposer(optimizer: Any) -> Callable[[Tensor, Tensor], Propose]:
+    if callable(optimizer):
+        return optimizer  # type: ignore[no-any-return]
+    known: Mapping[str, Callable[[Tensor, Tensor], Propose]] = {"bayes": bayes, "random": uniform}
+    return known[one_of(optimizer, known, what="optimizer")]
+
+
+def _metric(metric: str, context: Context) -> Callable[[nn.Module], float]:
+    """Return model -> the metric over the examples' first answer tokens, more is better."""
+    if metric != "logit":
+        return lambda model: _mean(_read(model, context.batches, metric))
+    base = _read(context.model, context.batches, "logit")
+    return lambda model: _mean(_read(model, context.batches, "logit") - base)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+@torch.no_grad()
+def _read(model: nn.Module, batches: Sequence[Batch], metric: str) -> Tensor:
+    """Return a number for each example, float64 [N]."""
+    return torch.cat([_of(metric, *_first(model, batch)) for batch in batches])
+
+
+def _of(metric: str, logits: Tensor, answers: Tensor) -> Tensor:
+    right = logits.gather(-1, answers[:, None])
+    if metric == "probability":
+        return logits.softmax(-1).gather(-1, answers[:, None])[:, 0]
+    if metric == "logit":
+        return right[:, 0]
+    if metric == "accuracy":
+        return (logits.argmax(-1) == answers).double()
+    return -(logits > right).sum(-1).double()
+
+
+def _first(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return logits, float64 [B, V], and token [B] of the first labelled position of each example."""
+    step = Step(model, batch)
+    logits, tokens = step.scored()
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return logits.double(), tokens
+    # Where the model predicts ahead, the first column of labels is never asked for.
+    asked = (labels[:, 1:] if shifts(model) else labels) != IGNORE
+    if not bool(asked.any(-1).all()):
+        raise RequestError(
+            "an example in which no token has a label",
+            expected="an answer in every example",
+            do="give prompt/completion rows, or labels that are not all -100",
+        )
+    rows = asked.nonzero()[:, 0]
+    first = torch.ones_like(rows, dtype=torch.bool)
+    first[1:] = rows[1:] != rows[:-1]
+    return logits[first].double(), tokens[first]
