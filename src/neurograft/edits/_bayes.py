@@ -52,6 +52,15 @@ def bayes(
 
     Raises:
         RequestError: scikit-learn is not installed.
+
+    Example:
+        >>> from neurograft.core.search import search
+        >>> low, high = torch.tensor([-1.0]), torch.tensor([1.0])
+        >>> rng = torch.Generator().manual_seed(0)
+        >>> near = lambda x: -float((x - 0.3).square().sum())
+        >>> found = search(torch.tensor([[-0.9], [0.9]]), near, bayes(low, high), rounds=5, generator=rng)
+        >>> abs(float(found.best) - 0.3) < 0.1
+        True
     """
     try:
         from neurograft.edits._arccos import Arccos

@@ -73,6 +73,16 @@ def tarot(
         RequestError: an unknown word, no data or labels, units that have no such rotation, or whose rotation no
             weight can express.
         RunError: nothing was better than the base.
+
+    Example:
+        >>> from neurograft.anatomy.sites import sites
+        >>> from neurograft.worlds.pico import pico, pico_batch
+        >>> net = pico("llama")
+        >>> heads = sites(net, "head")
+        >>> where = Selection.of(heads, {next(iter(heads)): [0, 2]})
+        >>> graft = tarot(Context(net, heads, [pico_batch(net)]), where, optimizer="random", iterations=9)
+        >>> graft.card["angles"], graft.card["tries"], graft.card["after"] > graft.card["before"]
+        (8, 14, True)
     """
     one_of(form, FORMS, what="form of rotation")
     one_of(ship, SHIPS, what="form of a graft")
