@@ -23,8 +23,8 @@ from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.turn import Turn
 from neurograft.edits import _bayes
+from neurograft.edits._answers import first_answers, read
 from neurograft.edits._arccos import Arccos
-from neurograft.edits.tarot import _first, _read
 from neurograft.pipeline.edit import edit
 from neurograft.pipeline.few_shot import few_shot
 from neurograft.worlds.letters import letters
@@ -261,9 +261,9 @@ def test_metrics_read_the_first_token_of_the_answer():
     e = math.exp
     expected = {"probability": e(1) / (e(3) + e(0) + e(1)), "accuracy": 0.0, "logit": 1.0, "rank": -1.0}
     for metric, value in expected.items():
-        assert abs(float(_read(model, [batch], metric)) - value) < 1e-6
+        assert abs(float(read(model, [batch], metric)) - value) < 1e-6
     with pytest.raises(RequestError, match="no token"):
-        _first(model, {**batch, "labels": torch.full((1, 4), -100)})
+        first_answers(model, {**batch, "labels": torch.full((1, 4), -100)})
 
 
 def test_shots_are_other_rows_in_front():
@@ -356,7 +356,7 @@ def planted(seed):
 @torch.no_grad()
 def loss(model, batch):
     """Mean cross-entropy of the answers' first tokens."""
-    said, asked = _first(model, batch)
+    said, asked = first_answers(model, batch)
     return float(F.cross_entropy(said, asked))
 
 
@@ -366,7 +366,7 @@ def test_a_planted_rotation_is_taken_back_and_chance_takes_back_less():
     drops = []
     for seed in SEEDS:
         it = planted(seed)
-        right = [float(_read(m, [it.test], "accuracy").mean()) for m in (it.model, it.other)]
+        right = [float(read(m, [it.test], "accuracy").mean()) for m in (it.model, it.other)]
         drops.append(right[0] - right[1])
         where = Selection.of(sites(it.other, "head"), {it.name: [it.head]})
         assert numbers_of("rotary", where.sites[it.name].tap.width) == 12

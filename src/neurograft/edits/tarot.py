@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.card import method
-from neurograft.core.context import IGNORE, Batch, Context, Step, shifts
+from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.folding import as_deltas
 from neurograft.core.graft import Graft
@@ -20,9 +20,9 @@ from neurograft.core.rotations import FORMS, numbers_of
 from neurograft.core.search import Propose, drawn, search, uniform
 from neurograft.core.selection import Selection
 from neurograft.core.turn import Turn
+from neurograft.edits._answers import METRICS, metric_of
 from neurograft.edits._bayes import bayes
 
-METRICS = ("probability", "accuracy", "logit", "rank")
 SHIPS = ("operations", "weights")
 
 
@@ -86,7 +86,7 @@ def tarot(
     """
     one_of(form, FORMS, what="form of rotation")
     one_of(ship, SHIPS, what="form of a graft")
-    fitness = _metric(one_of(metric, METRICS, what="metric"), context)
+    fitness = metric_of(one_of(metric, METRICS, what="metric"), context)
     chosen = {n: (where.sites[n], ids) for n, ids in where.ids.items() if len(ids)}
     if not context.batches or not chosen or not 0 < bound <= math.pi or starts + origin < 1:
         raise RequestError(
@@ -151,53 +151,3 @@ def _proposer(optimizer: Any) -> Callable[[Tensor, Tensor], Propose]:
         return optimizer  # type: ignore[no-any-return]
     known: Mapping[str, Callable[[Tensor, Tensor], Propose]] = {"bayes": bayes, "random": uniform}
     return known[one_of(optimizer, known, what="optimizer")]
-
-
-def _metric(metric: str, context: Context) -> Callable[[nn.Module], float]:
-    """Return model -> the metric over the examples' first answer tokens, more is better."""
-    if metric != "logit":
-        return lambda model: _mean(_read(model, context.batches, metric))
-    base = _read(context.model, context.batches, "logit")
-    return lambda model: _mean(_read(model, context.batches, "logit") - base)
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.mean())
-
-
-@torch.no_grad()
-def _read(model: nn.Module, batches: Sequence[Batch], metric: str) -> Tensor:
-    """Return a number for each example, float64 [N]."""
-    return torch.cat([_of(metric, *_first(model, batch)) for batch in batches])
-
-
-def _of(metric: str, logits: Tensor, answers: Tensor) -> Tensor:
-    right = logits.gather(-1, answers[:, None])
-    if metric == "probability":
-        return logits.softmax(-1).gather(-1, answers[:, None])[:, 0]
-    if metric == "logit":
-        return right[:, 0]
-    if metric == "accuracy":
-        return (logits.argmax(-1) == answers).double()
-    return -(logits > right).sum(-1).double()
-
-
-def _first(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return logits, float64 [B, V], and token [B] of the first labelled position of each example."""
-    step = Step(model, batch)
-    logits, tokens = step.scored()
-    labels = batch["labels"]
-    if labels.dim() == 1:
-        return logits.double(), tokens
-    # Where the model predicts ahead, the first column of labels is never asked for.
-    asked = (labels[:, 1:] if shifts(model) else labels) != IGNORE
-    if not bool(asked.any(-1).all()):
-        raise RequestError(
-            "an example in which no token has a label",
-            expected="an answer in every example",
-            do="give prompt/completion rows, or labels that are not all -100",
-        )
-    rows = asked.nonzero()[:, 0]
-    first = torch.ones_like(rows, dtype=torch.bool)
-    first[1:] = rows[1:] != rows[:-1]
-    return logits[first].double(), tokens[first]
