@@ -115,7 +115,7 @@ def run(
     for step in plan.steps:
         do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as", "on")}
         if "." in do:
-            state |= resolve(do)(state, **arguments) or {}
+            state |= {k: _named(v, plan) for k, v in (resolve(do)(state, **arguments) or {}).items()}
             continue
         names, result = GIVEN[do]
         verb = resolve(HOME.get(do, f"neurograft.pipeline.{do}"))
@@ -131,9 +131,7 @@ def run(
             made = verb(*first, **arguments, **extra)
             if do == "intervene":
                 made = made.fold() if one_of(ship, SHIPS, what="form of a graft") == "weights" else made.graft()
-        if isinstance(made, Graft):
-            made = replace(made, card={**made.card, "recipe": plan.as_dict()})
-        state[step.get("as", result)] = made
+        state[step.get("as", result)] = _named(made, plan)
     unused = [k for k in given if k not in used and all(k not in names for names, _ in GIVEN.values())]
     if unused:
         raise RequestError(
@@ -142,6 +140,11 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
+
+
+def _named(made: Any, plan: Recipe) -> Any:
+    """Return a result as it is, a graft with the recipe on its card."""
+    return replace(made, card={**made.card, "recipe": plan.as_dict()}) if isinstance(made, Graft) else made
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
