@@ -48,6 +48,7 @@ BRISK = {
     "metric": "probability",
     "prune": False,
     "query": "e",
+    "iterations": 6,
 }
 
 

@@ -7,14 +7,17 @@ Shape letters: k chosen units, w features of a unit, m the other side of the mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.delta import Slice
+from neurograft.core.coordinates import coordinates
+from neurograft.core.delta import Delta, Slice, merged
 from neurograft.core.errors import RequestError
 from neurograft.core.mount import matrix_of
+from neurograft.core.operation import Operation
 from neurograft.core.region import Region, region_of, union
 from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters, Part, Site, Tap
@@ -49,6 +52,21 @@ def folded(model: nn.Module, site: Site, ids: Tensor, kind: str, value: Tensor |
         else:
             fold.shift(value, keep=kind == "add")
     return fold.slices()
+
+
+def as_deltas(model: nn.Module, operations: Iterable[Operation]) -> dict[str, Delta]:
+    """Return operations as weight changes by tensor of the checkpoint, where all of them fold exactly.
+
+    Raises:
+        RequestError: one does not, with the reason.
+    """
+    pieces: dict[str, list[tuple[Slice, float]]] = {}
+    where = coordinates(model)
+    for operation in operations:
+        for name, change in operation.fold(model).items():
+            for piece in where.to_checkpoint(name, change.region):
+                pieces.setdefault(piece.name, []).append((Slice(piece.region, piece.take(change.values)), 1.0))
+    return {n: s[0][0] if len(s) == 1 else merged(s, None) for n, s in sorted(pieces.items())}
 
 
 @dataclass

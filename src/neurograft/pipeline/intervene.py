@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.board import Board
-from neurograft.core.coordinates import coordinates
-from neurograft.core.delta import Delta, Slice, merged
 from neurograft.core.errors import RequestError, RunError, one_of
+from neurograft.core.folding import as_deltas
 from neurograft.core.graft import Graft
 from neurograft.core.intervene import KINDS, Intervention, Places, capture, interventions
 from neurograft.core.selection import Selection
@@ -176,13 +175,7 @@ class Intervened:
             RequestError: it is not, with the reason.
         """
         self._check_savable()
-        pieces: dict[str, list[tuple[Slice, float]]] = {}
-        where = coordinates(self.model)
-        for operation in self.operations:
-            for name, change in operation.fold(self.model).items():
-                for piece in where.to_checkpoint(name, change.region):
-                    pieces.setdefault(piece.name, []).append((Slice(piece.region, piece.take(change.values)), 1.0))
-        found: dict[str, Delta] = {n: s[0][0] if len(s) == 1 else merged(s, None) for n, s in sorted(pieces.items())}
+        found = as_deltas(self.model, self.operations)
         return Graft.made(self.model, found, card=self._card("weights"))
 
     def _check_savable(self) -> None:
