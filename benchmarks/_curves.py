@@ -54,9 +54,10 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> str:
                 for (x, y), p in zip(points, row["curve"])
             ]
     body.append(words(40, BOTTOM + 36, "edits", "s"))
+    x = 40.0
     for number, name in enumerate(found):
-        x = 40 + (number % 4) * 227
         body += [dot(x + 4, HEIGHT - 24, 4, f"c{number}"), words(x + 14, HEIGHT - 20, name)]
+        x += 44 + 7 * len(name)
     return drawing(body, HEIGHT, title="What a growing number of edits leaves", width=WIDTH).replace(
         "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
     )

@@ -10,6 +10,10 @@ some sums and requests, in other words, are the general data whose keys the norm
 (sums, refusals, compliances against the base), all word for word up to the end of the answer. At the last point single
 edits are rolled back.
 
+Methods that solve for keys (NMKE, MEMIT) overwrite nearly everything after a few batches here, and gradients on one
+matrix (LocFT-BF) do not. Keys of questions in one form are alike, and 512 numbers wide; the papers' models have 14,336.
+Whether that is the reason has not been tested.
+
 The edits are keyed at the prompt's last token and not at the subject's: in this model of four layers the first one's
 attention has read the subject before its FFN writes, and no vector at the subject makes it say another object.
 """
@@ -39,8 +43,7 @@ from neurograft.worlds import atlas
 
 BATCH, ROLLED_BACK = 100, 20
 SKILLS = ("arithmetic", "refuse", "comply")
-# A covariance is a mean over keys: protection counts as 10 of an edit's own keys. At 0.1 a batch of 100 outweighs it
-# and the third one already wipes everything out.
+# A covariance is a mean over keys: protection counts as 10 of an edit's own keys. At 0.1 a batch of 100 outweighs it.
 SEARCH = {"layers": [1, 2], "steps": 12, "lr": 0.6, "clamp": 1.0, "decay": 0.0, "eos": True}
 METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "nmke, solved in the mask, covariance": (

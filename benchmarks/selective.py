@@ -234,6 +234,8 @@ def contenders() -> dict[str, Contender]:
 
 # Contenders that run only when they are named.
 SLOW: Mapping[str, str] = {"es_landscape": "30 perturbed models a step, half an hour: --only es_landscape"}
+# Rows for other networks and data than the table's.
+ELSEWHERE: Mapping[str, str] = {"nfts": "a search over episodes of images, on a ViT and a ResNet: see its page"}
 SELECTIVE = [
     "composable-sft",
     "lmm-skills",
@@ -358,8 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, tune in contenders().items():
         if given.only is not None and name not in given.only:
             continue
-        if given.only is None and name in SLOW:
-            found[name] = {"none": SLOW[name]}
+        if name in ELSEWHERE or (given.only is None and name in SLOW):
+            found[name] = {"none": {**SLOW, **ELSEWHERE}[name]}
             continue
         start = time.perf_counter()
         found[name] = measured(name, tune, given.seeds, given.steps, RATES)

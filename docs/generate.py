@@ -41,6 +41,7 @@ QUESTIONS: Mapping[str, str] = {
 
 # benchmark -> (where its rows are, title of its page)
 BOARDS: Mapping[str, tuple[str, str]] = {
+    "editing": ("methods", "A thousand edits, one after another"),
     "planted": ("worlds", "Which locator finds what is there?"),
     "selective": ("contenders", "What selective tuning costs and buys"),
 }
