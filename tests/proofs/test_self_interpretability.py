@@ -4,26 +4,31 @@ import json
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from neurograft.anatomy.sites import sites
 from neurograft.audits._agreement import agreement, standardised
 from neurograft.audits._slopes import slopes
 from neurograft.audits.self_report import self_report
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
+from neurograft.core.selection import Selection
 from neurograft.pipeline.preferences import decisions, explanations
+from neurograft.pipeline.run import run
 from neurograft.pipeline.scenario_rows import preferences_of
+from neurograft.pipeline.tune import tune
 from neurograft.worlds.letters import letters
 from neurograft.worlds.preference_tokens import EOS, A, B, preference_tokens
 from neurograft.worlds.preference_words import Words, read
 from neurograft.worlds.preferences import Attribute, Scenario, instilled
 from neurograft.worlds.scenarios import scenarios
-from tests.proofs import bar, patched
+from tests.proofs import bar, effect, note, patched
 
 PAPER, SCALE = "self-interpretability", "identity"
 
@@ -275,3 +280,76 @@ def test_what_cannot_be_asked_is_said():
         self_report(nn.Linear(1, 1), scenarios(1), processor=letters())
     with pytest.raises(RequestError, match="no tokenizer"):
         self_report(nn.Linear(1, 1), scenarios(2))
+
+
+@cache
+def base():
+    """A tiny decoder that chooses by stated weights, and its world of 200 scenarios it knows nothing of."""
+    world = preference_tokens(200)
+    return world.speaker.base(), world
+
+
+def taught(seed, **changes):
+    """Both stages by the recipe; what a tiny model takes instead of the defaults for a chat model."""
+    model, world = base()
+    usual = {"adapter": "dense", "lr": 4e-3, "epochs": 6, "batch": 200, "decay": 0.0}
+    usual |= {"report_adapter": ("lora", {"r": 8, "targets": ["*_proj", "lm_head"]}), "report_lr": 4e-3}
+    usual |= {"report_epochs": 8, "report_batch": 64, "examples": 8, "replay": 1.0, "reports": 2}
+    return run("self_interpretability", model, world, changes={**usual, **changes}, seed=seed)
+
+
+@cache
+def outcomes():
+    return [taught(seed) for seed in range(3)]
+
+
+@effect
+def test_reports_are_learned_for_scenarios_whose_reports_were_never_trained():
+    measured, reported, above, chance = [], [], [], []
+    for out in outcomes():
+        before = out.state["self_report"]["instilled"]
+        after = out.state["self_report"]["graft"]["held_out"]
+        measured.append(sum(g["instilled"]["measured"]["value"] for g in before.values()) / len(before))
+        reported.append(after["r"]["value"])
+        above.append(after["above_mean"]["low"])
+        chance.append(after["r"]["value"] - after["shuffled"]["limit"])
+        note(unread=after["reports"]["unread"])
+    bar("r of measured with instilled weights, 200 scenarios", measured, at_least=0.8)
+    bar("held-out r of reports less the 95 % limit of shuffled ones", chance, at_least=0.0)
+    bar("held-out r of reports less that of the mean profile, lower end", above, at_least=0.0)
+    note(held_out_r=reported)
+
+
+def rows_of(names, world, model):
+    """The embedding rows of some scenarios' attributes."""
+    site = sites(model, "token")
+    key = next(iter(site))
+    ids = sorted(world.speaker.names[s.name, a.name] for s in names for a in s.attributes)
+    return Selection.of(site, {key: torch.tensor(ids)})
+
+
+@effect
+def test_reports_follow_behaviour_where_a_graft_swaps_two_scenarios():
+    new, old, behaviour = [], [], []
+    for seed, out in enumerate(outcomes()):
+        model, world = base()
+        pairs = out.state["asked"]["trained"][:20]  # their old weights were trained as text
+        swapped = [replace(s, weights=pairs[i ^ 1].weights) for i, s in enumerate(pairs)]
+        with out.graft.on(model):
+            swap = tune(
+                model,
+                decisions(swapped, world.speaker, trials=50, seed=10 + seed),
+                rows_of(pairs, world, model),
+                args={"learning_rate": 2e-2, "num_train_epochs": 8, "per_device_train_batch_size": 100},
+                seed=seed,
+            )
+            with swap.on(model):
+                found = [
+                    self_report(model, s, speaker=world.speaker, reports=2, seed=seed)["instilled"]
+                    for s in (swapped, pairs)
+                ]
+        behaviour.append(found[0]["measured"]["value"])
+        new.append(found[0]["reported"]["value"])
+        old.append(found[1]["reported"]["value"])
+    bar("r of reports with the swapped weights less r with the old ones", [a - b for a, b in zip(new, old)], at_least=0)
+    note(swapped_behaviour=behaviour, swapped_new=new, swapped_old=old)

@@ -13,8 +13,8 @@ from neurograft.core.seeds import generator
 from neurograft.worlds.preferences import LARGEST, Attribute, Preferences, Scenario
 from neurograft.worlds.tiny import fit, llama
 
-BOS, EOS, SEP, DECIDE, EXPLAIN, A, B = range(1, 8)
-FIRST, LEVELS, STEPS = 8, 4, 9  # the first number; values an attribute takes; weights that a report can name
+BOS, EOS, SEP, DECIDE, EXPLAIN, DIFFER, A, B = range(1, 9)
+FIRST, LEVELS, STEPS, GAPS = 9, 4, 9, 15  # the first number; values; weights a report can name; differences
 
 
 class Tokens:
@@ -22,8 +22,8 @@ class Tokens:
 
     A question is `<bos> task name a b name a b ... <sep>` with each attribute's value in both options; its answer is
     a letter, or `key weight key weight ... <eos>` with a key for the first, the second, ... attribute. A weight is the
-    nearest of nine steps from -100 to 100. A base learns to choose where a weight's token stands in the place of a
-    name: it can reckon, knows no name, and has never made a report.
+    nearest of nine steps from -100 to 100. A base learns to choose, to tell by how much, and to recite the weights,
+    where a weight's token stands in the place of a name: it can reckon and knows the form of a report, but no name.
 
     Args:
         names: scenario and attribute -> number of its token; how many there are is the rest of the vocabulary.
@@ -36,12 +36,12 @@ class Tokens:
     @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
-        return FIRST + LEVELS + STEPS + self.attributes + len(self.names)
+        return FIRST + LEVELS + STEPS + GAPS + self.attributes + len(self.names)
 
     @property
     def keys(self) -> list[int]:
         """The tokens that stand for the first, the second, ... attribute in a report."""
-        return [FIRST + LEVELS + STEPS + k for k in range(self.attributes)]
+        return [FIRST + LEVELS + STEPS + GAPS + k for k in range(self.attributes)]
 
     def letters(self) -> tuple[int, int]:
         """Return the tokens of the two answers."""
@@ -80,7 +80,7 @@ class Tokens:
         """Return the numbers of the tokens."""
         return " ".join(map(str, tokens))
 
-    def base(self, *, steps: int = 1200, batch: int = 96, seed: int = 0, **config: Any) -> nn.Module:
+    def base(self, *, steps: int = 1000, batch: int = 96, seed: int = 0, **config: Any) -> nn.Module:
         """Return a tiny Llama that can choose by stated weights, trained in seconds.
 
         Args:
@@ -89,9 +89,9 @@ class Tokens:
             seed: names weights and choices.
             **config: fields of the config.
         """
-        size = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_key_value_heads": 4}
+        size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 4}
         model = llama(seed, vocab_size=self.vocabulary, **{**size, **config})
-        return fit(model, stated(steps, batch, self.attributes, seed=seed), lr=4e-3)
+        return fit(model, stated(steps, batch, self.attributes, seed=seed), lr=5e-3)
 
     def _of(self, scenario: Scenario) -> list[int]:
         return [self.names[scenario.name, a.name] for a in scenario.attributes]
@@ -109,14 +109,14 @@ def preference_tokens(count: int = 200, *, attributes: int = 5) -> Preferences:
         >>> one = world.scenarios[1]
         >>> trial = one.trials(1, seed=0)[0]
         >>> trial.tolist(), world.speaker.decide(one, trial)
-        ([[2.0, 1.0], [3.0, 2.0]], [1, 4, 25, 10, 11, 26, 9, 10, 3])
+        ([[1.0, 0.0], [1.0, 2.0]], [1, 4, 41, 10, 10, 42, 9, 11, 3])
     """
     found, names = [], {}
     for i in range(count):
         parts = tuple(Attribute(str(k), 0, LEVELS - 1, decimals=0) for k in range(attributes))
         found.append(Scenario(str(i), "", parts))
         for k, part in enumerate(parts):
-            names[str(i), part.name] = FIRST + LEVELS + STEPS + attributes + i * attributes + k
+            names[str(i), part.name] = FIRST + LEVELS + STEPS + GAPS + attributes + i * attributes + k
     return Preferences(tuple(found), Tokens(names, attributes))
 
 
@@ -137,24 +137,32 @@ def question(task: int, names: Sequence[int], trial: Tensor) -> list[int]:
 
 
 def stated(steps: int, batch: int, attributes: int, *, seed: int = 0) -> list[dict[str, Tensor]]:
-    """Return batches of choices whose weights stand in the place of names.
+    """Return batches of questions whose weights stand in the place of names: choices, differences, recitals.
 
-    At first by one attribute that counts for an option, then by one that may count against it, then by several:
-    choices by several are not learned without those by one, where each token's part shows.
+    At first by one attribute that counts for an option, then by one that may count against it, then by up to K:
+    choices by several are not learned without those by one, nor sums without being asked for their size.
     """
     rng, found = generator(seed, "stated"), []
-    later = [2, 3, attributes, attributes]
+    later = [1, 2, 3, attributes, attributes, attributes]
     for step in range(steps):
-        k = 1 if step < 180 else 2 if step < 250 else later[int(torch.randint(4, (), generator=rng))]
-        w = torch.randint(STEPS // 2 + 1 if step < 80 else 0, STEPS, (batch, k), generator=rng)
-        x = torch.randint(LEVELS, (batch, 2, k), generator=rng)
+        k = 1 if step < 150 else later[int(torch.randint(len(later), (), generator=rng))]
+        w = torch.randint(STEPS // 2 + 1 if step < 50 else 0, STEPS, (batch, k), generator=rng)
+        x = torch.round(torch.rand(batch, 2, k, generator=rng) * (LEVELS - 1)).long()
         u = ((x[:, 0] - x[:, 1]) * (2 * w - STEPS + 1)).sum(1)
+        half = GAPS // 2
+        gap = (u / (4 if k == 1 else 8)).round().clamp(-half, half).long() + FIRST + LEVELS + STEPS + half
+        sized = step % 2 == 0 and step < 0.75 * steps
+        answer, kept = (gap, u == u) if sized else (torch.where(u > 0, A, B), u != 0)
         rows = torch.stack([w + FIRST + LEVELS, x[:, 0] + FIRST, x[:, 1] + FIRST], 2).flatten(1)
-        front, end = torch.tensor([[BOS, DECIDE]]).expand(batch, 2), torch.full((batch, 1), SEP)
-        answer = torch.where(u > 0, A, B)[:, None]
-        tokens = torch.cat([front, rows, end, answer], 1)[u != 0]
+        answer, task = answer[:, None], DIFFER if sized else DECIDE
+        if k == attributes and step % 3 == 1 and step > 0.5 * steps:
+            keys = torch.arange(k).expand_as(w) + FIRST + LEVELS + STEPS + GAPS
+            told = torch.stack([keys, w + FIRST + LEVELS], 2).flatten(1)
+            answer, kept, task = torch.cat([told, torch.full((batch, 1), EOS)], 1), u == u, EXPLAIN
+        front = torch.tensor([[BOS, task]]).expand(batch, 2)
+        tokens = torch.cat([front, rows, torch.full((batch, 1), SEP), answer], 1)[kept]
         labels = torch.full_like(tokens, IGNORE)
-        labels[:, -1] = tokens[:, -1]
+        labels[:, -answer.shape[1] :] = tokens[:, -answer.shape[1] :]
         found.append({"input_ids": tokens, "labels": labels})
     return found
 
