@@ -146,7 +146,7 @@ class Scripted(nn.Module):
         self.script = script
 
     def forward(self, input_ids, attention_mask):
-        logits = torch.zeros(*input_ids.shape, 8)
+        logits = torch.zeros(*input_ids.shape, 16)
         for row, (tokens, mask) in enumerate(zip(input_ids, attention_mask)):
             scenario, trial = self.how.asked[tuple(tokens[mask.bool()].tolist())]
             logits[row, int(mask.sum()) - 1, A if bool(scenario.prefers(trial[None])) else B] = 9.0
@@ -293,7 +293,7 @@ def taught(seed, **changes):
     """Both stages by the recipe; what a tiny model takes instead of the defaults for a chat model."""
     model, world = base()
     usual = {"adapter": "dense", "lr": 4e-3, "epochs": 6, "batch": 200, "decay": 0.0}
-    usual |= {"report_adapter": ("lora", {"r": 8, "targets": ["*_proj", "lm_head"]}), "report_lr": 4e-3}
+    usual |= {"report_adapter": ("lora", {"r": 8, "targets": ["*_proj", "lm_head"]}), "report_lr": 1e-2}
     usual |= {"report_epochs": 8, "report_batch": 64, "examples": 8, "replay": 1.0, "reports": 2}
     return run("self_interpretability", model, world, changes={**usual, **changes}, seed=seed)
 
