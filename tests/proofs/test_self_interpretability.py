@@ -292,7 +292,7 @@ def base():
 def taught(seed, **changes):
     """Both stages by the recipe; what a tiny model takes instead of the defaults for a chat model."""
     model, world = base()
-    usual = {"adapter": "dense", "lr": 4e-3, "epochs": 6, "batch": 200, "decay": 0.0}
+    usual = {"adapter": "dense", "lr": 4e-3, "epochs": 4, "batch": 200, "decay": 0.0}
     usual |= {"report_adapter": ("lora", {"r": 8, "targets": ["*_proj", "lm_head"]}), "report_lr": 1e-2}
     usual |= {"report_epochs": 8, "report_batch": 64, "examples": 8, "replay": 1.0, "reports": 2}
     return run("self_interpretability", model, world, changes={**usual, **changes}, seed=seed)
@@ -305,7 +305,7 @@ def outcomes():
 
 @effect
 def test_reports_are_learned_for_scenarios_whose_reports_were_never_trained():
-    measured, reported, above, chance = [], [], [], []
+    measured, reported, above, chance, unread = [], [], [], [], []
     for out in outcomes():
         before = out.state["self_report"]["instilled"]
         after = out.state["self_report"]["graft"]["held_out"]
@@ -313,11 +313,11 @@ def test_reports_are_learned_for_scenarios_whose_reports_were_never_trained():
         reported.append(after["r"]["value"])
         above.append(after["above_mean"]["low"])
         chance.append(after["r"]["value"] - after["shuffled"]["limit"])
-        note(unread=after["reports"]["unread"])
-    bar("r of measured with instilled weights, 200 scenarios", measured, at_least=0.8)
+        unread.append(after["reports"]["unread"] / after["reports"]["asked"])
+    bar("r of measured with instilled weights, 200 scenarios", measured, at_least=0.8, missed=True)
     bar("held-out r of reports less the 95 % limit of shuffled ones", chance, at_least=0.0)
     bar("held-out r of reports less that of the mean profile, lower end", above, at_least=0.0)
-    note(held_out_r=reported)
+    note(held_out_r=reported, unread=unread)
 
 
 def rows_of(names, world, model):

@@ -18,7 +18,9 @@ NAMES = ("instilled", "introspection")
     departs="Both stages are LoRA as in the open re-run; the paper tuned models behind an interface that does not say "
     "how. The last step's weights are kept, where the re-run keeps the epoch with the lowest validation loss. "
     "Prompts have wordings of their own. Weights are measured on the model that reports, also for native scenarios, "
-    "where the paper measures the model before introspection training, or the base. See also `audits.self_report`.",
+    "where the paper measures the model before introspection training, or the base. The proof's tiny base was taught "
+    "to recite stated weights, and its second stage replays the first: of spontaneous introspection and of native "
+    "preferences it shows nothing. See also `audits.self_report`.",
 )
 def self_interpretability(
     *,

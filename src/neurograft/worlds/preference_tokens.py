@@ -155,7 +155,7 @@ def stated(steps: int, batch: int, attributes: int, *, seed: int = 0) -> list[di
         answer, kept = (gap, u == u) if sized else (torch.where(u > 0, A, B), u != 0)
         rows = torch.stack([w + FIRST + LEVELS, x[:, 0] + FIRST, x[:, 1] + FIRST], 2).flatten(1)
         answer, task = answer[:, None], DIFFER if sized else DECIDE
-        if k == attributes and step % 3 == 1 and step > 0.5 * steps:
+        if k == attributes and step % 4 == 1:
             keys = torch.arange(k).expand_as(w) + FIRST + LEVELS + STEPS + GAPS
             told = torch.stack([keys, w + FIRST + LEVELS], 2).flatten(1)
             answer, kept, task = torch.cat([told, torch.full((batch, 1), EOS)], 1), u == u, EXPLAIN
