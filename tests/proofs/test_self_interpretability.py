@@ -292,7 +292,7 @@ def base():
 def taught(seed, **changes):
     """Both stages by the recipe; what a tiny model takes instead of the defaults for a chat model."""
     model, world = base()
-    usual = {"adapter": "dense", "lr": 4e-3, "epochs": 4, "batch": 200, "decay": 0.0}
+    usual = {"adapter": "dense", "lr": 4e-3, "epochs": 6, "batch": 200, "decay": 0.0}
     usual |= {"report_adapter": ("lora", {"r": 8, "targets": ["*_proj", "lm_head"]}), "report_lr": 1e-2}
     usual |= {"report_epochs": 8, "report_batch": 64, "examples": 8, "replay": 1.0, "reports": 2}
     return run("self_interpretability", model, world, changes={**usual, **changes}, seed=seed)
