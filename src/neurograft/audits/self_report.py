@@ -77,6 +77,14 @@ def self_report(
 
     Raises:
         RequestError: fewer than two scenarios, scenarios of different K or one name, no tokenizer, no scikit-learn.
+
+    Example:
+        >>> from neurograft.worlds.preference_tokens import preference_tokens
+        >>> world = preference_tokens(3)
+        >>> model = world.speaker.base(steps=2)
+        >>> found = self_report(model, world.scenarios, speaker=world.speaker, trials=4, reports=1, draws=10)
+        >>> found["choices"]["asked"], found["reports"]["asked"]
+        (12, 3)
     """
     one_of(standardise, STANDARDS, what="standard")
     _checked(scenarios)
