@@ -36,6 +36,12 @@ ROWS = {
 PAIRED = {
     k: [{**r, "positive": v[i // 2], "negative": v[4 + i // 2]} for i, r in enumerate(v)] for k, v in ROWS.items()
 }
+# Recipes about choices read scenarios; what they ask takes more places than the pico models have.
+SCENARIOS = [
+    {"name": n, "question": "which?", "attributes": [{"name": a, "range": [0, 10]} for a in ("cost", "size")]}
+    for n in ("pen", "cup", "hat", "bag")
+]
+LONG = {"gpt2": {"n_positions": 1536}, "qwen2": {"max_position_embeddings": 1536}}
 # What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up; what an untrained
 # model answers is measured by probability, and no head of its circuits has to be needed. Half of the descriptions of
 # anything have an "e".
@@ -49,6 +55,8 @@ BRISK = {
     "prune": False,
     "query": "e",
     "iterations": 6,
+    "reports": 1,
+    "trials": 4,
 }
 
 
@@ -68,12 +76,14 @@ def saved(tmp_path_factory):
     def folder(family, task, needs=frozenset()):
         if family not in made:
             path = tmp_path_factory.mktemp(family)
-            pico(family).save_pretrained(path / "model")
+            pico(family, **LONG.get(family, {})).save_pretrained(path / "model")
             letters().save_pretrained(path / "model")
             (path / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS[task])))
             (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRED[task])))
+            (path / "scenarios.jsonl").write_text("\n".join(map(json.dumps, SCENARIOS)))
             made[family] = path
-        return made[family] / "model", made[family] / ("pairs.jsonl" if "contrast" in needs else "data.jsonl")
+        file = "pairs" if "contrast" in needs else "scenarios" if "scenarios" in needs else "data"
+        return made[family] / "model", made[family] / f"{file}.jsonl"
 
     return folder
 

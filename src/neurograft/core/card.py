@@ -23,6 +23,7 @@ NEEDS = (
     "against",  # a second model or change
     "rehearse",  # a short training run
     "per_token",  # log-probabilities of a language model
+    "scenarios",  # choices between options with attributes
 )
 
 
