@@ -43,8 +43,7 @@ SCENARIOS = [
 ]
 LONG = {"gpt2": {"n_positions": 1536}, "qwen2": {"max_position_embeddings": 1536}}
 # What makes eight rows and one pass move something, whatever the paper's learning rate and warm-up; what an untrained
-# model answers is measured by probability, and no head of its circuits has to be needed. Half of the descriptions of
-# anything have an "e".
+# model answers is measured by probability, and no head of its circuits has to be needed.
 BRISK = {
     "lr": 1e-2,
     "warmup": 0.0,
@@ -53,16 +52,17 @@ BRISK = {
     "probe_epochs": 50,
     "metric": "probability",
     "prune": False,
-    "query": "e",
     "iterations": 6,
     "reports": 1,
     "trials": 4,
 }
+OWN = {"milan": {"query": "e"}}  # half of the descriptions of anything have an "e"
 
 
 def changes_of(name):
     mine = option_names(resolve(f"neurograft.recipes.{name}"))
-    return {k: v for k, v in BRISK.items() if k in mine and not (k == "warmup" and isinstance(mine[k].default, str))}
+    brisk = {k: v for k, v in BRISK.items() if k in mine and not (k == "warmup" and isinstance(mine[k].default, str))}
+    return brisk | OWN.get(name, {})
 
 
 CASES = [(n, f) for n in recipes() if card(n).task for f in FAMILIES[card(n).task]]
