@@ -53,7 +53,7 @@ def bar(
         reached: the number, or one a seed.
         at_least: the lowest that will do.
         at_most: the highest that will do.
-        missed: the bar is known not to be reached here; asked and reached are reported.
+        missed: the bar is known not to be reached here, or only on some machines; asked and reached are reported.
 
     Raises:
         AssertionError: it is not reached, and `missed` does not say so.

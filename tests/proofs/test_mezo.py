@@ -18,7 +18,7 @@ from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._forward import better_at_it
+from tests.proofs._forward import better_at_it, reciprocal_rank
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "mezo", "tiny"
@@ -231,18 +231,19 @@ def probed(model, train, test):
 
 
 @effect
-def test_accuracy_itself_is_learned_from_forward_passes():
-    """LoRA of rank 2 on a new task, minus the accuracy of 64 rows as the loss, 160 forward pairs, 3 seeds.
+def test_a_metric_without_a_gradient_is_learned_from_forward_passes():
+    """LoRA of rank 2 on a new task, minus the answers' mean reciprocal rank over 64 rows, 160 forward pairs, 3 seeds.
 
-    It learns where the answer ends (0.5); a linear probe, noted beside it, knows more of the answer at this size. A
-    metric that no direction changes gives nothing to follow: seed 2 starts at 0 right answers, and on some machines
-    none of its 160 looks around finds one.
+    It learns where the answer ends (accuracy 0.5); a linear probe, noted beside it, knows more of the answer at this
+    size. Accuracy itself was the metric before: a base that gets nothing right gives it nothing to follow, and which
+    seeds stayed at 0 (three of six here, none of three there) differed between two machines.
     """
     start, end, probe = [], [], []
     for seed in range(3):
-        before, after, model, train, test = better_at_it(seed, ("mezo", {"eps": 0.1, "n": 4}), lr=0.1)
+        how = {"lr": 0.1, "metric": reciprocal_rank}
+        before, after, model, train, test = better_at_it(seed, ("mezo", {"eps": 0.1, "n": 4}), **how)
         start.append(before)
         end.append(after)
         probe.append(probed(model, train, test))
     note(accuracy_before=start, accuracy_after=end, linear_probe=probe)
-    bar("accuracy gained by tuning on accuracy itself", [b - a for a, b in zip(start, end)], at_least=0.2)
+    assert all(b > a + 0.2 for a, b in zip(start, end))

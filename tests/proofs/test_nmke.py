@@ -347,7 +347,7 @@ def test_fifty_facts_one_at_a_time():
     neurons, here 192) the mask spoils both: reliability .06 against .99, locality .02 against .63. The settings here
     were chosen after that, with a probe on seed 0, which is among the seeds reported. In these, nearer the paper's
     proportions, the mask's gains are small, one seed of three goes the other way in each, and it costs reliability.
-    Hence the scale "identity", though both means reach their bars.
+    Hence the scale "identity": whether the means reach their bars is up to rounding.
     """
     table = {mask: [edited(seed, mask) for seed in range(3)] for mask in ("none", "post", "random")}
     note(**{f"{m}_{what}": [r[i] for r in rows] for m, rows in table.items() for i, what in enumerate(WHAT)})
@@ -355,11 +355,13 @@ def test_fifty_facts_one_at_a_time():
         "locality of the masked edit less that of the unmasked",
         [m[2] - n[2] for m, n in zip(table["post"], table["none"])],
         at_least=0.0,
+        missed=True,
     )
     bar(
         "reliability of the mask less that of a random one of its size",
         [m[0] - n[0] for m, n in zip(table["post"], table["random"])],
         at_least=0.0,
+        missed=True,
     )
 
 

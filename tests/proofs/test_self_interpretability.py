@@ -316,7 +316,8 @@ def test_reports_are_learned_for_scenarios_whose_reports_were_never_trained():
         unread.append(after["reports"]["unread"] / after["reports"]["asked"])
     bar("r of measured with instilled weights, 200 scenarios", measured, at_least=0.8, missed=True)
     bar("held-out r of reports less the 95 % limit of shuffled ones", chance, at_least=0.0)
-    bar("held-out r of reports less that of the mean profile, lower end", above, at_least=0.0)
+    # One seed of three is below, so this is not counted as shown, nor is the next test's: its seeds are .01 to .41.
+    bar("held-out r of reports less that of the mean profile, lower end", above, at_least=0.0, missed=True)
     note(held_out_r=reported, unread=unread)
 
 
@@ -351,5 +352,6 @@ def test_reports_follow_behaviour_where_a_graft_swaps_two_scenarios():
         behaviour.append(found[0]["measured"]["value"])
         new.append(found[0]["reported"]["value"])
         old.append(found[1]["reported"]["value"])
-    bar("r of reports with the swapped weights less r with the old ones", [a - b for a, b in zip(new, old)], at_least=0)
+    more = [a - b for a, b in zip(new, old)]
+    bar("r of reports with the swapped weights less r with the old ones", more, at_least=0, missed=True)
     note(swapped_behaviour=behaviour, swapped_new=new, swapped_old=old)
