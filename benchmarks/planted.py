@@ -6,7 +6,8 @@ Four worlds, built anew for each seed: neurons that alone carry trigger -> answe
 nothing, in a tiny Llama and in the experts of a tiny Mixtral; neurons, and single weights, in which a teacher differs
 from its student. Each locator sees what its card asks for: labelled batches (the answer, or the teacher's
 predictions), a contrast set (rows without the trigger, or other inputs), the changed model where it compares two.
-`noise` and `magnitude` are the floors.
+`noise` and `magnitude` are the floors. `spared` and `shutting` put first what can go, so carriers come last: an AUROC
+of 0 is what they should have there.
 
 Numbers: precision at k (k the number of planted units), recall at 2k, AUROC, the worst and best over seeds; passes
 forward and backward over the data; the most bytes of tensors alive beyond those before.

@@ -141,7 +141,9 @@ def described(method: Callable[..., Any]) -> str:
     if options:
         text += "| option | default | |\n|---|---|---|\n"
         for name, option in options.items():
-            default = "required" if option.default is option.empty else f"`{option.default!r}`"
+            value = option.default
+            named = value.__name__ if inspect.isfunction(value) else repr(value)
+            default = "required" if value is option.empty else f"`{named}`"
             text += f"| `{name}` | {default} | {cell(arguments.get(name, ''))} |\n"
         text += "\n"
     return text

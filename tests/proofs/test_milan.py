@@ -68,12 +68,12 @@ def masks_begin_at_the_median():
 @contextmanager
 def the_units_that_cost_most_go_first():
     """Candidates are ordered by the accuracy lost, not by the accuracy left."""
-    plain = resolve("neurograft.locators.ablation.scored")
+    plain = resolve("neurograft.locators.spared.scored")
 
     def turned(context, values, card):
         return plain(context, {n: torch.where(v < 0, v, 1 - v) for n, v in values.items()}, card)
 
-    with patched("neurograft.locators.ablation", "scored", turned):
+    with patched("neurograft.locators.spared", "scored", turned):
         yield
 
 
@@ -408,15 +408,15 @@ def test_a_channel_of_coloured_tags_is_found_and_what_costs_least_goes_first():
     found = choose("locators", ("described", {"query": "coloured", "describer": vocabulary(), "quantile": 0.95}))(given)
     assert [v > 0 for v in found.values["s"].tolist()] == [True, False, False]
     assert found.card["descriptions"]["s"][2] == ""
-    left = choose("locators", ("ablation", {"metric": "accuracy"}))(given).values["s"].tolist()
+    left = choose("locators", ("spared", {"metric": "accuracy"}))(given).values["s"].tolist()
     n = len(seen)
     right = [len(strokes) + 4, n - 4, n - 4]  # without 0 all is class 1; 1 is but the larger of two; 2 does nothing
     assert left == pytest.approx([r / n for r in right])
     everything = Selection.of(channels(3), {"s": [0, 1]})
-    among = choose("locators", ("ablation", {"metric": "accuracy", "among": everything}))(given).values["s"]
+    among = choose("locators", ("spared", {"metric": "accuracy", "among": everything}))(given).values["s"]
     assert among.tolist() == pytest.approx([right[0] / n, right[1] / n, -1.0])
     steps = recipe("milan", most=1).steps
-    first = choose("selectors", steps[-2]["by"])(choose("locators", ("ablation", {"metric": "accuracy"}))(given))
+    first = choose("selectors", steps[-2]["by"])(choose("locators", ("spared", {"metric": "accuracy"}))(given))
     assert first.ids["s"].tolist() == [1]
 
 

@@ -68,7 +68,7 @@ def milan(
             {"do": "select", "scores": "$matches", "by": ("threshold", {"above": 0.0}), "as": "candidates"},
             {
                 "do": "locate",
-                "by": ("ablation", {"among": "$candidates", "metric": "accuracy"}),
+                "by": ("spared", {"among": "$candidates", "metric": "accuracy"}),
                 "units": units,
                 "at": at,
             },

@@ -25,7 +25,7 @@ METRICS = ("accuracy", "log_prob")
     needs={"batches", "labels", "taps"},
     claims={"finite", "length"},
 )
-def ablation(context: Context, *, among: Any = None, metric: str = "log_prob", limit: int | None = None) -> Scores:
+def spared(context: Context, *, among: Any = None, metric: str = "log_prob", limit: int | None = None) -> Scores:
     """Score each unit by how well the model still does while that unit alone is at zero; the highest costs least.
 
     One pass over the data for every unit.
@@ -45,7 +45,7 @@ def ablation(context: Context, *, among: Any = None, metric: str = "log_prob", l
         >>> from neurograft.worlds.pico import pico, pico_batch
         >>> net = pico("resnet")
         >>> where = sites(net, "channel", match="*embedder*")
-        >>> (value,) = ablation(Context(net, where, [pico_batch(net)]), metric="accuracy").values.values()
+        >>> (value,) = spared(Context(net, where, [pico_batch(net)]), metric="accuracy").values.values()
         >>> bool((value >= 0).all()), len(value)
         (True, 8)
     """
