@@ -10,6 +10,7 @@ from neurograft.anatomy.sites import sites
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.examples import singles
+from neurograft.core.meter import Peak
 from neurograft.core.units import Part, Site, Tap
 from neurograft.locators._common import ballots
 from neurograft.locators._weights import weight_gradients
@@ -179,6 +180,23 @@ def test_integrated_gradients_add_up_on_a_transformer(joint):
         Context(model, where, [pico_batch(model)], loss=given.loss, positions="last"), steps=40, signed=True
     )
     assert last.card["completeness_error"] < 0.02
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_more_steps_of_integrated_gradients_take_no_more_memory(joint):
+    model = pico("llama")
+
+    def peak(steps):
+        with Peak() as meter:
+            integrated_gradients(
+                Context(model, sites(model, "neuron"), [pico_batch(model)], loss=lambda m, b: m(**b).loss),
+                steps=steps,
+                joint=joint,
+            )
+        return meter.peak
+
+    peak(2)  # what is made once
+    assert peak(40) == peak(4) > 0
 
 
 def test_shared_modules_are_met_several_times_on_one_path():
