@@ -153,8 +153,21 @@ def test_everything_patched_from_the_corrupt_run_is_the_corrupt_run():
 
 def test_paths_into_the_logits_are_direct_effects_where_nothing_is_computed_anew():
     """Attention alone: the residual stream before the last norm moves by W_o (corrupt - clean) of the head."""
-    model, pair = shaken(learner(num_attention_heads=4, num_key_value_heads=4), only="self_attn"), corrupted(count=1)
+    pair = corrupted(count=1)
+    direct_effects_are_found(pair["positive"][0], pair["negative"][0])
+
+
+def test_a_corrupt_prompt_of_another_length_is_read_at_its_own_end():
+    pair = corrupted(count=1)
     clean, corrupt = pair["positive"][0], pair["negative"][0]
+    longer = {k: torch.nn.functional.pad(v, (1, 0), value=3 if k == "input_ids" else 1) for k, v in corrupt.items()}
+    longer["labels"] = torch.nn.functional.pad(corrupt["labels"], (1, 0), value=-100)
+    direct_effects_are_found(clean, longer, later=1)
+
+
+def direct_effects_are_found(clean, corrupt, *, later=0):
+    """Hold path patching into the logits against the head's own direct effect; corrupt prompts end so much later."""
+    model = shaken(learner(num_attention_heads=4, num_key_value_heads=4), only="self_attn")
     where = sites(model, "head")
     found = path_patching(Context(model, where, [clean], [corrupt]))
     before, after = capture(model, where, clean), capture(model, where, corrupt)
@@ -167,7 +180,7 @@ def test_paths_into_the_logits_are_direct_effects_where_nothing_is_computed_anew
         for layer, (name, values) in zip(model.model.layers, found.values.items()):
             for h in range(4):
                 moved = torch.zeros(32, 64)
-                moved[:, 16 * h : 16 * h + 16] = (after[name] - before[name])[:, end, h]
+                moved[:, 16 * h : 16 * h + 16] = after[name][:, end + later, h] - before[name][:, end, h]
                 out = model.lm_head(model.model.norm(stream["x"][:, end] + layer.self_attn.o_proj(moved)))
                 now = out.double().log_softmax(-1).gather(1, answer).exp()
                 assert float(values[h]) == pytest.approx(float(((p - now) / p).mean()), abs=1e-5)
