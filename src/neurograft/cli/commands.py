@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from neurograft import __version__
-from neurograft.cli import locating, results
+from neurograft.cli import locating, results, unit_page
 from neurograft.cli.options import command_of, value
 from neurograft.cli.show import Shown
 from neurograft.core.errors import RequestError
@@ -47,7 +47,7 @@ VERBS: Mapping[str, Row] = {
     "diff": ("neurograft.pipeline.diff", {"base": Model, "tuned": Model}, "graft", results.graft),
     "audit": ("neurograft.pipeline.audit", {"model": Model, "graft": Model}, None, results.report),
     "apply": ("neurograft.pipeline.apply", {"base": Model, "grafts": Words}, None, results.path),
-    "neuron": ("neurograft.pipeline.neuron", {"model": Model, "unit": File, "data": MaybeData}, None, results.data),
+    "neuron": ("neurograft.pipeline.neuron", {"model": Model, "unit": File, "data": MaybeData}, None, unit_page.page),
     "rollback": ("neurograft.pipeline.rollback", {"graft": File, "edits": Words}, "graft", results.graft),
     "trim": ("neurograft.pipeline.trim", {"model": Model, "graft": File}, "trimmed", results.graft),
     "plan": ("neurograft.pipeline.plan", {"model": Model, "recipe": File}, None, results.plan),

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 
 def dump(value: Any) -> str:
@@ -44,7 +45,7 @@ class Shown:
         wide = None if sys.stdout.isatty() else 160  # a pipe has no width of its own
         self.console = Console(highlight=False, soft_wrap=True, width=wide)
 
-    def result(self, data: Any, *, lines: Iterable[str] = (), table: Table | None = None) -> None:
+    def result(self, data: Any, *, lines: Iterable[str | Text] = (), table: Table | None = None) -> None:
         """Print a result: `data` as JSON, or lines and a table for people."""
         if self.as_json:
             self.console.print(dump(data), markup=False)
