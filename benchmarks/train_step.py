@@ -3,7 +3,8 @@
     python benchmarks/train_step.py [--rounds 15] [--threads 2] [--clock wall|cpu]
 
 A Llama-type model, hidden 512, FFN 1536, 8 layers, 1,024 tokens a step, float32. The floor is a forward and a
-backward pass to the embedding with nothing trained. Every other contender also steps fused AdamW.
+backward pass to the embedding with nothing trained. `least` is a pass that no exact way of training neurons of every
+layer can do without: its gradients end at the lowest layer's FFN output. Every other contender also steps fused AdamW.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from neurograft.core.units import Part, Site
 
 HIDDEN, FFN, LAYERS, VOCABULARY, ROWS, LENGTH = 512, 1536, 8, 4096, 4, 256
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FLOOR, NEURONS, UPPER = "floor", "neurons 2 %", "neurons 2 %, upper half of the layers"
+FLOOR, LEAST = "floor", "least"
+NEURONS, UPPER = "neurons 2 %", "neurons 2 %, upper half of the layers"
 ENTRIES, LORA, SHIRA, FULL = "one weight per row", "LoRA r=8", "SHiRA, same entries", "full fine-tuning"
 
 
@@ -133,6 +135,13 @@ def floor() -> Contender:
     return Contender(model, [])
 
 
+def least() -> Contender:
+    """Nothing trained, gradients down to the output of the lowest layer's FFN."""
+    model = base()
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return Contender(model, [])
+
+
 def full() -> Contender:
     """Every parameter trained."""
     model = base().requires_grad_(True)
@@ -141,6 +150,7 @@ def full() -> Contender:
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {
     FLOOR: floor,
+    LEAST: least,
     NEURONS: lambda: mounted(lambda m: neurons(m, range(LAYERS), 0.02)),
     UPPER: lambda: mounted(lambda m: neurons(m, range(LAYERS // 2, LAYERS), 0.02)),
     ENTRIES: lambda: mounted(entries),
@@ -158,6 +168,8 @@ def targets(times: Times, kept: dict[str, int], clock: str) -> dict[str, Any]:
         if mine in kept and other in kept:
             ratio = times.ratio(mine, other, clock=clock)
             found[f"time: {mine} / {other}"] = {**target(ratio["median"], at_most), **ratio}
+    if LEAST in kept and LORA in kept:
+        found[f"time: {LEAST} / {LORA}"] = times.ratio(LEAST, LORA, clock=clock)
     if NEURONS in kept and LORA in kept:
         found[f"saved bytes: {NEURONS} / {LORA}"] = target(kept[NEURONS] / kept[LORA], 0.80)
     return found
@@ -191,9 +203,9 @@ def main(words: list[str] | None = None) -> int:
     rows = [[n, f"{times.median(n, clock=given.clock):.3f}", f"{kept[n] / 2**20:.1f}"] for n in made]
     print(table(rows, ["contender", f"step ({given.clock} s)", "saved (MiB)"]))
     for name, found in reached.items():
-        print(f"{'ok  ' if found['reached'] else 'MISS'} {name}: {found}")
+        print(f"{'    ' if 'reached' not in found else 'ok  ' if found['reached'] else 'MISS'} {name}: {found}")
     print(write("train_step", payload, output=given.output))
-    return 0 if all(found["reached"] for found in reached.values()) else 1
+    return 0 if all(found.get("reached", True) for found in reached.values()) else 1
 
 
 if __name__ == "__main__":
