@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +137,11 @@ class Graft:
         """Return the graft at s times its strength.
 
         Raises:
-            RequestError: it holds something that has no strength (a new head, a pinned or replaced activation).
+            RequestError: s is no finite number, or the graft holds something that has no strength (a new head, a
+                pinned or replaced activation).
         """
+        if not isinstance(s, Real) or not math.isfinite(s):
+            raise RequestError(f"a strength of {s!r}", expected="a finite number", do="1 is the graft as it is")
         fixed = [n for n, d in self.deltas.items() if isinstance(d, New)]
         fixed += [o.describe() for o in self.operations if not o.scalable]
         if fixed and s != 1.0:
