@@ -18,6 +18,7 @@ from neurograft.core.coordinates import coordinates, everything
 from neurograft.core.delta import Delta, LowRank, New, Shut, Slice, merged
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import digest
+from neurograft.core.fits import named
 from neurograft.core.operation import Operation
 from neurograft.core.region import as_matrix, positions, union
 from neurograft.core.replay import Home, Replay
@@ -198,7 +199,8 @@ class Graft:
                 continue
             stack.check(name, self, model, where)
             whole = everything(delta.shape, as_matrix(delta.shape))
-            found[name] = stack.numbers(name, delta.region if isinstance(delta, Slice) else whole, model, where)
+            region = delta.region if isinstance(delta, Slice) else whole
+            found[name] = stack.numbers(named(name, self, where), region, model, where)
         return replace(self, originals=found) if not self.logged else self.materialize(model)
 
     @property
@@ -229,7 +231,7 @@ class Graft:
         for name, delta in self.deltas.items():
             if isinstance(delta, Replay):
                 stack.check(name, self, base, where)
-                originals[name] = stack.numbers(name, delta.region, base, where)
+                originals[name] = stack.numbers(named(name, self, where), delta.region, base, where)
                 deltas[name] = delta.replayed(originals[name])
         return replace(self, deltas=deltas, originals=originals, home=None)
 
