@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from neurograft.core.delta import LowRank, New, Slice
@@ -103,7 +104,7 @@ def test_a_low_rank_graft_keeps_factors_while_it_is_on():
     assert change.low.B is delta.B
 
 
-def test_a_tensor_under_another_name_is_found_by_its_module():
+def test_a_tensor_under_another_name_is_found_by_its_module(tmp_path):
     graft = Graft.made(net(), {"0.weight": rows()})
     renamed = replace(
         graft,
@@ -114,6 +115,10 @@ def test_a_tensor_under_another_name_is_found_by_its_module():
     base = net()
     with renamed.on(base):
         assert torch.equal(base[0].weight[1], graft.deltas["0.weight"].values[0])
+    assert renamed.bind(base).originals.keys() == {"old.name"}
+    folder = renamed.export(tmp_path / "patch", to="patch", model=base)
+    with safe_open(folder / "patch.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"0.weight::values", "0.weight::indices"}, "the name this model has"
     with pytest.raises(RequestError, match="tensor of this model"):
         replace(renamed, card={}).apply(base)
 

@@ -1,9 +1,11 @@
 """Selections: algebra, chance overlap against combinatorics, controls, files."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores, Selection
@@ -68,6 +70,44 @@ def test_bad_scores_and_units_are_refused():
         Selection.of(SITES, {"a": [10]})
     with pytest.raises(RequestError, match="site"):
         Selection.of(SITES, {"c": [0]})
+
+
+def test_masks_and_fractions_are_no_unit_numbers():
+    """True and False would be taken for the units 1 and 0."""
+    for wrong in (torch.tensor([True, False, True, True]), [False, True], [1.7]):
+        with pytest.raises(RequestError, match="unit numbers"):
+            Selection.of({"a": Site("a", "row", 4)}, {"a": wrong})
+    with pytest.raises(RequestError, match="unit -1"):
+        Selection.of({"a": Site("a", "row", 4)}, {"a": [-1, 2]})
+    with pytest.raises(RequestError, match="one number for each unit"):
+        Scores({"a": Site("a", "row", 4)}, {"a": torch.ones(3, 4)})
+    assert Selection.of({"a": Site("a", "row", 4)}, {"a": torch.zeros(0)}).ids["a"].tolist() == []
+
+
+def test_files_are_written_whole_and_checked_when_read(tmp_path, monkeypatch):
+    sites, both = {n: Site(n, "row", 4) for n in "ab"}, torch.tensor([1, 2])
+    path = Selection(sites, {"a": both, "b": both}).save(tmp_path / "w")  # one tensor under two names
+    assert Selection.load(path).counts() == {"a": 2, "b": 2}
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    whole = path.read_bytes()
+
+    def full(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("neurograft.core.selection.save_file", full)
+        with pytest.raises(OSError, match="disk full"):
+            Selection.of(sites, {"a": [3]}).save(path)
+    assert path.read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "w"]
+    far = Selection(sites, {"a": torch.tensor([9])}).save(tmp_path / "far")
+    with pytest.raises(RequestError, match="0 to 3"):
+        Selection.load(far)
+    save_file({}, tmp_path / "odd", metadata={"neurograft": '{"kind": "selection", "sites": [{"name": "a"}]}'})
+    with pytest.raises(RequestError, match="spoiled"):
+        Selection.load(tmp_path / "odd")
 
 
 def test_quotas_are_exact_and_ties_go_to_the_lower_number():

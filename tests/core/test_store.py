@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from neurograft.core.delta import Slice
+from neurograft.core.delta import LowRank, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import canonical
 from neurograft.core.graft import Graft
@@ -48,6 +48,34 @@ def test_the_card_says_what_it_was_made_with(tmp_path):
     assert card["seed"] == 3
 
 
+def test_a_card_with_numbers_as_keys_is_read_again(tmp_path):
+    """JSON makes text of them, which sorts otherwise: the digest is of what a reader sees."""
+    net = nn.Linear(3, 4)
+    row = {"weight": Slice(Region.of((4, 3), "rows", [2]), torch.ones(1, 3))}
+    folder = Graft.made(net, row, card={"layers": {2: 0.5, 10: 1.0}, 3: (1, 2)}).save(tmp_path / "g")
+    assert Graft.load(folder).card["layers"] == {"2": 0.5, "10": 1.0}
+    with pytest.raises(RequestError, match="plain data"):
+        Graft.made(net, row, card={"path": tmp_path}).save(tmp_path / "h")
+    assert not (tmp_path / "h").exists()
+
+
+def test_changes_that_share_a_tensor_are_written_each(tmp_path):
+    net, factor = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    low = {f"{i}.weight": LowRank((4, 4), factor, factor.t(), 0.5) for i in (0, 1)}
+    graft = Graft.made(net, low)
+    read = Graft.load(graft.save(tmp_path / "g"))
+    assert read.identity == graft.identity
+    rewrite(tmp_path / "g", lambda text: text["tensors"]["1.weight"].update(shape=[4, 5]))
+    with pytest.raises(RequestError, match="factors"):
+        Graft.load(tmp_path / "g")
+
+
+@pytest.mark.parametrize("s", [float("nan"), float("inf"), "2"])
+def test_a_strength_is_a_finite_number(s):
+    with pytest.raises(RequestError, match="finite number"):
+        Graft().scale(s)
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -75,6 +103,9 @@ def test_a_file_cannot_name_code_to_run(kind, words, tmp_path):
         lambda text: text.pop("base"),
         lambda text: text.update(format="one"),
         lambda text: text.update(tensors={"other": text["tensors"]["1.weight"]}),
+        lambda text: text["tensors"]["1.weight"].update(matrix=[4, 3]),
+        lambda text: text["tensors"]["1.weight"].update(shape=["4", "x"]),
+        lambda text: text.pop("tensors_sha256"),
     ],
 )
 def test_a_text_that_does_not_fit_its_tensors_is_refused(change, tmp_path):

@@ -96,6 +96,18 @@ def test_merged_shows_untied_weights(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_merged_has_the_strength_asked_for_whatever_strength_is_on(tmp_path):
+    model, name = pico("llama"), "model.layers.0.mlp.up_proj.weight"
+    graft = Graft.made(model, {name: Slice(Region.of((48, 32), "rows", [1]), torch.ones(1, 32))})
+    half = graft.scale(0.5)
+    with half.on(model):
+        wanted = model.get_parameter(name).detach().clone()
+    with graft.on(model):
+        folder = half.export(tmp_path / "half", to="merged", model=model)
+        assert bool((model.get_parameter(name)[1] == 1).all()), "the model keeps the strength it had"
+    assert torch.equal(type(model).from_pretrained(folder).get_parameter(name), wanted)
+
+
 def test_merged_refuses_other_grafts_and_folders_in_use(tmp_path):
     model = pico("llama")
     graft, other = everywhere(model), everywhere(model, seed=1)
@@ -192,6 +204,10 @@ def test_merged_folds_operations_into_the_grafted_weights(tmp_path):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
     written = type(model).from_pretrained(folder).get_parameter(down)
     assert torch.equal(written[:, 5], torch.full((32,), 0.125))
+    with graft.on(model), torch.no_grad():
+        again = type(model).from_pretrained(graft.export(tmp_path / "on", to="merged", model=model)).eval()
+        torch.testing.assert_close(again(**batch).logits, wanted, rtol=0, atol=1e-6)
+        assert torch.equal(model(**batch).logits, wanted), "the model keeps the graft it had on"
     pinned = Graft.made(model, {}, operations=(Intervention(site, torch.tensor([2]), "pin", torch.tensor(1.0)),))
     with pytest.raises(RequestError, match="bias"):
         pinned.export(tmp_path / "n", to="merged", model=model)

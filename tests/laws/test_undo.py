@@ -267,6 +267,27 @@ def test_appended_rows_and_changes_of_the_same_weight_refuse_each_other():
     assert equal(bits(model), base)
 
 
+def test_a_cast_model_with_appended_rows_gives_the_cast_base_back():
+    model, name = pico("gpt2"), "transformer.wte.weight"
+    longer = Graft.made(model, {name: New(torch.ones(2, 32), 64)})
+    longer.remove(longer.apply(model).to(torch.bfloat16))
+    assert equal(bits(model), bits(pico("gpt2").to(torch.bfloat16)))
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_base_that_was_written_into_between_two_applies_is_another_one():
+    model, up, down = pico("llama"), *(f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+    stays, comes = (
+        Graft.made(model, {n: Slice(Region.of((48, 32), "rows", [1]), torch.ones(1, 32))}) for n in (up, down)
+    )
+    with stays.on(model):
+        comes.apply(model)
+        comes.remove(model)
+        model.get_parameter(down).data.add_(1.0)
+        with pytest.raises(RequestError, match="other numbers"):
+            comes.apply(model)
+
+
 def test_sums_and_strengths_agree_with_the_stack():
     model = pico("mixtral", dtype=torch.bfloat16, num_hidden_layers=1)
     grafts = overlapping(model)

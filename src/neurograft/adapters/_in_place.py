@@ -10,11 +10,12 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from neurograft.core.context import Trained
+from neurograft.core.coordinates import everything
 from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.live import Live
 from neurograft.core.mount import Mount
-from neurograft.core.region import Region
+from neurograft.core.region import Region, as_matrix
 from neurograft.core.uses import LiveWeight, tag, untag
 from neurograft.core.values import register_values, unregister_values
 
@@ -33,7 +34,8 @@ class InPlaceMount(Mount):
         names = {n: self._checked(n, dict(model.named_parameters(remove_duplicate=False))[n]) for n in regions}
         super().__init__(model, new=new)
         self.allow_dense = allow_dense
-        self.lives = [self._live(n, names[n], r) for n, r in regions.items() if n not in self.whole]
+        self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in (torch.bfloat16, torch.float16)]
+        self.lives = [self._live(n, names[n], r) for n, r in regions.items() if n not in self.whole()]
         self.start = {}
         for live in self.lives:
             if live.name in self.stack.ledgers:
@@ -49,6 +51,12 @@ class InPlaceMount(Mount):
         """Return the trainable side of a weight."""
         return Live(name, weight, region, allow_dense=self.allow_dense)
 
+    def _head(self, name: str, weight: nn.Parameter) -> Live:
+        """Return the float32 side of a new parameter: in a narrow dtype small steps would round to nothing."""
+        weight.requires_grad_(False)
+        shape = tuple(weight.shape)
+        return Live(name, self._checked(name, weight), everything(shape, as_matrix(shape)), allow_dense=True)
+
     def _prepare(self, live: Live) -> None:
         """Choose the routes of the plain cases now, so that a compiler meets no search for them."""
         for name, key in self.found.alias.items():
@@ -58,11 +66,6 @@ class InPlaceMount(Mount):
                     live.looked_up()
                 else:
                     live.local(0, "row" if type(owner).__name__ == "Conv1D" else "column")
-
-    @property
-    def whole(self) -> set[str]:
-        """Names of parameters that are trained whole because the base lacks them."""
-        return {n for n in self.new if n not in self.appended}
 
     @staticmethod
     def _checked(name: str, weight: nn.Parameter) -> nn.Parameter:
@@ -84,9 +87,13 @@ class InPlaceMount(Mount):
         """Return the values by the names of the weights they belong to."""
         return {live.name: live.theta for live in self.lives}
 
+    def fresh(self) -> dict[str, nn.Parameter]:
+        """Return the new parameters; of a narrow dtype, the float32 values they follow."""
+        return {**super().fresh(), **{head.name: head.theta for head in self.heads}}
+
     def write(self) -> None:
         """Write every value into its weight."""
-        for live in self.lives:
+        for live in (*self.lives, *self.heads):
             live.write()
             live.epoch += 1
 
@@ -140,15 +147,16 @@ class InPlaceMount(Mount):
         return {live.name: live.region for live in self.lives}
 
     def _untag(self) -> None:
-        for live in self.lives:
+        for live in (*self.lives, *self.heads):
             live.write()
             untag(live)
         unregister_values(self.model)
 
     def _tag(self, lives: list[Live]) -> None:
-        self.lives, self.by_theta = lives, {id(live.theta): live for live in lives}
-        register_values(self.model, lives)
-        for live in lives:
+        every = [*lives, *self.heads]
+        self.lives, self.by_theta = lives, {id(live.theta): live for live in every}
+        register_values(self.model, every)
+        for live in every:
             self._prepare(live)
             tag(live)
 
@@ -156,7 +164,7 @@ class InPlaceMount(Mount):
         """Make every weight plain again, with its original numbers."""
         for handle in self.handles:
             handle.remove()
-        for live in self.lives:
+        for live in (*self.lives, *self.heads):
             live.restore()
             untag(live)
         unregister_values(self.model)
@@ -166,7 +174,7 @@ class InPlaceMount(Mount):
 
         `.to("meta")`, offloading, sharding and `load_state_dict(assign=True)` rebuild parameters.
         """
-        for live in self.lives:
+        for live in (*self.lives, *self.heads):
             owner, _, leaf = live.name.rpartition(".")
             if self.model.get_submodule(owner)._parameters.get(leaf) is not live.weight:
                 raise RunError(

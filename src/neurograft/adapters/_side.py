@@ -28,9 +28,8 @@ class SideMount(Mount):
     ) -> None:
         super().__init__(model, new=new)
         self.sides: dict[str, Side] = {}
-        whole = {n for n in self.new if n not in self.appended}
         for name, region in regions.items():
-            if name not in whole:
+            if name not in self.whole():
                 owner_name, _, leaf = name.rpartition(".")
                 self.sides[name] = Side(name, model.get_submodule(owner_name), leaf, region)
         register_values(model, list(self.sides.values()))

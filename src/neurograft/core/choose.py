@@ -101,12 +101,12 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
         return Chosen(choice.function, {**choice.options, **options}, choice.name)
     if isinstance(choice, (tuple, list)) and len(choice) == 2:
         choice, given = choice
-        options = {**given, **options}
-    if isinstance(choice, Mapping) and set(choice) <= {"path", "options"}:
-        options = {**choice.get("options", {}), **options}
+        options = {**_options(room, given), **options}
+    if isinstance(choice, Mapping) and "path" in choice and set(choice) <= {"path", "options"}:
+        options = {**_options(room, choice.get("options", {})), **options}
         choice = choice["path"]
     if isinstance(choice, str):
-        dotted = choice if "." in choice else f"neurograft.{room}.{one_of(choice, methods(room), what=room[:-1])}"
+        dotted = choice if "." in choice else f"neurograft.{room}.{one_of(choice, methods(room), what=_singular(room))}"
         function, name = resolve(dotted), dotted
     elif callable(choice):
         function = choice
@@ -119,6 +119,20 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
         )
     check_options(function, options, name)
     return Chosen(function, options, name)
+
+
+def _options(room: str, given: Any) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise RequestError(
+            f"options of type {type(given).__name__} for a method of {room}",
+            expected="a mapping of options to values",
+            do='write ("top", {"fraction": 0.01})',
+        )
+    return given
+
+
+def _singular(room: str) -> str:
+    return f"a method of {room}" if room in ("data", "export") else room.removesuffix("s")
 
 
 def option_names(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

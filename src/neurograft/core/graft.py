@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from neurograft.core.coordinates import coordinates, everything
 from neurograft.core.delta import Delta, LowRank, New, Shut, Slice, merged
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import digest
+from neurograft.core.fits import named
 from neurograft.core.operation import Operation
 from neurograft.core.region import as_matrix, positions, union
 from neurograft.core.replay import Home, Replay
@@ -135,8 +138,11 @@ class Graft:
         """Return the graft at s times its strength.
 
         Raises:
-            RequestError: it holds something that has no strength (a new head, a pinned or replaced activation).
+            RequestError: s is no finite number, or the graft holds something that has no strength (a new head, a
+                pinned or replaced activation).
         """
+        if not isinstance(s, Real) or not math.isfinite(s):
+            raise RequestError(f"a strength of {s!r}", expected="a finite number", do="1 is the graft as it is")
         fixed = [n for n, d in self.deltas.items() if isinstance(d, New)]
         fixed += [o.describe() for o in self.operations if not o.scalable]
         if fixed and s != 1.0:
@@ -193,7 +199,8 @@ class Graft:
                 continue
             stack.check(name, self, model, where)
             whole = everything(delta.shape, as_matrix(delta.shape))
-            found[name] = stack.numbers(name, delta.region if isinstance(delta, Slice) else whole, model, where)
+            region = delta.region if isinstance(delta, Slice) else whole
+            found[name] = stack.numbers(named(name, self, where), region, model, where)
         return replace(self, originals=found) if not self.logged else self.materialize(model)
 
     @property
@@ -224,7 +231,7 @@ class Graft:
         for name, delta in self.deltas.items():
             if isinstance(delta, Replay):
                 stack.check(name, self, base, where)
-                originals[name] = stack.numbers(name, delta.region, base, where)
+                originals[name] = stack.numbers(named(name, self, where), delta.region, base, where)
                 deltas[name] = delta.replayed(originals[name])
         return replace(self, deltas=deltas, originals=originals, home=None)
 

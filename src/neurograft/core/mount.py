@@ -52,7 +52,8 @@ class Mount(ABC):
         self.flags = {n: p.requires_grad for n, p in self.found.by_name.items()}
         self.appended = dict(new) if isinstance(new, Mapping) else {}
         self.new = self._match(new)
-        self.new_originals = {n: self.found.by_name[n].detach().clone() for n in self.new}
+        self.new_originals = {n: p.detach().clone() for n, p in self.whole().items()}
+        self.ended_new: dict[str, Tensor] = {}  # what whole new parameters held when they were taken out
         for name, parameter in self.found.by_name.items():
             parameter.requires_grad_(name in self.new and name not in self.appended)
 
@@ -97,8 +98,15 @@ class Mount(ABC):
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return every trainable tensor by name: the adapter's and the new parameters."""
-        whole = {n: self.found.by_name[n] for n in self.new if n not in self.appended}
-        return {**self.trained(), **whole}
+        return {**self.trained(), **self.fresh()}
+
+    def whole(self) -> dict[str, nn.Parameter]:
+        """Return the model's parameters that are trained whole because the base lacks them, by name."""
+        return {n: self.found.by_name[n] for n in self.new if n not in self.appended}
+
+    def fresh(self) -> dict[str, nn.Parameter]:
+        """Return what an optimizer is given for them: themselves, or float32 values that they follow."""
+        return self.whole()
 
     def parameters(self) -> list[nn.Parameter]:
         """Return every trainable tensor, for an optimizer."""
@@ -158,7 +166,9 @@ class Mount(ABC):
                 assert isinstance(grown, Slice)
                 found[piece.name] = New(grown.values, self.appended[name])
             else:
-                found[piece.name] = New(self.found.by_name[name].detach().cpu().float().clone())
+                held = (self.fresh() if self.attached else self.ended_new)[name].detach().cpu()
+                work = torch.float64 if held.dtype == torch.float64 else torch.float32
+                found[piece.name] = New(held.to(work, copy=True))
         resting = self.rest()
         try:
             apart = () if self.ties is None else (Untie(self.ties.names),)
@@ -199,10 +209,9 @@ class Mount(ABC):
             return
         self.unmount()
         with torch.no_grad():
-            self.kept_new = {n: self.found.by_name[n].detach().clone() for n in self.new}
+            self.ended_new = {n: p.detach().clone() for n, p in self.fresh().items()}
             for name, value in self.new_originals.items():
-                if name not in self.appended:
-                    self.found.by_name[name].copy_(value)
+                self.found.by_name[name].copy_(value)
         for name, flag in self.flags.items():
             parameter = self.found.by_name[name]
             parameter.requires_grad_(flag)

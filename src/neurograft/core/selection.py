@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from neurograft.core.errors import RequestError, near
 from neurograft.core.fingerprint import digest
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
+from neurograft.core.store import apart
 from neurograft.core.units import Site, census
 
 EACH = "::each"  # what the names of scores per example end in, in a file
@@ -48,8 +50,9 @@ class Scores:
     per_example: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in (*self.values.items(), *self.per_example.items()):
-            if name not in self.sites or tuple(value.shape[-1:]) != (self.sites[name].n,):
+        both = [(name, value, 1) for name, value in self.values.items()]
+        for name, value, axes in both + [(name, value, 2) for name, value in self.per_example.items()]:
+            if name not in self.sites or value.dim() != axes or value.shape[-1] != self.sites[name].n:
                 raise RequestError(
                     f"scores of shape {tuple(value.shape)} for {name!r}",
                     expected="one number for each unit of a known site",
@@ -117,17 +120,24 @@ class Selection:
         """Build a selection; ids are made unique and sorted.
 
         Raises:
-            RequestError: an unknown site or unit.
+            RequestError: an unknown site or unit, or a mask where unit numbers belong.
         """
         found = {}
         for name in sites:
             raw = ids.get(name, ())
-            chosen = (
-                torch.as_tensor(raw if isinstance(raw, Tensor) else list(raw), dtype=torch.int64).reshape(-1).unique()
-            )
+            given = torch.as_tensor(raw if isinstance(raw, Tensor) else list(raw))
+            if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+                raise RequestError(
+                    f"units of {name!r} as {given.dtype}",
+                    expected="unit numbers",
+                    do="of a mask: mask.nonzero().reshape(-1)",
+                )
+            chosen = given.to(torch.int64).reshape(-1).unique()
             if len(chosen) and (chosen[0] < 0 or chosen[-1] >= sites[name].n):
                 raise RequestError(
-                    f"unit {int(chosen[-1])} of {name!r}", expected=f"0 to {sites[name].n - 1}", do="count units from 0"
+                    f"unit {int(chosen[0] if chosen[0] < 0 else chosen[-1])} of {name!r}",
+                    expected=f"0 to {sites[name].n - 1}",
+                    do="count units from 0",
                 )
             found[name] = chosen
         for name in ids:
@@ -255,7 +265,7 @@ class Selection:
     @staticmethod
     def load(path: str | Path) -> Selection:
         """Read what `save` wrote."""
-        return Selection(*_load(Path(path), "selection"))
+        return Selection.of(*_load(Path(path), "selection"))
 
 
 def _save(
@@ -266,7 +276,15 @@ def _save(
         "neurograft": json.dumps({"kind": kind, "sites": [s.as_dict() for s in sites.values()], "card": dict(card)})
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata=meta)
+    work = path.with_name(f".{path.name}.{os.getpid()}")  # written whole, then put in its place
+    try:
+        work.touch()
+        mode = work.stat().st_mode
+        save_file(apart({n: t.contiguous() for n, t in tensors.items()}), work, metadata=meta)
+        work.chmod(mode)  # safetensors writes for its owner alone
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
     return path
 
 
@@ -287,5 +305,12 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Site], dict[str, Tensor], di
             expected=f"a {kind} file",
             do=f"give a file written by {kind}.save",
         )
-    sites = [Site.from_dict(s) for s in meta["sites"]]
-    return {s.name: s for s in sites}, tensors, meta["card"]
+    try:
+        sites = [Site.from_dict(s) for s in meta["sites"]]
+        return {s.name: s for s in sites}, tensors, meta["card"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"{path}, whose description of the units is spoiled ({error})",
+            expected=f"a {kind} file",
+            do="write it again",
+        ) from error

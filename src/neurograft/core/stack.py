@@ -107,6 +107,7 @@ class Stack:
                 expected="a graft that is not on this model",
                 do="remove it first, or apply graft.scale(...) after removing it",
             )
+        self.digests.clear()  # of a base that somebody may have written into since
         handles: list[Any] = []
         try:
             self._make_room(model, graft, handles)

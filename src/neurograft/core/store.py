@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +42,14 @@ def save(graft: Graft, folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"the path {folder}, a file", expected="a folder", do="choose another path")
     tensors, text = _pack(graft)
+    text = _plain(text)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(tensors, work / TENSORS, metadata={"format": "pt"})  # one key: their order is random
+        save_file(apart(tensors), work / TENSORS, metadata={"format": "pt"})  # one key: their order is random
         text["tensors_sha256"] = _file_digest(work / TENSORS)
         text["digest"] = hashlib.sha256(canonical(text)).hexdigest()
         (work / TEXT).write_text(json.dumps(text, indent=1, sort_keys=True) + "\n")
-        os.chmod(work / TENSORS, (work / TEXT).stat().st_mode)  # safetensors writes for its owner alone
         for name in (TENSORS, TEXT):
             with open(work / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -74,7 +74,7 @@ def load(source: str | Path, *, revision: str | None = None) -> Graft:
 
     folder = _local(source, revision)
     text = _read_text(folder / TEXT)
-    if _file_digest(folder / TENSORS) != text["tensors_sha256"]:
+    if _file_digest(folder / TENSORS) != text.get("tensors_sha256"):
         raise _changed(folder / TENSORS, "its bytes do not match the digest in graft.json")
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
@@ -86,8 +86,10 @@ def load(source: str | Path, *, revision: str | None = None) -> Graft:
         deltas = {name: _unpack(name, entry, tensors, logs) for name, entry in text["tensors"].items()}
         operations = tuple(_operation(i, meta, tensors) for i, meta in enumerate(text["operations"]))
         return Graft(deltas, operations, text["base"], text["card"], text["strength"])
-    except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise _changed(folder / TEXT, f"it lacks {error}") from error
+    except RequestError:
+        raise
+    except (KeyError, TypeError, AttributeError, AssertionError, ValueError, IndexError, OverflowError) as error:
+        raise _changed(folder / TEXT, f"it lacks or spoils {error}") from error
 
 
 def _operation(i: int, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
@@ -233,6 +235,23 @@ def _pack(graft: Graft) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, text
 
 
+def _plain(text: dict[str, Any]) -> dict[str, Any]:
+    """Return what a reader of the file will see: its digest is of that, and JSON turns numbers that are keys into text.
+
+    Raises:
+        RequestError: the card holds something that JSON cannot.
+    """
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(text))
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"a graft whose card is no plain data ({error})",
+            expected="text, numbers, lists and mappings",
+            do="put str(...) or .tolist() of it on the card",
+        ) from error
+    return found
+
+
 def _logged(delta: Replay, logs: list[Log]) -> dict[str, Any]:
     """Return what a file says of a replayed change; its log joins those of the others if it is not among them."""
     if not any(log is delta.log for log in logs):
@@ -251,6 +270,9 @@ def _unpack(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], logs: 
     shape = tuple(entry["shape"])
     if entry["kind"] == "lowrank":
         A, B = tensors[f"{name}::lora_A"], tensors[f"{name}::lora_B"]
+        (rank, into), (out, same) = A.shape, B.shape
+        if rank != same or math.prod(shape) != out * into:
+            raise KeyError(f"factors of a tensor of shape {shape} for {name}")
         return LowRank(shape, A, B, entry["scale"], entry["transposed"])
     if entry["kind"] == "new":
         return New(tensors[f"{name}::added"], entry["after"])
@@ -295,6 +317,17 @@ def shortest(region: Region) -> tuple[str, Tensor]:
     mask = torch.zeros(total, dtype=torch.bool)
     mask[entries] = True
     return "bits", packed_bits(mask)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors wants them: what two names hold is copied for the second."""
+    seen: set[int] = set()
+    made = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        made[name] = tensor.clone() if place in seen and tensor.numel() else tensor
+        seen.add(place)
+    return made
 
 
 def packed_bits(mask: Tensor) -> Tensor:

@@ -45,9 +45,12 @@ class Growth:
             setattr(owner, size, rows)
 
     def remove(self) -> None:
-        """Put the parameter and the sizes back, with what the shared rows hold now."""
-        now = self.model.get_parameter(self.names[0]).detach()
-        self.old.data.copy_(now[: len(self.old)])
+        """Put the parameter and the sizes back, with what the shared rows hold now, as and where the model is now."""
+        now = self.model.get_parameter(self.names[0]).detach()[: len(self.old)]
+        if (now.dtype, now.device) == (self.old.dtype, self.old.device):
+            self.old.data.copy_(now)
+        else:
+            self.old.data = now.clone()
         self._place(self.old)
         for owner, size, before in self.sizes:
             setattr(owner, size, before)

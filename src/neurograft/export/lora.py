@@ -64,8 +64,8 @@ def lora(
         )
     if not (found.layers or found.banks or found.tokens or found.heads):
         raise RequestError("a graft without any exact LoRA form", expected="at least one", do="export to='merged'")
-    folder = place(folder)
     config, tensors = _config(found, *base_name(graft, model, base)), _tensors(found, model)
+    folder = place(folder)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     notes = {

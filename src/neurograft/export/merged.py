@@ -70,8 +70,11 @@ def merged(
         )
     source = base_name(graft, model, None)[0]
     with ExitStack() as undo:
-        if graft.identity not in on:
-            undo.enter_context(folded([graft], model))
+        if on:  # at another strength perhaps, and its operations are no weights yet
+            worn = on[graft.identity]
+            worn.remove(model)
+            undo.callback(worn.apply, model)
+        undo.enter_context(folded([graft], model))
         return write(model, folder, source=source, shard=shard, verify=verify, text=readme(graft, source, "merged", {}))
 
 

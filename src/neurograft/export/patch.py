@@ -14,6 +14,7 @@ from neurograft.core.card import method
 from neurograft.core.coordinates import Piece, coordinates, everything
 from neurograft.core.delta import Delta, LowRank, New, Shift, Slice, combined
 from neurograft.core.errors import RequestError
+from neurograft.core.fits import named
 from neurograft.core.graft import Graft
 from neurograft.core.region import as_matrix
 from neurograft.core.replay import Replay
@@ -75,9 +76,10 @@ def _patches(graft: Graft, model: nn.Module) -> tuple[dict[str, Tensor], dict[st
     now: dict[str, Tensor] = {}
     back: dict[str, Tensor] = {}
     entries: list[dict[str, object]] = []
-    for name, delta in graft.deltas.items():
+    for tensor, delta in graft.deltas.items():
+        name = named(tensor, graft, where)
         if not isinstance(delta, New):
-            stack.check(name, graft, model, where)
+            stack.check(tensor, graft, model, where)
         change = _change(name, delta)
         before = stack.numbers(name, change.region, model, where)
         after = combined(change.region, before, [(change, graft.strength)]).to(before.dtype)

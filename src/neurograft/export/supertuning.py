@@ -65,7 +65,7 @@ def supertuning(
             expected="chosen entries of linear layers",
             do="export to='lora' or 'merged', or pass partial=True to leave these out",
         )
-    folder, name = place(folder), base_name(graft, model, base)
+    name = base_name(graft, model, base)
     config = SupertuningConfig(
         target_modules=sorted(i.module for i in found.values()),
         sparsity=_sparsity(found),
@@ -74,6 +74,7 @@ def supertuning(
         revision=name[1],
     )
     tensors, wrong, total = _tensors(found, model, config.sparsity)
+    folder = place(folder)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     notes = {

@@ -1,0 +1,29 @@
+"""Choices of method: what is no choice says so."""
+
+import pytest
+
+from neurograft.core.choose import choose
+from neurograft.core.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({}, "a name, "),
+        ({"options": {}}, "a name, "),
+        (("top", 0.01), "options of type float"),
+        (("top", None), "options of type NoneType"),
+        ({"path": "top", "options": 3}, "options of type int"),
+        (("top", {"fractoin": 0.01}), "did you mean 'fraction'"),
+    ],
+)
+def test_what_is_no_choice_is_refused(choice, words):
+    with pytest.raises(RequestError, match=words):
+        choose("selectors", choice)
+
+
+def test_rooms_whose_name_is_no_plural():
+    with pytest.raises(RequestError, match="a method of data 'reservoor'"):
+        choose("data", "reservoor")
+    with pytest.raises(RequestError, match=r"got locator 'fischer'.*did you mean 'fisher'"):
+        choose("locators", "fischer")
