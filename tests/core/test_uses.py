@@ -140,6 +140,30 @@ def test_a_backward_pass_across_a_step_is_refused():
             first.backward()
 
 
+def test_a_weight_may_begin_inside_a_shared_storage():
+    shared = rand(4 * E * R * C, seed=1)
+    for name in ("one expert", "one transposed expert", "linear of a transpose", "cast, then linear", "grouped"):
+        shape, run = OPERATIONS[name]
+        for region in regions(name):
+            twin, _ = made(name)
+            run(twin).sum().backward()
+            weight = nn.Parameter(shared[R * C + 5 :][: twin.numel()].view(shape).copy_(twin.detach()), False)
+            live = Live("w", weight, region)
+            tag(live)
+            run(weight).sum().backward()
+            torch.testing.assert_close(live.theta.grad, region.read(twin.grad), rtol=0, atol=1e-10)
+
+
+def test_half_of_every_expert_is_no_bank():
+    weight, live = made("grouped", Region.of((E, C, R), "rows", [0, 1]))
+    half = X[0][:, C // 2 :]
+    with pytest.raises(RunError, match="by_expert"):
+        grouped(half, weight[:, C // 2 :])
+    live.allow_dense = True
+    grouped(half, weight[:, C // 2 :]).sum().backward()
+    assert live.theta.grad.eq(0).all()
+
+
 def test_an_unfrozen_weight_is_refused():
     weight, _ = made("linear", Region.of((R, C), "cols", [1]))
     weight.requires_grad_(True)

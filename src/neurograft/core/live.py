@@ -220,7 +220,7 @@ def check_epoch(live: Live, epoch: int) -> None:
 
 class Watched:
     """Marks a live weight and the views of one; `neurograft` is its `Live`, `shift` (views only) what to add to the
-    storage offset to get an entry number of the weight."""
+    storage offset to get a place in the weight's storage."""
 
     neurograft: Live
 

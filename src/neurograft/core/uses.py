@@ -34,8 +34,8 @@ class LiveWeight(Watched, nn.Parameter):
 class LiveView(Watched, Tensor):
     """A view or a cast of a live weight that still knows which entries it shows.
 
-    `shift` is what to add to its storage offset to get the number of its first entry in the weight. Compilers
-    cannot ask for the offset, and follow only views that begin where the weight does.
+    `shift` is what to add to its storage offset to get the place of its first entry in the weight's storage.
+    Compilers cannot ask for the offset, and follow only views that begin where the weight does.
     """
 
     shift: int
