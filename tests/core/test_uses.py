@@ -118,6 +118,18 @@ def test_an_invisible_write_reaches_every_use(name, grad):
         assert torch.equal(found, run(weight).detach())
 
 
+@pytest.mark.parametrize("layout", ["rows", "cols", "flat"])
+def test_convolutions_under_autocast(layout):
+    dense = nn.Parameter(rand(6, 4, 3, seed=1).float())
+    weight = nn.Parameter(dense.detach().clone(), requires_grad=False)
+    live = Live("w", weight, Region.of((6, 4, 3), layout, [1, 4], matrix=(1, 6, 12)))
+    tag(live)
+    for w in (dense, weight):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            F.conv1d(LINE.float(), w).float().square().sum().backward()
+    torch.testing.assert_close(live.theta.grad, live.region.read(dense.grad), rtol=2e-2, atol=1.0)
+
+
 def test_an_unknown_operation_is_named_and_may_be_accepted():
     weight, live = made("linear", Region.of((R, C), "rows", [1]))
     with pytest.raises(RunError, match=r"w meets the operation .*einsum.*allow_dense=True"):
