@@ -136,9 +136,37 @@ def test_an_unknown_operation_is_named_and_may_be_accepted():
         torch.einsum("nc,rc->nr", X[0], weight)
     with pytest.raises(RunError, match="setitem"):
         torch.zeros(R, C)[:] = weight
+    with pytest.raises(RunError, match="transpose"):
+        torch.transpose(input=weight, dim0=0, dim1=1)
     live.allow_dense = True
     torch.einsum("nc,rc->nr", X[0], weight).sum().backward()
     torch.testing.assert_close(live.theta.grad[0], X[0].sum(0), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_operations_with_a_state_run_once(grad):
+    """Batch norms count what they saw, dropout draws."""
+    plain = nn.BatchNorm1d(C).double()
+    norm = nn.BatchNorm1d(C).double().requires_grad_(False)
+    tag(Live("norm.weight", norm.weight, Region.of((C,), "flat", [1])))
+    weight, live = made("linear", Region.of((R, C), "rows", [1]))
+    live.allow_dense = True
+    with torch.set_grad_enabled(grad), torch.random.fork_rng():
+        for net in (plain, norm):
+            net(X[0])
+        assert torch.equal(plain.running_mean, norm.running_mean)
+        torch.manual_seed(0)
+        wanted = F.dropout(weight.detach()), torch.rand(1)
+        torch.manual_seed(0)
+        assert all(torch.equal(a.detach(), b) for a, b in zip((F.dropout(weight), torch.rand(1)), wanted))
+
+
+def test_numbers_read_into_python_are_current():
+    weight, live = made("linear", Region.of((R, C), "flat", [3]))
+    live.theta.data.fill_(7.0)
+    assert (weight == 7.0).sum() == 1
+    live.theta.data.fill_(8.0)
+    assert weight.tolist()[0][3] == 8.0
 
 
 def test_a_backward_pass_across_a_step_is_refused():
