@@ -118,15 +118,55 @@ def test_an_invisible_write_reaches_every_use(name, grad):
         assert torch.equal(found, run(weight).detach())
 
 
+@pytest.mark.parametrize("layout", ["rows", "cols", "flat"])
+def test_convolutions_under_autocast(layout):
+    dense = nn.Parameter(rand(6, 4, 3, seed=1).float())
+    weight = nn.Parameter(dense.detach().clone(), requires_grad=False)
+    live = Live("w", weight, Region.of((6, 4, 3), layout, [1, 4], matrix=(1, 6, 12)))
+    tag(live)
+    for w in (dense, weight):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            F.conv1d(LINE.float(), w).float().square().sum().backward()
+    torch.testing.assert_close(live.theta.grad, live.region.read(dense.grad), rtol=2e-2, atol=1.0)
+
+
 def test_an_unknown_operation_is_named_and_may_be_accepted():
     weight, live = made("linear", Region.of((R, C), "rows", [1]))
     with pytest.raises(RunError, match=r"w meets the operation .*einsum.*allow_dense=True"):
         torch.einsum("nc,rc->nr", X[0], weight)
     with pytest.raises(RunError, match="setitem"):
         torch.zeros(R, C)[:] = weight
+    with pytest.raises(RunError, match="transpose"):
+        torch.transpose(input=weight, dim0=0, dim1=1)
     live.allow_dense = True
     torch.einsum("nc,rc->nr", X[0], weight).sum().backward()
     torch.testing.assert_close(live.theta.grad[0], X[0].sum(0), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_operations_with_a_state_run_once(grad):
+    """Batch norms count what they saw, dropout draws."""
+    plain = nn.BatchNorm1d(C).double()
+    norm = nn.BatchNorm1d(C).double().requires_grad_(False)
+    tag(Live("norm.weight", norm.weight, Region.of((C,), "flat", [1])))
+    weight, live = made("linear", Region.of((R, C), "rows", [1]))
+    live.allow_dense = True
+    with torch.set_grad_enabled(grad), torch.random.fork_rng():
+        for net in (plain, norm):
+            net(X[0])
+        assert torch.equal(plain.running_mean, norm.running_mean)
+        torch.manual_seed(0)
+        wanted = F.dropout(weight.detach()), torch.rand(1)
+        torch.manual_seed(0)
+        assert all(torch.equal(a.detach(), b) for a, b in zip((F.dropout(weight), torch.rand(1)), wanted))
+
+
+def test_numbers_read_into_python_are_current():
+    weight, live = made("linear", Region.of((R, C), "flat", [3]))
+    live.theta.data.fill_(7.0)
+    assert (weight == 7.0).sum() == 1
+    live.theta.data.fill_(8.0)
+    assert weight.tolist()[0][3] == 8.0
 
 
 def test_a_backward_pass_across_a_step_is_refused():
@@ -138,6 +178,30 @@ def test_a_backward_pass_across_a_step_is_refused():
             change(live.theta)
         with pytest.raises(RunError, match="between this forward pass and its backward pass"):
             first.backward()
+
+
+def test_a_weight_may_begin_inside_a_shared_storage():
+    shared = rand(4 * E * R * C, seed=1)
+    for name in ("one expert", "one transposed expert", "linear of a transpose", "cast, then linear", "grouped"):
+        shape, run = OPERATIONS[name]
+        for region in regions(name):
+            twin, _ = made(name)
+            run(twin).sum().backward()
+            weight = nn.Parameter(shared[R * C + 5 :][: twin.numel()].view(shape).copy_(twin.detach()), False)
+            live = Live("w", weight, region)
+            tag(live)
+            run(weight).sum().backward()
+            torch.testing.assert_close(live.theta.grad, region.read(twin.grad), rtol=0, atol=1e-10)
+
+
+def test_half_of_every_expert_is_no_bank():
+    weight, live = made("grouped", Region.of((E, C, R), "rows", [0, 1]))
+    half = X[0][:, C // 2 :]
+    with pytest.raises(RunError, match="by_expert"):
+        grouped(half, weight[:, C // 2 :])
+    live.allow_dense = True
+    grouped(half, weight[:, C // 2 :]).sum().backward()
+    assert live.theta.grad.eq(0).all()
 
 
 def test_an_unfrozen_weight_is_refused():

@@ -76,6 +76,10 @@ class Live:
         """
         return 0 if torch.compiler.is_compiling() else self.epoch + self.theta._version
 
+    def may_be_dense(self, free: bool = False) -> bool:
+        """Say whether a dense gradient of this weight is accepted, `free` if the operation needs none larger."""
+        return free or self.vector or self.allow_dense
+
     def reload(self) -> None:
         """Take over what somebody else wrote into the weight (`load_state_dict`, an initialiser)."""
         with Plain():
@@ -220,7 +224,7 @@ def check_epoch(live: Live, epoch: int) -> None:
 
 class Watched:
     """Marks a live weight and the views of one; `neurograft` is its `Live`, `shift` (views only) what to add to the
-    storage offset to get an entry number of the weight."""
+    storage offset to get a place in the weight's storage."""
 
     neurograft: Live
 
@@ -241,7 +245,7 @@ def alias(value: Any, func: Any, *, free: bool = False) -> Any:
     if not isinstance(value, Watched):
         return value
     live = value.neurograft
-    if not (free or live.vector or live.allow_dense):
+    if not live.may_be_dense(free):
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", None) or str(func)
         raise RunError(
             f"{live.name} meets the operation {name}, whose compact gradient is not known here; "

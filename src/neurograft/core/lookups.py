@@ -86,7 +86,7 @@ class _ConvTap(torch.autograd.Function):
         (g,) = grads
         check_epoch(ctx.live, ctx.epoch)
         (x,) = ctx.saved_tensors
-        found = _conv_gradient(x, g, ctx.live.region, ctx.channels, ctx.options)
+        found = _conv_gradient(x.to(g.dtype), g, ctx.live.region, ctx.channels, ctx.options)  # autocast casts x
         return g, None, found.reshape(ctx.shape).to(ctx.dtype), None, None
 
 

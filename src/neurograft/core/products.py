@@ -21,7 +21,9 @@ def _place(weight: Any) -> tuple[Live, int, bool, tuple[int, int]] | None:
     banks, rows, columns = live.region.matrix
     if not hasattr(weight, "shift"):
         return (live, 0, False, (0, rows)) if banks == 1 else None
-    start = 0 if torch.compiler.is_compiling() else weight.storage_offset() + weight.shift
+    start = 0
+    if not torch.compiler.is_compiling():  # the weight itself may begin inside a storage that it shares
+        start = weight.storage_offset() + weight.shift - live.weight.storage_offset()
     (high, wide), stride = weight.shape, weight.stride()
     flipped = stride == (1, columns) and not (stride == (columns, 1) and wide == columns)
     if flipped:
@@ -170,9 +172,11 @@ def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`_grouped_mm(x, W, offs=)`: y rows of expert e = x rows of e @ W[e]."""
     x, weight, offs = args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None)
     live: Live | None = getattr(weight, "neurograft", None)
-    if live is None or offs is None or weight.dim() != 3 or weight.shape[0] != live.region.matrix[0]:
+    if live is None or offs is None or weight.dim() != 3:
         return NotImplemented
-    columns = live.region.matrix[2]
+    banks, _, columns = live.region.matrix
+    if weight.shape[0] != banks or weight.numel() != live.weight.numel():
+        return NotImplemented  # some of the experts, or half of the rows of each
     if weight.stride()[1:] == (1, columns):
         side: Side = "column"  # the weight arrives transposed: y = x @ W.T
     elif weight.stride()[1:] == (columns, 1):

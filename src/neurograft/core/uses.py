@@ -34,8 +34,8 @@ class LiveWeight(Watched, nn.Parameter):
 class LiveView(Watched, Tensor):
     """A view or a cast of a live weight that still knows which entries it shows.
 
-    `shift` is what to add to its storage offset to get the number of its first entry in the weight. Compilers
-    cannot ask for the offset, and follow only views that begin where the weight does.
+    `shift` is what to add to its storage offset to get the place of its first entry in the weight's storage.
+    Compilers cannot ask for the offset, and follow only views that begin where the weight does.
     """
 
     shift: int
@@ -73,7 +73,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if handler is not None:
             sync(args, kwargs)
             out = handler(func, args, kwargs) if torch.is_grad_enabled() else func(*args, **kwargs)
-        elif func in VIEWS and isinstance(args[0], Watched):
+        elif func in VIEWS and args and isinstance(args[0], Watched):
             out = _view(func, args, kwargs)
         else:
             out = NotImplemented
@@ -149,18 +149,18 @@ def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         if func in READS:
             sync(args, kwargs)
         return func(*args, **kwargs)
-    if func in WRITES:
-        if isinstance(args[0], Watched):
-            return func(*args, **kwargs)  # into the weight itself: `Live.sync` takes it over
-    else:
-        out = func(*args, **kwargs)
-        tensors = out if isinstance(out, (tuple, list)) else (out,)
-        if not any(isinstance(o, Tensor) and o.is_floating_point() for o in tensors):
-            return out  # a shape, a dtype, a comparison
+    if func in ASKS or (func in WRITES and isinstance(args[0], Watched)):
+        return func(*args, **kwargs)  # a write into the weight itself: `Live.sync` takes it over
     sync(args, kwargs)
     if not torch.is_grad_enabled():
         return func(*args, **kwargs)
-    dense = [alias(a, func, free=func in BROADCAST) for a in args]
+    free = func in BROADCAST
+    if func not in WRITES and not all(w.neurograft.may_be_dense(free) for w in watched(args, kwargs)):
+        out = func(*args, **kwargs)
+        tensors = out if isinstance(out, (tuple, list)) else (out,)
+        if not any(isinstance(o, Tensor) and o.is_floating_point() for o in tensors):
+            return out  # a comparison
+    dense = [alias(a, func, free=free) for a in args]  # and run once only: batch norms count, dropout draws
     return func(*dense, **{k: alias(v, func) for k, v in kwargs.items()})
 
 
@@ -202,6 +202,18 @@ HARMLESS = READS | frozenset({
     _T.__deepcopy__, _T.__reduce_ex__, _T.__repr__, _T.as_subclass,
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
     _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor,
+})  # fmt: skip
+
+# Questions that a weight's numbers do not answer: attributes but for those that are views, `is_contiguous` and so on.
+ASKS = frozenset(
+    getattr(_T, n).__get__
+    for n in dir(_T)
+    if type(getattr(_T, n)) is type(_T.shape) and n not in ("T", "H", "mT", "mH", "real", "imag")
+) | frozenset(
+    getattr(_T, n) for n in dir(_T) if n.startswith(("is_", "_is_", "has_", "_has_")) and callable(getattr(_T, n))
+) - {_T.is_nonzero} | frozenset({
+    _T.size, _T.dim, _T.stride, _T.numel, _T.nelement, _T.element_size, _T.storage_offset, _T.data_ptr, _T.get_device,
+    _T.untyped_storage, _T.__len__, torch.numel, torch.is_floating_point, torch.is_complex,
 })  # fmt: skip
 
 # Operations that change their first argument: `add_`, `__iadd__`, `__setitem__`.
