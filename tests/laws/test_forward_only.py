@@ -82,6 +82,33 @@ def test_every_family_runs_shifted_as_a_copy_with_the_noise_written_into_it_does
     assert set(held) - seen.reached <= {n for n, p in held.items() if p.grad is None}
 
 
+def test_a_change_of_type_sees_shifted_numbers_too():
+    """`.type()` without a type is a question, `.type(dtype)` a use."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    with torch.no_grad(), Shift({"w": weight}, [(3, 1.0)], grain=64) as seen:
+        assert weight.type() == "torch.FloatTensor"
+        assert not seen.reached
+        wide = weight.type(torch.float64)
+    assert seen.reached == {"w"}
+    assert torch.equal(wide, Stream("w", (4,), 64).draw(3, 0, 4, weight.device).double())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_in_another_memory_order_are_shifted_and_moved(method):
+    """Convolutions are often stored with their channels last; the log knows numbers by their place in the tensor."""
+    grafts = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        model = pico("resnet").to(memory_format=order)
+        before = bits(model)
+        graft, ended = trained(model, method)
+        assert equal(bits(model), before)
+        with graft.on(pico("resnet")) as plain:
+            assert equal(bits(plain), ended)
+            grafts.append(bits(plain))
+    for name, value in grafts[0].items():
+        torch.testing.assert_close(grafts[1][name], value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", ["dense", DISK], ids=["memory", "disk"])
 @pytest.mark.parametrize("method", METHODS)

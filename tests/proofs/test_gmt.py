@@ -162,6 +162,20 @@ def test_everything_kept_is_the_optimizer_inside_bit_for_bit():
     assert all(torch.equal(ends[0][n], e[n]) for e in ends[1:] for n in ends[0])
 
 
+def test_a_tensor_in_another_memory_order_moves_as_in_the_usual_one():
+    """Convolutions are often stored with their channels last."""
+    ends = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(torch.ones(4, 3, 3, 3).to(memory_format=order))
+        moving = gradient_masked([{"params": [weight]}], keep=0.3, lr=0.1)
+        for step in range(2):
+            weight.grad = torch.randn(weight.shape, generator=generator(0, "gmt order", step)).to(memory_format=order)
+            moving.step()
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], torch.ones(4, 3, 3, 3))
+
+
 def test_masks_change_and_moments_are_those_of_a_dense_twin():
     """In float64, to 1e-10; what both masks hold keeps its moments; a checkpoint in the middle changes nothing."""
     ours, twin = (Perceptron(24).double() for _ in range(2))

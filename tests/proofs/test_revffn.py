@@ -109,6 +109,22 @@ def test_gradients_are_those_of_the_stored_version():
         assert not moved(before, model)
 
 
+def test_the_routers_own_loss_reaches_what_it_reached_and_is_recorded_once():
+    """A balance loss reads the routers' logits, of each layer one, also where the inverse is checked."""
+    for family, form in (("mixtral", "coupled"), ("olmoe", "standard")):
+        model = exact(family)
+        model.config.output_router_logits, model.router_aux_loss_coef = True, 5.0
+        batch = pico_batch(model)
+        with attach(model, adapter=("reversible", {"form": form})) as live:
+            assert len(model(**batch).router_logits) == model.config.num_hidden_layers
+            loss, ours = gradients(live, batch)
+            with storing(live):
+                same, theirs = gradients(live, batch)
+        assert loss == same
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-8)
+
+
 def test_dropout_is_drawn_again_and_autocast_entered_again():
     model = exact("llama", attention_dropout=0.4).train()
     batch = pico_batch(model)

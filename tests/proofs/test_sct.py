@@ -11,7 +11,7 @@ from neurograft.adapters.channels import channels
 from neurograft.core.behind import Behind
 from neurograft.core.channel_map import ChannelMap, mapped
 from neurograft.core.context import Context
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
 from neurograft.core.seeds import generator
 from neurograft.core.units import Part, Site, Tap
@@ -19,6 +19,7 @@ from neurograft.locators.salient import salient
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.locate import locate
 from neurograft.pipeline.plan import plan
+from neurograft.pipeline.recipe import recipe
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
@@ -217,12 +218,48 @@ def test_the_variant_behind_the_mlp_and_what_has_no_stream():
     assert all(n.endswith("residual") for n in where.ids)
     with attach(model, where, adapter="channels", start="normal"):
         assert not torch.equal(model(**pico_batch(model)).logits, pico("vit")(**pico_batch(model)).logits)
+    with pytest.raises(RequestError, match="place 'between'"):
+        recipe("sct", place="between")
     neurons = locate(model, rows_of(model), by="noise", units="neuron").top(count=3)
     with pytest.raises(RequestError, match="adapter='channels'"):
         channels(model, neurons)
     sandwiched = locate(pico("gemma2"), None, by="noise", units="channel").top(count=3)
     with pytest.raises(RequestError, match="adapter='channels'"):
         channels(pico("gemma2"), sandwiched)
+
+
+def test_what_a_block_scales_before_it_adds_it_has_no_stream():
+    """DINOv2's learned scales, the gates of a diffusion transformer: h + c is not what the block goes on with."""
+    for family in ("dinov2", "dit"):
+        model = pico(family)
+        where = locate(model, None, by="noise", units="channel").top(count=3)
+        with pytest.raises(RequestError, match="at='residual'"):
+            channels(model, where)
+        with pytest.raises(RequestError, match="none of which"):
+            chosen("sct", model, rows_of(model))
+    windows = pico("swin")
+    with attach(windows, None, adapter="channels"), pytest.raises(RunError, match="another shape"):
+        windows(**pico_batch(windows))
+
+
+def test_the_self_attention_of_a_diffusion_model_gets_maps():
+    """diffusers' UNet with cross-attention, at its latents: the recipe leaves out what is not a block's first part."""
+    model = pico("unet")
+    batch, before = pico_batch(model), snapshot(model)
+    where = chosen("sct", model, [{k: v[i] for k, v in batch.items()} for i in range(2)])
+    assert where.ids
+    assert all(".attn1." in name for name in where.ids)
+    start = model(**batch).sample
+    with attach(model, where, adapter="channels") as live:
+        assert torch.equal(model(**batch).sample, start)
+        optimizer = torch.optim.AdamW(live.parameters(), lr=1e-2)
+        model(**batch).sample.pow(2).mean().backward()
+        optimizer.step()
+        tuned, graft = model(**batch).sample, live.graft()
+    assert not torch.equal(tuned, start)
+    assert not moved(before, model)
+    with graft.on(model):
+        assert torch.equal(model(**batch).sample, tuned)
 
 
 PLANTED, WIDE = 4, 10.0

@@ -92,6 +92,30 @@ def test_gradients_are_summed_with_their_sign():
     assert w.tolist() == [1.0, 2.0, 3.0]
 
 
+def test_gradients_made_by_a_closure_are_those_of_the_step():
+    """The closure is asked once, before anything is read; the loss it gives is handed on."""
+    pull, ends, asked = torch.tensor([3.0, 2.0, 1.0]), [], []
+    for by_closure in (False, True):
+        w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        moving = anchored([{"params": [w]}], lr=1.0, optimizer="SGD")
+
+        def closure(w=w):
+            asked.append(1)
+            w.grad = None
+            loss = (w * pull).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            if not by_closure:
+                w.grad = pull.clone()
+            value = moving.step(closure if by_closure else None)
+        ends.append(w.tolist())
+    assert ends[0] == ends[1]
+    assert len(asked) == 2
+    assert float(value.detach()) == pytest.approx(3.0 * -2 + 2 * -2 + 3)
+
+
 def test_ranks_and_shares_at_their_ends():
     assert rank(torch.zeros(3)).tolist() == [0.0] * 3
     assert rank(torch.full((3,), -2.0)).tolist() == [0.5] * 3

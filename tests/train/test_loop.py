@@ -232,6 +232,9 @@ def test_refused_schedules(llama, pick, examples):
                 fit(live, batches, steps=1, schedule=lambda step, names, bad=bad: bad)
         with pytest.raises(RequestError, match="stage"):
             fit(live, batches, steps=1, schedule=("stages", {"parts": [("*nobody*", 1)]}))
+        for repeat in (False, True):
+            with pytest.raises(RequestError, match="no stages"):
+                fit(live, batches, steps=1, schedule=("stages", {"parts": [], "repeat": repeat}))
 
 
 def test_protected_units_do_not_move(llama, pick, only, examples):

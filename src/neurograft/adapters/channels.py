@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.adapters._operations import Held, OperationMount
-from neurograft.anatomy.entering import entering, stream_of
+from neurograft.anatomy.entering import entering, stream_of, with_streams
 from neurograft.anatomy.roles import with_roles
 from neurograft.anatomy.sites import sites
 from neurograft.core.behind import Behind
@@ -57,16 +57,16 @@ def channels(
     one_of(start, STARTS, what="start")
     known = entering(model)
     if where is None:
-        found = with_roles(model, sites(model, "channel"), "attention")
-        found = {n: s for n, s in found.items() if stream_of(known, s)}
+        found = with_streams(model, with_roles(model, sites(model, "channel"), "attention"))
         where = Selection.of(found, {n: range(s.n) for n, s in found.items()})
     chosen = [(where.sites[n], ids) for n, ids in where.ids.items() if len(ids)]
     odd = [s for s, _ in chosen if s.kind != "channel" or not (s.at == "residual" or stream_of(known, s))]
     if odd or not chosen:
         raise RequestError(
             f"units of {odd[0].name!r} for adapter='channels'" if odd else "a selection of no channel",
-            expected="residual channels as a block's first sub-layer writes them, or at='residual'",
-            do="locate(units='channel', by=('within', {'by': 'salient', 'roles': 'attention'})), or at='residual'",
+            expected="residual channels as a block's first sub-layer writes them, added as they are, or at='residual'",
+            do="locate(units='channel', by=('within', {'by': 'salient', 'roles': 'attention', 'streams': True})), or "
+            "at='residual'",
         )
 
     def place() -> list[LiveMap]:

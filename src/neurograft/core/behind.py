@@ -58,6 +58,11 @@ class Behind:
         if self.owner is not None:
             if self.entered is None:
                 raise RunError(f"{self.module} ran outside of its block, so the stream behind it is not known")
+            if self.entered.shape != added.shape:
+                raise RunError(
+                    f"{self.module} adds {tuple(added.shape)} to what entered its block, of another shape "
+                    f"{tuple(self.entered.shape)}; take the stream behind whole blocks (at='residual')"
+                )
             stream = self.entered + added
             if not getattr(self.owner, "gradient_checkpointing", False):
                 self.entered = None  # one that is recomputed in the backward pass needs it again

@@ -113,10 +113,12 @@ class ForwardOnly(torch.optim.Optimizer):
         self._note(told)
         for name, tensor in awake.items():
             rate, keep = told[name]
-            flat = tensor.detach().view(-1)
+            flat = tensor.detach().reshape(-1)  # a copy where it lies in another order, as convolutions may
             Stream(name, tuple(tensor.shape), self.grain).advance_(
                 flat, [(s, -rate * p) for s, p in zip(seeds, pulls)] if rate else [], keep=keep
             )
+            if not tensor.is_contiguous():
+                tensor.copy_(flat.view_as(tensor))
         self.losses.zero_()
 
     def _note(self, told: dict[str, tuple[float, float]]) -> None:

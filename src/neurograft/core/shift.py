@@ -19,14 +19,14 @@ from neurograft.core.noise import Stream
 
 # Questions about a parameter that its numbers do not answer.
 PLAIN = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "data_ptr", "element_size", "__len__"}
-PLAIN |= {"untyped_storage", "storage_offset", "get_device", "requires_grad_", "__hash__", "nelement", "type"}
+PLAIN |= {"untyped_storage", "storage_offset", "get_device", "requires_grad_", "__hash__", "nelement"}
 
 
 class Shift(TorchFunctionMode):
     """Every operation inside the block sees parameters plus the sum of scale * z(seed); no gradients.
 
     Args:
-        parameters: name -> contiguous parameter; the name names its noise.
+        parameters: name -> parameter; the name names its noise.
         terms: (seed, scale).
         grain: numbers drawn at a time.
 
@@ -53,7 +53,8 @@ class Shift(TorchFunctionMode):
         """Run one operation on shifted numbers."""
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name in PLAIN or not self._any((args, kwargs)):
+        asked = name in PLAIN or (name == "type" and len(args) + len(kwargs) == 1)
+        if asked or not self._any((args, kwargs)):
             return func(*args, **kwargs)
         if name == "__get__" and not isinstance(func(*args, **kwargs), Tensor):
             return func(*args, **kwargs)
@@ -80,7 +81,8 @@ class Shift(TorchFunctionMode):
     def _whole(self, parameter: Tensor) -> Tensor:
         _, stream = self.held[id(parameter)]
         self.reached.add(stream.name)
-        flat, found = parameter.detach().view(-1), torch.empty_like(parameter)
+        flat = parameter.detach().reshape(-1)  # a copy where it lies in another order, as convolutions may
+        found = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         for chunk, lo, hi in stream.chunks():
             found.view(-1)[lo:hi] = stream.moved(flat, chunk, lo, hi, self.terms)
         return found
@@ -92,7 +94,7 @@ class Shift(TorchFunctionMode):
             return F.linear(input, weight, bias)
         _, stream = self.held[id(weight)]
         self.reached.add(stream.name)
-        flat, width, found = weight.detach().view(-1), stream.width, None
+        flat, width, found = weight.detach().reshape(-1), stream.width, None
         for chunk, lo, hi in stream.chunks():
             rows = slice(lo // width, hi // width)
             here = stream.moved(flat, chunk, lo, hi, self.terms).to(weight.dtype).view(-1, width)
@@ -110,7 +112,7 @@ class Shift(TorchFunctionMode):
         _, stream = self.held[id(weight)]
         self.reached.add(stream.name)
         found = F.embedding(input, weight, *args, **kwargs)
-        flat, out, ids = weight.detach().view(-1), found.view(-1, weight.shape[-1]), input.reshape(-1)
+        flat, out, ids = weight.detach().reshape(-1), found.view(-1, weight.shape[-1]), input.reshape(-1)
         for chunk in (ids // stream.rows).unique().tolist():
             lo = chunk * stream.rows * stream.width
             hi = min(lo + stream.rows * stream.width, flat.numel())

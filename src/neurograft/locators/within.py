@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from neurograft.anatomy.entering import with_streams
 from neurograft.anatomy.roles import in_decoder, on_side, single, with_roles, without_roles
 from neurograft.core.card import method
 from neurograft.core.choose import choose
@@ -22,6 +23,7 @@ def within(
     language: bool = False,
     of: str = "all",
     without: Sequence[str] = (),
+    streams: bool = False,
     apart: bool = False,
     entries: bool = False,
 ) -> Scores:
@@ -35,6 +37,8 @@ def within(
         language: leave out what lies outside of the model's decoder: vision towers, projectors.
         of: "base" for what the model without its head owns, "head" for the rest, "all" for both.
         without: roles left out, words as for `roles`; parameters without a role stay.
+        streams: leave out sub-layers that are not the first of their block, or whose output the block norms or scales
+            before it adds it: the residual stream behind those is not known.
         apart: make a site of each part of the units, so that a norm's gains and shifts are units of their own.
         entries: make a site of the single numbers (kind "weight") of each parameter that the units own, whatever their
             kind: with units="module" every number of the model, embeddings and biases too.
@@ -51,6 +55,8 @@ def within(
         sites = on_side(context.model, sites, of)
     if without:
         sites = without_roles(context.model, sites, without)
+    if streams:
+        sites = with_streams(context.model, sites)
     if entries:
         sites = single(context.model, sites)
     if apart:

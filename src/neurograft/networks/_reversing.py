@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,19 +161,22 @@ class Reverse(torch.autograd.Function):
     """A block that keeps nothing for its backward pass, but for the top one's output and inputs it cannot recover."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, block: Block, kwargs: Mapping[str, Any], anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, block: Block, kwargs: Mapping[str, Any], anchor: Tensor) -> Any:
         tape, own = block.tape, _halves(hidden)
         ctx.block, ctx.kwargs, ctx.dtype, ctx.routed = block, kwargs, hidden.dtype, None
         device = hidden.device.type
         ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.seed = block.drawn()
-        with block.routing.noted() as ctx.routed:
+        with block.routing.noted() as ctx.routed, block.routing.heard() as logits:
             y = block.forward(*own, kwargs)
         check = tape.verify and (tape.passes - 1) % tape.verify == 0
-        ctx.stored = bool(check) and block.misses(own, y, kwargs)
+        # In a context of its own, so that what transformers records of a pass is not recorded twice.
+        ctx.stored = bool(check) and contextvars.Context().run(block.misses, own, y, kwargs)
         tape.stored += ctx.stored
         ctx.save_for_backward(*(own if ctx.stored else ()), *(y if block.last else ()))
-        return block.out(y)
+        ctx.set_materialize_grads(False)
+        # The very tensors that transformers has recorded: as outputs they carry the gradient of a router's own loss.
+        return (block.out(y), *logits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -188,10 +192,12 @@ class Reverse(torch.autograd.Function):
         with block.routing.replayed(ctx.routed), torch.autocast(device, dtype, enabled=on, cache_enabled=False):
             with torch.no_grad():
                 x = kept or block.inverse(*y, kwargs)
-            with torch.enable_grad():
+            with torch.enable_grad(), block.routing.heard() as logits:
                 x1, x2 = (h.detach().requires_grad_() for h in x)
                 found = block.forward(x1, x2, kwargs)
-        torch.autograd.backward(found, grads[0].to(found[0].dtype).chunk(2, -1))
+        upper, read = grads[0], [(one, g) for one, g in zip(logits, grads[1:]) if g is not None]
+        wanted = [torch.zeros_like(h) for h in found] if upper is None else upper.to(found[0].dtype).chunk(2, -1)
+        torch.autograd.backward((*found, *(one for one, _ in read)), (*wanted, *(g for _, g in read)))
         tape.halves = None if block.bottom else (x1.detach(), x2.detach())
         below = torch.cat([h.grad if h.grad is not None else torch.zeros_like(h) for h in (x1, x2)], -1)
         return below.to(ctx.dtype), None, None, None
@@ -216,8 +222,7 @@ class Wrapped:
             tape.passes, tape.halves = tape.passes + 1, None
         elif hidden_states is not tape.output:
             raise RunError("something between two reversible blocks changed the hidden state; it cannot be recovered")
-        tape.output = Reverse.apply(hidden_states, block, given, block.up)
-        found: Tensor = tape.output
+        found: Tensor = Reverse.apply(hidden_states, block, given, block.up)[0]
         tape.output = None if block.last else found
         return found
 

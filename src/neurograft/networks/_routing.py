@@ -55,6 +55,13 @@ class Routing:
         self.last = found
 
     @contextmanager
+    def heard(self) -> Iterator[list[Tensor]]:
+        """Gather the logits the routers give, for losses of their own that read them."""
+        found: list[Tensor] = []
+        with self._hooked(lambda module, args, out: found.append(out[0])):
+            yield found
+
+    @contextmanager
     def replayed(self, chosen: list[Tensor]) -> Iterator[None]:
         """Let the routers choose as noted; the scores of the chosen follow what the layer sees now."""
         turn = {id(m): i for i, m in enumerate(self.routers)}

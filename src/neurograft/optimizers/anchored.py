@@ -65,11 +65,13 @@ class Anchored(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Make a step of the optimizer, then blend."""
+        """Make a step of the optimizer, then blend; return what the closure says, if there is one."""
+        with torch.enable_grad():
+            value = None if closure is None else closure()  # before the gradients are read
         mine = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         fresh = {p: p.detach().clone() for p in mine if "anchor" not in self.state.get(p, {})}
         pulls = {p: p.grad.detach().clone() for p in mine if p.grad is not None}
-        value = super().step(closure)  # type: ignore[safe-super]
+        super().step()  # type: ignore[safe-super]
         for p, grad in pulls.items():
             state = self.state[p]  # an optimizer of torch makes its own only where there is none, so ours comes later
             if p in fresh:

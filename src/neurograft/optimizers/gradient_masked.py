@@ -123,7 +123,7 @@ class gradient_masked(torch.optim.Optimizer):
         groups = [{**g, "params": [small[p] for p in g["params"] if p in small]} for g in self.param_groups]
         self._inside([g for g in groups if g["params"]], state)
         for p, one in small.items():
-            p.view(-1)[chosen[p]] = one.detach()
+            p.put_(chosen[p], one.detach())  # by place in the tensor, whatever its order in memory
             self.state[p] = {IDS: chosen[p], **state.get(one, {})}
 
     def _inside(self, groups: list[dict[str, Any]], state: Any) -> None:

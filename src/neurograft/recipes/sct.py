@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neurograft.core.card import method
+from neurograft.core.errors import one_of
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
+
+PLACES = ("attention", "mlp")
 
 
 @method(
     paper="sct",
     kinds={"channel"},
     task="text-classification",
-    departs="Drop path is not used. The learning rate, tuned for each task in the paper (7e-4 to 7.5e-2), is one "
-    "number here. In post-norm encoders the stream behind attention is the sum before its norm. A fresh "
-    "head is named in new.",
+    departs="Drop path is not used, nor is the variant inside of queries and values. The learning rate, tuned for each "
+    "task in the paper (7e-4 to 7.5e-2), is one number here. In post-norm encoders the stream behind attention is the "
+    "sum before its norm; blocks that scale what they add (DINOv2, diffusion transformers) take place='mlp'; of "
+    "models with cross-attention, self-attention is taken. A fresh head is named in new.",
 )
 def sct(
     *,
@@ -44,9 +48,9 @@ def sct(
         warmup: share of the steps.
         decay: weight decay.
     """
-    behind = place == "mlp"
+    behind = one_of(place, PLACES, what="place") == "mlp"
     salient = ("salient", {"skip": skip})
-    by = salient if behind else ("within", {"by": salient, "roles": "attention"})
+    by = salient if behind else ("within", {"by": salient, "roles": "attention", "streams": True})
     return Recipe(
         "sct",
         (

@@ -30,12 +30,16 @@ def stages(
         moments: what happens to the optimizer's state of a tensor that falls asleep.
 
     Raises:
-        RequestError: a pattern that fits no name, or a stage without steps.
+        RequestError: no stages, a pattern that fits no name, or a stage without steps.
 
     Example:
         >>> sorted(stages(3, ["a.w", "b.w"], parts=[("a.*", 2), ("b.*", 2)]).awake)
         ['b.w']
     """
+    if not parts:
+        raise RequestError(
+            "no stages", expected="at least one (pattern, steps)", do="give parts=[('*', 1)] to train everything"
+        )
     for pattern, length in parts:
         if length < 1 or not any(fnmatchcase(n, pattern) for n in names):
             raise RequestError(
