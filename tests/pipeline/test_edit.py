@@ -10,6 +10,7 @@ import neurograft as ng
 from neurograft.cli import main
 from neurograft.core.requests import Request
 from neurograft.pipeline._edited import answered, said
+from neurograft.pipeline.encode import encode
 from neurograft.pipeline.requests import as_request, as_requests
 from neurograft.worlds.letters import letters
 from neurograft.worlds.pico import pico
@@ -63,6 +64,11 @@ def test_a_target_has_the_tokens_it_has_behind_its_prompt():
     for prompt, target in (("ab cd", " xy"), ("ab c", "d xy")):
         found = as_request({"prompt": prompt, "target_new": target}, model, tokenizer, 0)
         assert [*found.prompts[0], *found.target] == whole
+        row = {"prompt": prompt, "completion": target}
+        made = encode(row, model, tokenizer, max_length=64, index=0)
+        assert made["input_ids"].tolist() == [*whole, tokenizer.eos_token_id]
+        assert made["labels"].tolist() == [-100] * len(found.prompts[0]) + [*found.target, tokenizer.eos_token_id]
+        assert encode(row, model, tokenizer, max_length=len(found.prompts[0]) + 1, index=0)["labels"][-1] > 2
     assert tokenizer(" xy", add_special_tokens=False)["input_ids"] != list(found.target)[1:]
 
 

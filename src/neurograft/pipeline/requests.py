@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
 from neurograft.core.requests import Request
-from neurograft.pipeline.encode import need
+from neurograft.pipeline.encode import continued, need, opened
 from neurograft.pipeline.rows import read_rows
 
 KEYS = "prompt, target_new (+ subject, rephrase, locality)"
@@ -43,7 +43,8 @@ def as_request(
     row: Mapping[str, Any], model: nn.Module, processor: Any, index: int, *, contexts: Sequence[str] = ()
 ) -> Request:
     """Return one request as tokens; see `as_requests`."""
-    prompt, target, subject = row.get("prompt"), target_of(row), row.get("subject")
+    prompt: Any = row.get("prompt")
+    target, subject = target_of(row), row.get("subject")
     end = _end(model, processor)
     if _kind(prompt, index) != _kind(target, index) or not _kind(prompt, index):
         raise RequestError(
@@ -63,7 +64,7 @@ def as_request(
         tokenizer = getattr(processor, "tokenizer", processor)
         texts = [prompt, *(f"{c}{prompt}" for c in contexts)]
         asked_all, places = zip(*[_asked(tokenizer, t, len(t) - len(prompt), subject, end, index) for t in texts])
-        said = _said(tokenizer, prompt, asked_all[0], target, end)
+        said = continued(tokenizer, prompt, asked_all[0], target)
         made = Request(asked_all, places, said, end, dict(row))
     _check(made, model, index)
     return made
@@ -90,7 +91,7 @@ def _kind(value: Any, index: int) -> str:
 def _asked(
     tokenizer: Any, text: str, start: int, subject: Any, end: int | None, index: int
 ) -> tuple[tuple[int, ...], int]:
-    ids = _open(_ids(tokenizer(text)["input_ids"]), end)
+    ids = opened(_ids(tokenizer(text)["input_ids"]), end)
     if subject is None:
         return ids, len(ids) - 1
     found = _where(text, str(subject).strip(), start)
@@ -104,7 +105,7 @@ def _asked(
     if getattr(tokenizer, "is_fast", False):
         spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
         return ids, max(i for i, (a, b) in enumerate(spans) if a < stop and b > found)
-    return ids, len(_open(_ids(tokenizer(text[:stop])["input_ids"]), end)) - 1
+    return ids, len(opened(_ids(tokenizer(text[:stop])["input_ids"]), end)) - 1
 
 
 def _where(text: str, subject: str, start: int) -> int:
@@ -116,22 +117,6 @@ def _where(text: str, subject: str, start: int) -> int:
             return at
         at = text.find(subject, at + 1)
     return first
-
-
-def _said(tokenizer: Any, prompt: str, asked: tuple[int, ...], target: str, end: int | None) -> tuple[int, ...]:
-    """Return the target's tokens as they stand behind the prompt.
-
-    On its own a text may get other tokens: tokenizers of the SentencePiece kind put a space before its first word.
-    """
-    whole = _open(_ids(tokenizer(prompt + target)["input_ids"]), end)
-    if len(whole) > len(asked) and whole[: len(asked)] == asked:
-        return whole[len(asked) :]
-    return _ids(tokenizer(target, add_special_tokens=False)["input_ids"])
-
-
-def _open(ids: tuple[int, ...], end: int | None) -> tuple[int, ...]:
-    """Return tokens without the end that some tokenizers close every text with."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
 
 def _place(asked: tuple[int, ...], subject: tuple[int, ...], index: int) -> int:
