@@ -10,6 +10,7 @@ import neurograft as ng
 from neurograft.cli import main
 from neurograft.core.requests import Request
 from neurograft.pipeline._edited import answered, said
+from neurograft.pipeline.encode import encode
 from neurograft.pipeline.requests import as_request, as_requests
 from neurograft.worlds.letters import letters
 from neurograft.worlds.pico import pico
@@ -43,6 +44,45 @@ def test_requests_become_tokens_with_the_subjects_last_one():
 def test_a_subject_in_a_context_is_not_the_prompts():
     found = as_request(row(), pico("llama"), letters(), 0, contexts=["ab, "])
     assert found.at == (1, 5)
+
+
+def spaced():
+    """A tokenizer of the SentencePiece kind: characters, a mark for spaces, and one before every text."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "_", *"abcdefghijklmnopqrstuvwxyzé"])}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_a_target_has_the_tokens_it_has_behind_its_prompt():
+    """On its own such a tokenizer puts a space before it."""
+    tokenizer, model = spaced(), pico("llama")
+    whole = tokenizer("ab cd xy")["input_ids"]
+    for prompt, target in (("ab cd", " xy"), ("ab c", "d xy")):
+        found = as_request({"prompt": prompt, "target_new": target}, model, tokenizer, 0)
+        assert [*found.prompts[0], *found.target] == whole
+        row = {"prompt": prompt, "completion": target}
+        made = encode(row, model, tokenizer, max_length=64, index=0)
+        assert made["input_ids"].tolist() == [*whole, tokenizer.eos_token_id]
+        assert made["labels"].tolist() == [-100] * len(found.prompts[0]) + [*found.target, tokenizer.eos_token_id]
+        assert encode(row, model, tokenizer, max_length=len(found.prompts[0]) + 1, index=0)["labels"][-1] > 2
+    assert tokenizer(" xy", add_special_tokens=False)["input_ids"] != list(found.target)[1:]
+
+
+def test_a_subject_is_a_word_of_its_own_where_it_stands_as_one():
+    tokenizer, model = spaced(), pico("llama")
+
+    def at(prompt, subject):
+        found = as_request({"prompt": prompt, "subject": subject, "target_new": "x"}, model, tokenizer, 0)
+        return tokenizer.convert_ids_to_tokens(list(found.prompts[0][: found.at[0] + 1]))
+
+    assert "".join(at("bart likes art", "art")) == "_bart_likes_art"
+    assert "".join(at("art is art", "art")) == "_art"
+    assert "".join(at("bart likes it", "art")) == "_bart"
+    assert "".join(at("the café is", "café ")) == "_the_café"
 
 
 def test_answers_are_read_as_the_model_generates_them():
@@ -112,6 +152,10 @@ BAD = {
     "an empty prompt": (row(prompt=""), "empty text"),
     "a subject elsewhere": (row(subject="nobody"), "words of the prompt"),
     "a foreign token": ({"prompt": [5, 999], "target_new": [4]}, "vocabulary"),
+    "a number": (row(target_new=1984), "1984.*in quotes"),
+    "text and tokens": ({"prompt": [5, 6], "target_new": "x"}, "all of them"),
+    "a negative token": ({"prompt": [5, -6], "target_new": [4]}, "token -6"),
+    "an empty subject": (row(subject=" "), "words of the prompt"),
     "a scattered subject": ({"prompt": [5, 6, 7], "subject": [5, 7], "target_new": [4]}, "side by side"),
 }
 

@@ -13,6 +13,7 @@ from torch import nn
 from neurograft.core.card import Card
 from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.resolve import resolve
+from neurograft.core.typed import annotations_of, fits
 
 ROOMS = (
     "locators",
@@ -98,6 +99,7 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
         {'fraction': 0.01}
     """
     if isinstance(choice, Chosen):
+        check_options(choice.function, options, choice.name)
         return Chosen(choice.function, {**choice.options, **options}, choice.name)
     if isinstance(choice, (tuple, list)) and len(choice) == 2:
         choice, given = choice
@@ -142,19 +144,28 @@ def option_names(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], name: str) -> None:
-    """Raise if a method does not have one of the options; a foreign callable may take what it likes.
+    """Raise if a method does not have one of the options, or cannot take its value; see `core.typed.fits`.
+
+    A foreign callable may take what it likes.
 
     Raises:
-        RequestError: an unknown option, with the near matches.
+        RequestError: an unknown option, with the near matches; no number where the method takes one.
     """
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return
     known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    for option in options:
+    types = annotations_of(function)
+    for option, value in options.items():
         if option not in known:
             raise RequestError(
                 f"the option {option!r} of {name}",
                 expected=f"one of {', '.join(option_names(function))}",
                 do=near(option, known),
+            )
+        if not fits(value, types.get(option, Any)):
+            raise RequestError(
+                f"{option}={value!r} for {name}",
+                expected=inspect.formatannotation(types[option]).replace("collections.abc.", ""),
+                do=f"write {option}=[{value}]" if fits([value], types[option]) else f"give {option} such a value",
             )

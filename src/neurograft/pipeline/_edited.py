@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neurograft.core.context import IGNORE
 from neurograft.core.graft import Graft
 from neurograft.core.requests import Request, joined
-from neurograft.pipeline.requests import as_request
+from neurograft.pipeline.requests import as_request, target_of
 
 AT_ONCE = 64
 Read = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits, labels, last positions -> one value a row
@@ -85,11 +85,7 @@ def _asked(
 
 
 def _like(request: Request, prompt: Any, model: nn.Module, processor: Any, index: int) -> Request:
-    return as_request({"prompt": prompt, "target_new": _target(request)}, model, processor, index)
-
-
-def _target(request: Request) -> Any:
-    return request.source.get("target_new", request.source.get("completion"))
+    return as_request({"prompt": prompt, "target_new": target_of(request.source)}, model, processor, index)
 
 
 def _several(source: Any, name: str) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
 from neurograft.core.requests import Request
-from neurograft.pipeline.encode import need
+from neurograft.pipeline.encode import continued, need, opened
 from neurograft.pipeline.rows import read_rows
 
 KEYS = "prompt, target_new (+ subject, rephrase, locality)"
@@ -43,17 +43,17 @@ def as_request(
     row: Mapping[str, Any], model: nn.Module, processor: Any, index: int, *, contexts: Sequence[str] = ()
 ) -> Request:
     """Return one request as tokens; see `as_requests`."""
-    prompt, target = row.get("prompt"), row.get("target_new", row.get("completion"))
-    if prompt is None or target is None or not len(prompt) or not len(target):
+    prompt: Any = row.get("prompt")
+    target, subject = target_of(row), row.get("subject")
+    end = _end(model, processor)
+    if _kind(prompt, index) != _kind(target, index) or not _kind(prompt, index):
         raise RequestError(
             f"request {index} with {', '.join(k for k, v in row.items() if v is not None) or 'nothing'}"
-            + (" and an empty text" if prompt is not None and target is not None else ""),
-            expected=KEYS,
+            + (" and an empty text" if "" in (_kind(prompt, index), _kind(target, index)) else ""),
+            expected=f"{KEYS}, all of them texts or all of them token lists",
             do="give every request a prompt and what is to be said next",
         )
-    subject = row.get("subject")
-    end = _end(model, processor)
-    if isinstance(prompt, (list, tuple, Tensor)):
+    if _kind(prompt, index) == "tokens":
         asked, said = _ids(prompt), _ids(target)
         if contexts:
             raise RequestError("contexts= with prompts of tokens", expected="texts", do="leave contexts out")
@@ -62,34 +62,61 @@ def as_request(
     else:
         need(processor, row, index)
         tokenizer = getattr(processor, "tokenizer", processor)
-        texts = [str(prompt), *(f"{c}{prompt}" for c in contexts)]
+        texts = [prompt, *(f"{c}{prompt}" for c in contexts)]
         asked_all, places = zip(*[_asked(tokenizer, t, len(t) - len(prompt), subject, end, index) for t in texts])
-        said = _ids(tokenizer(str(target), add_special_tokens=False)["input_ids"])
+        said = continued(tokenizer, prompt, asked_all[0], target)
         made = Request(asked_all, places, said, end, dict(row))
     _check(made, model, index)
     return made
 
 
+def target_of(row: Mapping[str, Any]) -> Any:
+    """Return what a request wants to be said, or None."""
+    return row["completion"] if row.get("target_new") is None and "completion" in row else row.get("target_new")
+
+
+def _kind(value: Any, index: int) -> str:
+    """Return "text" or "tokens", "" for an empty one, "nothing" for None."""
+    if value is None:
+        return "nothing"
+    if not isinstance(value, (str, list, tuple, Tensor)):
+        raise RequestError(
+            f"{value!r} in request {index}, of type {type(value).__name__}",
+            expected="a text, or a list of tokens",
+            do="put numbers that are to be read as text in quotes",
+        )
+    return "" if not len(value) else "text" if isinstance(value, str) else "tokens"
+
+
 def _asked(
     tokenizer: Any, text: str, start: int, subject: Any, end: int | None, index: int
 ) -> tuple[tuple[int, ...], int]:
-    ids = _ids(tokenizer(text)["input_ids"])
-    if len(ids) > 1 and ids[-1] == end:
-        ids = ids[:-1]  # some tokenizers close every text
+    ids = opened(_ids(tokenizer(text)["input_ids"]), end)
     if subject is None:
         return ids, len(ids) - 1
-    found = text.find(str(subject), start)
-    if found < 0 or not len(str(subject)):
+    found = _where(text, str(subject).strip(), start)
+    if found < 0:
         raise RequestError(
             f"the subject {subject!r} of request {index}, whose prompt is {text[start:]!r}",
             expected="words of the prompt",
             do="write the subject as the prompt does, or leave it out to key the edit at the prompt's last token",
         )
-    stop = found + len(str(subject))
+    stop = found + len(str(subject).strip())
     if getattr(tokenizer, "is_fast", False):
         spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
         return ids, max(i for i, (a, b) in enumerate(spans) if a < stop and b > found)
-    return ids, len([t for t in _ids(tokenizer(text[:stop])["input_ids"]) if t != end]) - 1
+    return ids, len(opened(_ids(tokenizer(text[:stop])["input_ids"]), end)) - 1
+
+
+def _where(text: str, subject: str, start: int) -> int:
+    """Return where a subject begins, as a word of its own if it stands as one anywhere; -1 if it is not there."""
+    first = at = text.find(subject, start) if subject else -1
+    while at >= 0:
+        around = text[max(at - 1, start) : at] + text[at + len(subject) :][:1]
+        if not any(c.isalnum() for c in around):
+            return at
+        at = text.find(subject, at + 1)
+    return first
 
 
 def _place(asked: tuple[int, ...], subject: tuple[int, ...], index: int) -> int:
@@ -105,10 +132,11 @@ def _place(asked: tuple[int, ...], subject: tuple[int, ...], index: int) -> int:
 
 def _check(request: Request, model: nn.Module, index: int) -> None:
     size = getattr(getattr(getattr(model, "config", None), "get_text_config", lambda: None)(), "vocab_size", None)
-    most = max([t for p in request.prompts for t in p] + list(request.target))
-    if size and most >= size:
+    tokens = [t for p in request.prompts for t in p] + list(request.target)
+    odd = max(tokens) if min(tokens) >= 0 else min(tokens)
+    if size and not 0 <= odd < size:
         raise RequestError(
-            f"token {most} in request {index} for a vocabulary of {size}",
+            f"token {odd} in request {index} for a vocabulary of {size}",
             expected="this model's own tokenizer",
             do="encode with the tokenizer saved beside the model",
         )

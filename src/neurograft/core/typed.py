@@ -1,0 +1,56 @@
+"""Whether a value is of the type an option is annotated with; only where that cannot be mistaken."""
+
+from __future__ import annotations
+
+import collections.abc
+import types
+import typing
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+SERIES = (collections.abc.Sequence, collections.abc.Iterable, list, tuple)
+NUMBERS: Mapping[Any, type] = {int: Integral, float: Real, bool: bool}
+
+
+def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's annotations as types, or none where they cannot be read."""
+    try:
+        return typing.get_type_hints(function)
+    except Exception:  # names that are imported for type checkers alone, or no function at all
+        return {}
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Say whether a value may stand for an option: False only for numbers and series of numbers that are none.
+
+    Whole numbers stand for floats; tensors and arrays for what they hold; whatever is annotated with text or with
+    a type of ours is left to the function.
+
+    Args:
+        value: what was given.
+        annotation: the option's type.
+
+    Example:
+        >>> fits(1, float), fits("two", int), fits(1.5, int | None), fits(0, list[int]), fits(None, float | None)
+        (True, False, False, False, True)
+    """
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return any(fits(value, one) for one in typing.get_args(annotation))
+    if annotation in (None, type(None)):
+        return value is None
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        return True
+    if annotation in NUMBERS:
+        return isinstance(value, NUMBERS[annotation])
+    origin = typing.get_origin(annotation) or annotation
+    if origin not in SERIES:
+        return True
+    if value is None or isinstance(value, (str, Real)):
+        return False
+    inside = [a for a in typing.get_args(annotation) if a is not Ellipsis]
+    if not isinstance(value, (list, tuple)) or len(inside) != 1:
+        return True
+    return all(fits(one, inside[0]) for one in value)
