@@ -18,7 +18,7 @@ STYLE = (
     "@media(prefers-color-scheme:dark){text{fill:#eceef2}.s{fill:#a5adbb}line{stroke:#292d36}.paper{fill:#14161b}"
     ".edge{stroke:#82b1ff}.best{fill:#82b1ff}.reference{fill:#ff8a57}}</style>"
 )
-REFERENCES = ("full fine-tuning", "random neurons", "PEFT LoRA", "PEFT SHiRA", "PEFT Super-Tuning")
+REFERENCES = ("full fine-tuning", "random neurons", "PEFT LoRA", "PEFT SHiRA", "PEFT Super-Tuning", "full, class means")
 
 
 def picture(found: Mapping[str, Mapping[str, Any]]) -> str:

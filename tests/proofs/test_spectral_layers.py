@@ -17,6 +17,7 @@ from neurograft.core.selection import Selection
 from neurograft.core.tap import watch
 from neurograft.core.units import Site, Tap
 from neurograft.pipeline.attach import attach
+from neurograft.pipeline.locate import locate
 from neurograft.pipeline.put_back import put_back
 from neurograft.pipeline.run import run
 from neurograft.worlds.pico import pico, pico_batch
@@ -169,6 +170,8 @@ def test_the_score_is_that_of_the_literal_windows():
     for bad in ({"window": 4}, {"window": 1}):
         with pytest.raises(RequestError, match="odd window"):
             resolve("neurograft.locators.change_point")(context, **bad)
+    with pytest.raises(RequestError, match="give texts"):  # images have no last token of a prompt
+        locate(pico("vit"), [pico_batch("vit")], by="change_point", units="layer", at="residual")
 
 
 def test_the_planted_change_point_is_found():

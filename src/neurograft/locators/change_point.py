@@ -43,7 +43,7 @@ def change_point(context: Context, *, window: int = 5, around: bool = False, com
         Scores; the card holds `delta`, `cka` [layers, layers], and `cca`.
 
     Raises:
-        RequestError: no prompts or a single one, fewer than three layers, or an even window.
+        RequestError: no prompts or a single one, data without tokens, fewer than three layers, or an even window.
     """
     need_batches(context)
     if window < 3 or window % 2 == 0 or len(context.sites) < 2:
@@ -96,6 +96,12 @@ def ends(batch: Batch, *, positions: object = "all") -> Tensor:
     """
     if callable(positions):
         return token_mask(batch, positions)  # type: ignore[return-value]
+    if token_mask(batch) is None:
+        raise RequestError(
+            "data without tokens",
+            expected="prompts, at whose last token layers are compared",
+            do="give texts, or choose layers by another locator",
+        )
     last = token_mask(batch, "last")
     assert last is not None
     labels = batch.get("labels")
