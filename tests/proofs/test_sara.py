@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from torch import nn
 
 from neurograft.anatomy.sites import sites
@@ -19,6 +20,7 @@ from neurograft.core.region import Region
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.locators.within import within
+from neurograft.objectives.denoising import denoising
 from neurograft.objectives.nuclear import nuclear
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.recipe import recipe
@@ -29,6 +31,7 @@ from neurograft.worlds.tiny import Perceptron
 from neurograft.worlds.tiny import fit as plain_fit
 from neurograft.worlds.vectors import vectors
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._digits import TRAINED, digits, order
 from tests.proofs._selective import adam_twin, chosen, entries_of, rows_of
 from tests.proofs._tools import moved, snapshot
 
@@ -278,6 +281,53 @@ def test_the_pressure_lowers_the_rank_of_what_is_learned():
     ratio = [a / b for a, b in zip(ranks[5e-4], ranks[0.0])]
     bar("stable rank of the change with the pressure over that without", ratio, at_most=1)
     assert max(ratio) < 1
+
+
+def images(rows, classes):
+    """Return batches of digits 1 x 8 x 8, as they are."""
+    return [{"sample": b["pixel_values"][:, :1, ::2, ::2]} for b in digits(rows, classes=classes)]
+
+
+def of_noise(model, batches):
+    """Return the mean loss of a diffusion model on images, at fixed times and noises."""
+    with torch.no_grad():
+        return float(torch.stack([denoising(Step(model, b)) for b in batches]).mean())
+
+
+@effect
+def test_a_diffusion_model_of_digits_learns_others():
+    """diffusers' UNet denoises the digits 0 to 4, then by its smallest fifth the digits 5 to 9; 3 seeds."""
+    table = {"before": [], "after": [], "source_before": [], "source_after": []}
+    for seed in range(3):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = UNet2DModel(
+                sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+                norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=8,
+            )  # fmt: skip
+        train, test = order(seed)[:TRAINED], order(seed)[TRAINED:]
+        old, new = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
+        with attach(model) as live:
+            fit(live, images(train, old), steps=150, lr=2e-3, objective="denoising", decay="linear", seed=seed)
+            ready = {n: p.detach().clone() for n, p in model.named_parameters()}
+        model.load_state_dict(ready)
+        model.eval()
+        scores = within(Context(model, sites(model, "module")), by="magnitude", entries=True)
+        where = scores.bottom(fraction=0.2)
+        table["before"].append(of_noise(model, images(test, new)))
+        table["source_before"].append(of_noise(model, images(test, old)))
+        with attach(model, where) as live:
+            how = {"anchor": ("nuclear", {"weight": 5e-4}), "objective": "denoising", "seed": seed}
+            fit(live, images(train, new), steps=100, lr=2e-3, decay="linear", **how)
+            graft = live.graft()
+        with graft.on(model):
+            changed = moved(ready, model)
+            assert all(set(flat.tolist()) <= set(entries_of(where)[n].tolist()) for n, flat in changed.items())
+            table["after"].append(of_noise(model, images(test, new)))
+            table["source_after"].append(of_noise(model, images(test, old)))
+    note(**{f"digits_{k}": v for k, v in table.items()})
+    assert all(after < before for after, before in zip(table["after"], table["before"]))
 
 
 def loss_of(model, batch):
