@@ -204,6 +204,34 @@ def test_half_of_every_expert_is_no_bank():
     assert live.theta.grad.eq(0).all()
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_second_derivatives_are_refused(name):
+    """They were wrong in silence: the taps know first derivatives only."""
+    weight, live = made(name, regions(name)[0])
+    with pytest.raises(RunError, match="second derivatives"):
+        torch.autograd.grad(OPERATIONS[name][1](weight).square().sum(), live.theta, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul", "grouped", "embedding", "rows by number", "conv1d"])
+def test_values_that_sleep_cost_nothing(name, monkeypatch):
+    for waking in ("X", "LINE"):
+        monkeypatch.setitem(globals(), waking, globals()[waking].clone().requires_grad_())
+    for awake in (True, False):
+        weight, live = made(name, regions(name)[-1])
+        live.theta.requires_grad_(awake)
+        node = OPERATIONS[name][1](weight).grad_fn
+        assert (node is not None and "Tap" in node.name()) is awake
+
+
+@pytest.mark.parametrize("layout", ["rows", "cols", "flat"])
+def test_many_lookups_of_one_row_add_up_in_float32(layout):
+    weight = nn.Parameter(torch.zeros(R, C, dtype=torch.bfloat16), requires_grad=False)
+    live = Live("w", weight, Region.of((R, C), layout, [1]))
+    tag(live)
+    F.embedding(torch.ones(3001, dtype=torch.long).mul(layout != "flat"), weight).float().sum().backward()
+    assert live.theta.grad.max() == 3001
+
+
 def test_an_unfrozen_weight_is_refused():
     weight, _ = made("linear", Region.of((R, C), "cols", [1]))
     weight.requires_grad_(True)

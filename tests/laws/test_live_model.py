@@ -84,6 +84,18 @@ def test_a_deep_copy_is_a_plain_model_of_its_own(live):
     live.step()
     assert same_bits(bits(twin), kept)
     assert [n for n, _ in twin.named_parameters()] == list(live.base)
+    live.mount.parameters()[0].data.add_(0.5)  # not seen by anybody
+    assert same_bits(bits(copy.deepcopy(live.model)), bits(live.plain()))
+    with compact(twin, live.where) as again:  # and it may be trained itself
+        assert len(again.parameters()) == len(live.mount.parameters())
+    assert same_bits(bits(twin), kept)
+
+
+def test_a_deep_copy_of_a_chain_runs():
+    chain = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+    x = torch.ones(1, 4)
+    with compact(chain, some_of(chain)):
+        assert torch.equal(copy.deepcopy(chain)(x), chain(x))
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

@@ -214,8 +214,15 @@ class Alias(torch.autograd.Function):
 
 
 def check_epoch(live: Live, epoch: int) -> None:
-    """Refuse a backward pass through a weight that was rewritten after the forward pass."""
-    if not torch.compiler.is_compiling() and live.moment != epoch:
+    """Refuse a backward pass through a weight that was rewritten after the forward pass, and second derivatives."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():  # in a backward pass: it is to be differentiated itself
+        raise RunError(
+            f"create_graph=True through the live weight {live.name}, whose second derivatives are not known here; "
+            "leave it out of the selection, or train it with adapter='dense'"
+        )
+    if live.moment != epoch:
         raise RunError(
             f"the entries of {live.name} were stepped between this forward pass and its backward pass; "
             "run backward before the optimizer step"

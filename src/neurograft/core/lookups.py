@@ -26,18 +26,19 @@ class _EmbeddingTap(torch.autograd.Function):
         (g,) = grads
         check_epoch(ctx.live, ctx.epoch)
         (tokens,), region = ctx.saved_tensors, ctx.live.region
-        tokens, g = tokens.reshape(-1), g.reshape(-1, g.shape[-1])
+        # Thousands of tokens may share a row: in bfloat16 a sum of ones would stop at 256.
+        tokens, g = tokens.reshape(-1), g.reshape(-1, g.shape[-1]).to(ctx.dtype)
         if ctx.skip >= 0:
             g = g.masked_fill((tokens == ctx.skip)[:, None], 0.0)
         if region.layout == "cols":
             rows = region.matrix[1]
             out = g.new_zeros(rows, len(region.ids)).index_add_(0, tokens, g.index_select(1, region.ids)).t()
-            return grads[0], None, out.to(ctx.dtype), None, None
+            return grads[0], None, out, None, None
         lookup = ctx.live.looked_up()
         out = g.new_zeros(lookup.count + 1, g.shape[1]).index_add_(0, lookup.slots[tokens], g)[:-1]
         if lookup.at is not None:
             out = out.reshape(-1).index_select(0, lookup.at)
-        return grads[0], None, out.reshape(ctx.shape).to(ctx.dtype), None, None
+        return grads[0], None, out.reshape(ctx.shape), None, None
 
 
 def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -51,9 +52,7 @@ def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     live: Live = weight.neurograft
     skip = given.get("padding_idx")
     skip = -1 if skip is None else int(skip) % live.region.shape[0]
-    y = func(*args, **kwargs)
-    tapped = _EmbeddingTap.apply(y, given["input"], live.source(), live, skip)
-    return tapped
+    return _looked_up(func(*args, **kwargs), given["input"], live, skip)
 
 
 def gathered(y: Tensor, weight: Any, index: Any) -> Any:
@@ -62,7 +61,14 @@ def gathered(y: Tensor, weight: Any, index: Any) -> Any:
     if not rows or hasattr(weight, "shift") or weight.neurograft.region.matrix[0] != 1 or y.dim() != index.dim() + 1:
         return NotImplemented
     live: Live = weight.neurograft
-    return _EmbeddingTap.apply(y, index.remainder(live.region.matrix[1]), live.source(), live, -1)
+    return _looked_up(y, index.remainder(live.region.matrix[1]), live, -1)
+
+
+def _looked_up(y: Tensor, tokens: Tensor, live: Live, skip: int) -> Tensor:
+    if not live.theta.requires_grad:
+        return y
+    found: Tensor = _EmbeddingTap.apply(y, tokens, live.source(), live, skip)
+    return found
 
 
 class _ConvTap(torch.autograd.Function):
@@ -142,6 +148,8 @@ def conv(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     options = tuple(_spread(given.get(n, d), dims) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
     y = func(**given)
     live: Live = weight.neurograft
+    if not live.theta.requires_grad:
+        return y
     return _ConvTap.apply(y, given["input"], live.source(), live, (*options, given.get("groups", 1)))
 
 

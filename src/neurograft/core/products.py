@@ -47,7 +47,7 @@ def _product(y: Tensor, x: Tensor, weight: Any, side: Side) -> Tensor | None:
     if flipped:
         side = "row" if side == "column" else "column"
     chosen, lo, hi = live.local(bank, side)
-    if hi == lo:
+    if hi == lo or not live.theta.requires_grad:  # no entries here, or they sleep
         return y
     theta = live.source()
     return Tap.apply(y, x, theta if hi - lo == theta.shape[0] else theta[lo:hi], chosen, live)
@@ -184,6 +184,8 @@ def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         return NotImplemented
     y = func(*args, **kwargs)
+    if not live.theta.requires_grad:
+        return y
     if torch.compiler.is_compiling():
         return _GroupedWhole.apply(y, x, live.source(), live, side, offs)
     return _GroupedTap.apply(y, x, live.source(), live, side, offs.tolist())

@@ -25,6 +25,7 @@ class LiveWeight(Watched, nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         # A copy of a live model is a plain model with the current values.
+        self.neurograft.sync()
         with Plain():
             made = nn.Parameter(self.detach().clone(), requires_grad=False)
         memo[id(self)] = made

@@ -62,10 +62,14 @@ class LiveValues(nn.Module):
             entry.reload()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return nn.Module()
+        return Gone()
 
     def __reduce__(self) -> Any:
         raise RunError("a model with live weights cannot be pickled; save the graft, or detach first")
+
+
+class Gone(nn.Identity):
+    """What a copy of a live model has in the place of the values: nothing, and it can be attached to."""
 
 
 class LiveNormValues(LiveValues, nn.LayerNorm):
@@ -90,7 +94,7 @@ def register_values(model: nn.Module, entries: Sequence[Entry]) -> None:
     Raises:
         RunError: the model carries such tensors already.
     """
-    if any(hasattr(model, CHILD + suffix) for suffix in ("", "_norm")):
+    if any(isinstance(getattr(model, CHILD + suffix, None), LiveValues) for suffix in ("", "_norm")):
         raise RunError(
             "this model is being trained by another attachment; leave that block first, or attach both at once"
         )
