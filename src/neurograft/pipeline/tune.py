@@ -39,6 +39,7 @@ DEFAULTS: Mapping[str, Any] = {
     "disable_tqdm": True,
 }
 LOSSES_ON_CARD = 1000
+CLOCKS = ("_runtime", "_per_second", "_preparation_time")  # never the same twice, as the card of a seed has to be
 Ask = Mapping[str, Mapping[str, Any]]
 Reselect = Ask | Sequence[Ask] | Callable[[nn.Module, int], Selection] | None
 
@@ -243,7 +244,11 @@ def _card(
         "best": {"metric": trainer.state.best_metric, "step": trainer.state.best_global_step}
         if settings.load_best_model_at_end
         else None,
-        "evaluations": [h for h in trainer.state.log_history if any(k.startswith("eval_") for k in h)],
+        "evaluations": [
+            {k: v for k, v in h.items() if not k.endswith(CLOCKS)}
+            for h in trainer.state.log_history
+            if any(k.startswith("eval_") for k in h)
+        ],
         "skipped_checkpoints": trainer.resumed["skipped"],
         "versions": {
             "neurograft": neurograft.__version__,
