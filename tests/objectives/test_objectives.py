@@ -284,6 +284,33 @@ def test_auto_says_what_to_do_without_a_loss():
         choose("objectives", "auto")(Step(Bare(), {"x": torch.ones(1)}))
 
 
+def test_auto_says_that_nothing_has_a_label():
+    """Not "the loss is nan", as the mean over no label is."""
+    model = pico("t5")
+    batch = pico_batch(model)
+    with pytest.raises(RequestError, match="nothing has a label"):
+        choose("objectives", "auto")(Step(model, {**batch, "labels": torch.full_like(batch["labels"], -100)}))
+
+
+@pytest.mark.parametrize("kind", ["NextSentencePrediction", "EncoderDecoder"])
+def test_means_over_labels_add_up_over_a_window(kind):
+    from transformers import BertConfig, BertForNextSentencePrediction, BertLMHeadModel, BertModel, EncoderDecoderModel
+
+    how = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    if kind == "EncoderDecoder":
+        decoder = BertLMHeadModel(BertConfig(**how, is_decoder=True, add_cross_attention=True))
+        model = EncoderDecoderModel(encoder=BertModel(BertConfig(**how)), decoder=decoder)
+        model.config.decoder_start_token_id, model.config.pad_token_id = 1, 0
+        labels = torch.tensor([[3, 4, 5], [6, -100, -100], [7, -100, -100]])
+    else:
+        model, labels = BertForNextSentencePrediction(BertConfig(**how)), torch.tensor([0, 1, 1])
+    model, rows = model.double().eval(), {"input_ids": torch.randint(3, 16, (3, 4)), "labels": labels}
+    asked, items = Asked.of("auto"), int((labels != -100).sum())
+    parts = [{k: v[a:b] for k, v in rows.items()} for a, b in ((0, 1), (1, 3))]
+    total = sum(asked.loss(Step(model, part, items=items), windows=2) for part in parts)
+    torch.testing.assert_close(total, asked.loss(Step(model, rows)), rtol=0, atol=1e-12)
+
+
 def test_auto_is_the_loss_of_the_model_itself():
     """Causal models, experts with their balance loss, encoders, encoder-decoders, CTC, contrastive pairs, images."""
     kinds = ["llama", "gpt2", "mixtral", "qwen3_moe", "bert", "t5", "wav2vec2", "clip", "vit"]
@@ -327,3 +354,14 @@ def test_pull_by_hand():
     held = Trained(torch.tensor([4.0, 1.0]), region, torch.tensor([1.0, 2.0]))
     step = Step(nn.Linear(4, 2, bias=False), {}, trained=lambda: {"weight": held})
     assert float(choose("objectives", "pull")(step)) == 0.5
+
+
+def test_what_was_remembered_is_heard_beside_the_inputs_too():
+    """A Trainer hands over columns that the model does not take apart from those it does."""
+    table, tokens, labels = problem()
+    batch, then = {"input_ids": tokens, "labels": labels}, table.flip(0)[tokens]
+    inside = choose("objectives", "remembered")(Step(TableForCausalLM(table), {**batch, "remembered": then}))
+    beside = choose("objectives", "remembered")(Step(TableForCausalLM(table), batch, extra={"remembered": then}))
+    alone = choose("objectives", "remembered")(Step(TableForCausalLM(table), batch))
+    assert torch.equal(inside, beside)
+    assert float(inside - alone) > 0.1

@@ -99,6 +99,8 @@ BAD = {
     "unknown columns": ([{"body": "x"}], "columns body"),
     "not finite": ([{"input_ids": [3, 4], "weight": [float("nan")]}], "not finite"),
     "foreign token": ([{"input_ids": [3, 999]}], "vocabulary of 64"),
+    "negative token": ([{"input_ids": [3, -100]}], "token -100 in row 0"),
+    "foreign label": ([{"input_ids": [3, 4], "labels": [-100, 64]}], "label 64 of row 0"),
     "empty answer": ([{"prompt": "x" * 70, "completion": "y"}], "cut off"),
 }
 
@@ -126,6 +128,25 @@ def test_raw_data_without_a_tokenizer_and_broken_files(tmp_path, llama):
         read_rows(tmp_path / "o.npz")
 
 
+def test_labels_are_classes_the_model_has_or_numbers():
+    bert = pico("bert", num_labels=3)
+    with pytest.raises(RequestError, match=r"label 3 of row 1; expected a number from 0 to 2"):
+        as_batches([{"input_ids": [3, 4], "labels": n} for n in (2, 3)], bert)
+    bert.config.problem_type = "regression"
+    assert as_batches([{"input_ids": [3, 4], "labels": 3}], bert)[0]["labels"].tolist() == [3]
+
+
+def test_the_answers_of_a_multiple_choice_are_one_row():
+    from transformers import BertConfig, BertForMultipleChoice
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = BertForMultipleChoice(BertConfig(vocab_size=16, **sizes)).eval()
+    rows = [{"input_ids": torch.randint(3, 16, (2, 5)), "labels": torch.tensor(i)} for i in (0, 1, 1)]
+    (batch,) = as_batches(rows, model)
+    assert batch["input_ids"].shape == (3, 2, 5)
+    assert model(**batch).logits.shape == (3, 2)
+
+
 def test_masks_of_masked_language_modelling_depend_on_row_and_seed_alone():
     mlm = pico("bert")
     mlm.__class__ = type("BertForMaskedLM", (type(mlm),), {})
@@ -135,6 +156,8 @@ def test_masks_of_masked_language_modelling_depend_on_row_and_seed_alone():
     assert not torch.equal(a[0]["labels"], a[1]["labels"])
     assert not torch.equal(a[0]["labels"], as_dataset(rows, mlm, processing_class=T, seed=1)[0]["labels"])
     assert int((a[0]["labels"] != -100).sum()) == round(0.15 * len(a[0]["labels"]))
+    (batch,) = as_batches(rows, mlm, processing_class=T, seed=1)
+    assert torch.equal(batch["labels"][0], as_dataset(rows, mlm, processing_class=T, seed=1)[0]["labels"])
 
 
 def test_models_load_from_folders_with_their_own_tokenizer(tmp_path, llama):

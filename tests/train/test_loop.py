@@ -259,6 +259,10 @@ def test_what_did_not_happen_is_said(llama, pick, examples):
         fit(live, batches, steps=1, objective=lambda model, batch: model.lm_head.weight.sum().requires_grad_())
     with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="steps"):
         fit(live, [], steps=1)
+    with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="decay 'cosine'"):
+        fit(live, batches, steps=1, decay="cosine")
+    with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="LBFGS"):
+        fit(live, batches, steps=1, optimizer="LBFGS")
 
 
 class Product(torch.autograd.Function):

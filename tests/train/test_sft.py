@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import neurograft as ng
+from neurograft.core.context import Step
+from neurograft.train.asked import Asked
 from neurograft.worlds.letters import letters
 from neurograft.worlds.pico import pico
 
@@ -120,6 +122,24 @@ def test_objectives_run_on_the_fused_fields(pick, tmp_path):
         run(pick, tmp_path, objective="auto", loss_type="dft")
     metrics = [h for h in ours.state.log_history if "entropy" in h or "mean_token_accuracy" in h]
     assert metrics or "entropy" in ours._metrics["train"]
+
+
+def test_an_anchor_with_data_of_its_own_is_asked_about_them(pick, tmp_path):
+    """Replay under the fused head: not about the batch of the step, whose fused outputs are at hand."""
+    seen = []
+
+    def likelihood(step):
+        seen.append((step.batch["input_ids"].shape, step.log_probs.numel()))
+        return step.mean(-step.log_probs)
+
+    own = {"input_ids": torch.full((1, 9), 5), "labels": torch.full((1, 9), 5)}
+    asked = Asked.of("likelihood", (likelihood, {"weight": 0.5, "data": [own]}))
+    model = pico("llama", tie_word_embeddings=False)
+    expected = -Step(model.eval(), own).log_probs.mean()
+    trainer, _, _ = run(pick, tmp_path, model=model, objective=asked, max_steps=1, bf16=False)
+    plain, _, _ = run(pick, tmp_path, model=model, objective="likelihood", max_steps=1, bf16=False)
+    assert seen == [((1, 9), 8)] * 2
+    assert trainer.witness.losses[0] - plain.witness.losses[0] == pytest.approx(0.5 * expected.item(), abs=1e-3)
 
 
 def test_resumed_equals_uninterrupted_and_the_best_model_is_loaded(pick, tmp_path):

@@ -341,10 +341,18 @@ def test_requests_that_cannot_be_served(llama, pick, examples, tmp_path, unmoved
         "adapter 'slize'": {"adapter": "slize"},
         "no_such": {"new": ("no_such",)},
         "label_smoothing_factor beside": {"args": {"label_smoothing_factor": 0.1}},
+        "args of type list": {"args": ["max_steps"]},
+        "go together": {"args": {"load_best_model_at_end": True, "eval_strategy": "steps"}, "eval_dataset": rows},
+        "without examples": {"args": {"eval_strategy": "epoch"}},
+        "LBFGS": {"optimizer": "LBFGS"},
+        "weight 'much'": {"anchor": ("pull", {"weight": "much"})},
+        "weight nan": {"anchor": ("pull", {"weight": float("nan")})},
     }.items():
         with pytest.raises(ng.RequestError, match=match):
             ng.tune(llama, rows, where, **{"args": FAST, **more})
         found.check()
+    with pytest.raises(ng.RequestError, match="no selection"):
+        ng.tune(llama, rows, adapter=("slice", {"tied": "both"}))
     with pytest.raises(ng.RunError, match="did not move"):
         ng.tune(llama, rows, where, args={**FAST, "learning_rate": 0.0})
     with pytest.raises(ng.RunError, match="loss is inf"):

@@ -21,9 +21,12 @@ MEANS = (
     "ForImageClassification",
     "ForAudioClassification",
     "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "ForVideoClassification",
     "ForMaskedLM",
     "ForPreTraining",
     "ForConditionalGeneration",
+    "EncoderDecoderModel",
 )
 
 
@@ -38,12 +41,19 @@ def auto(step: Step) -> Tensor:
         step: the batch, its outputs and the size of the window.
 
     Raises:
-        RequestError: the model returns no loss.
+        RequestError: the model returns no loss, or nothing in the batch has a label.
     """
     if shifts(step.model) and "labels" in step.batch:
         return step.mean(-step.log_probs) + _balance(step)
     if "labels" not in step.batch and "return_loss" in inspect.signature(step.model.forward).parameters:
         step.batch = {**step.batch, "return_loss": True}  # contrastive models: every pair is its own label
+    labels, mean = step.batch.get("labels"), type(step.model).__name__.endswith(MEANS)
+    if mean and isinstance(labels, Tensor) and not bool((labels != IGNORE).any()):
+        raise RequestError(
+            "a batch in which nothing has a label",
+            expected="at least one label, since the loss is their mean",
+            do="drop such rows, or raise the truncation length",
+        )
     loss = getattr(step.outputs, "loss", None)
     if loss is None:
         raise RequestError(
@@ -51,8 +61,7 @@ def auto(step: Step) -> Tensor:
             expected="labels, and a model that computes a loss",
             do="give labelled rows, or objective=callable (model, batch) -> loss",
         )
-    labels = step.batch.get("labels")
-    if step.items is None or not isinstance(labels, Tensor) or not type(step.model).__name__.endswith(MEANS):
+    if step.items is None or not isinstance(labels, Tensor) or not mean:
         return loss
     step.counted = True
     return loss * (labels != IGNORE).sum() / step.items

@@ -27,15 +27,15 @@ def remembered(step: Step, *, weight: float = 1.0, temperature: float = 1.0) -> 
     """Return the model's own loss + weight * T^2 * mean KL(p_then || p_now) of softened predictions.
 
     Args:
-        step: the batch; its column `remembered` holds logits shaped like the model's. A batch without it, as of the
-            stream, gives the model's own loss.
+        step: the batch; its column `remembered` holds logits shaped like the model's, among its inputs or beside
+            them. A batch without it, as of the stream, gives the model's own loss.
         weight: of the distillation.
         temperature: T.
 
     Raises:
         RequestError: remembered logits of another shape.
     """
-    then = step.batch.get(COLUMN)
+    then = {**step.batch, **step.extra}.get(COLUMN)
     plain = replace(step, batch={k: v for k, v in step.batch.items() if k != COLUMN})
     loss: Tensor = choose("objectives", "auto")(plain)
     step.counted = plain.counted

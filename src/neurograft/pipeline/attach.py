@@ -15,6 +15,7 @@ from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
 
 Where = Selection | str | Path | None
+SLICE = "neurograft.adapters.slice"
 
 
 def attach(
@@ -59,6 +60,12 @@ def attach(
     if where is None and adapter == "slice":
         adapter = "dense"
     made = choose("adapters", adapter, **options)
+    if where is None and made.name == SLICE:
+        raise RequestError(
+            "adapter='slice' with options and no selection",
+            expected="the units to train",
+            do="pass a selection, or leave adapter out to train everything",
+        )
     mount: Mount = made(model, where, new=new, protect=protect)
     return mount
 

@@ -121,7 +121,8 @@ def evidence(
     if chosen is None:
         raise RequestError("no selection", expected="a selection", do="scores.top(fraction=0.01)")
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
-    batches = as_batches(data, net, processing_class=processing_class, batch_size=batch_size, max_length=max_length)
+    encode: dict[str, Any] = {"processing_class": processing_class, "max_length": max_length, "seed": seed}
+    batches = as_batches(data, net, batch_size=batch_size, **encode)
     fresh, dropped, known = _fresh(batches, chosen, overlap, limit)
     loss = None if objective == "auto" and _classes(fresh) else bound(objective)
     again = relocate or (relocated(net, chosen) if stability else None)

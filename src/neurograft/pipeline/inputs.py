@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE, Batch
+from neurograft.core.context import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
 from neurograft.pipeline.encode import encode, is_ready
 from neurograft.pipeline.rows import Row, read_rows
 
+CLASSIFIERS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+    "ForAudioClassification",
+    "ForVideoClassification",
+)
 PADS = {"labels": IGNORE, "attention_mask": 0, "token_type_ids": 0, "decoder_attention_mask": 0}
 
 
@@ -126,14 +133,19 @@ def as_batches(
             check(batch, model, i)
             made.append(batch)
     else:
-        examples = as_dataset(rows, model, processing_class=processing_class, max_length=max_length, limit=limit)
+        examples = as_dataset(
+            rows, model, processing_class=processing_class, max_length=max_length, limit=limit, seed=seed
+        )
         join = collator(model, processing_class)
         made = [join(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
     return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in made]
 
 
 def is_batch(row: Row) -> bool:
-    """Say whether a row is a ready batch: its input tensor has a batch axis."""
+    """Say whether a row is a ready batch: its input tensor has a batch axis, and its labels, if any, are several."""
+    labels = row.get("labels")
+    if labels is not None and not (isinstance(labels, Tensor) and labels.dim()):
+        return False  # several answers of a multiple choice stand side by side in one row
     least = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_values": 2, "input_features": 3}
     # A denoiser's `hidden_states` may be images or sequences; what it is told is always a sequence.
     least |= {"decoder_input_ids": 2, "sample": 4, "states": 3, "encoder_hidden_states": 3, "hidden_states": 3}
@@ -154,7 +166,7 @@ def _maybe_batches(data: Any) -> bool:
 
 def _unbatched(batch: Row) -> list[Row]:
     n = size_of(batch)
-    return [{k: v[i] for k, v in batch.items() if isinstance(v, Tensor) and len(v) == n} for i in range(n)]
+    return [{k: v[i] for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == n} for i in range(n)]
 
 
 def collator(
@@ -183,7 +195,7 @@ def collator(
                 do="fill the column in, or split the data",
             )
         made = {k: _stacked(k, [e[k] for e in examples], PADS.get(k, pad)) for k in keys}
-        if "input_ids" in made and "attention_mask" not in made:
+        if "input_ids" in made and "attention_mask" not in made and made["input_ids"].dim() == 2:
             lengths = torch.tensor([len(e["input_ids"]) for e in examples])
             made["attention_mask"] = (torch.arange(made["input_ids"].shape[1]) < lengths[:, None]).long()
         return made
@@ -205,7 +217,7 @@ def _stacked(name: str, values: list[Tensor], pad: int) -> Tensor:
 
 
 def check(example: Mapping[str, Any], model: nn.Module, index: int) -> None:
-    """Raise if numbers are not finite or tokens lie outside the vocabulary.
+    """Raise if numbers are not finite, or tokens or labels lie outside of what the model knows.
 
     Raises:
         RequestError: naming the row.
@@ -218,13 +230,33 @@ def check(example: Mapping[str, Any], model: nn.Module, index: int) -> None:
     tokens = example.get("input_ids")
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: None)()
-    size = getattr(text, "vocab_size", None)
-    if isinstance(tokens, Tensor) and tokens.numel() and size and int(tokens.max()) >= size:
-        raise RequestError(
-            f"token {int(tokens.max())} in row {index} for a vocabulary of {size}",
-            expected="this model's own tokenizer",
-            do="encode with the tokenizer saved beside the model",
-        )
+    size: int = getattr(text, "vocab_size", None) or 0
+    for token in _extremes(tokens) if size else ():
+        if not 0 <= token < size:
+            raise RequestError(
+                f"token {token} in row {index} for a vocabulary of {size}",
+                expected="this model's own tokenizer",
+                do="encode with the tokenizer saved beside the model",
+            )
+    labels, kind = example.get("labels"), type(model).__name__
+    known = size if shifts(model) or kind.endswith("ForMaskedLM") else 0
+    if kind.endswith(CLASSIFIERS) and getattr(config, "problem_type", None) in (None, "single_label_classification"):
+        known = int(getattr(config, "num_labels", 1))  # 1 for numbers instead of classes
+    for label in _extremes(labels, but=IGNORE) if known > 1 else ():
+        if not 0 <= label < known:
+            raise RequestError(
+                f"the label {label} of row {index}",
+                expected=f"a number from 0 to {known - 1}, or {IGNORE} for none",
+                do="number the labels anew, or load the model with num_labels= as many as there are",
+            )
+
+
+def _extremes(numbers: Any, *, but: int | None = None) -> tuple[int, ...]:
+    """Return the least and the largest of whole numbers, one of them left out."""
+    if not isinstance(numbers, Tensor) or numbers.is_floating_point():
+        return ()
+    kept = numbers if but is None else numbers[numbers != but]
+    return (int(kept.min()), int(kept.max())) if kept.numel() else ()
 
 
 def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:

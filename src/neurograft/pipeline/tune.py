@@ -39,6 +39,7 @@ DEFAULTS: Mapping[str, Any] = {
     "disable_tqdm": True,
 }
 LOSSES_ON_CARD = 1000
+CLOCKS = ("_runtime", "_per_second", "_preparation_time")  # never the same twice, as the card of a seed has to be
 Ask = Mapping[str, Mapping[str, Any]]
 Reselect = Ask | Sequence[Ask] | Callable[[nn.Module, int], Selection] | None
 
@@ -124,6 +125,12 @@ def tune(
     asked = Asked.of(objective, anchor, prepare=lambda extra: as_batches(extra, net, **encode), seed=seed)
     with tempfile.TemporaryDirectory(prefix="neurograft-") as scratch, untouched(net):
         settings = _arguments(args, scratch, seed)
+        if kept is None and settings.eval_strategy != "no":
+            raise RequestError(
+                f"eval_strategy={str(settings.eval_strategy.value)!r} without examples to evaluate on",
+                expected="eval_dataset",
+                do="pass eval_dataset=, or leave eval_strategy out",
+            )
         with attach(net, chosen, adapter=adapter, new=new, protect=protected, **options) as mount:
             trainer = _trainer(
                 net,
@@ -186,6 +193,12 @@ def _arguments(args: Any, scratch: str, seed: int) -> Any:
 
     if isinstance(args, TrainingArguments):
         return args
+    if args is not None and not isinstance(args, Mapping):
+        raise RequestError(
+            f"args of type {type(args).__name__}",
+            expected="a dict of fields of TrainingArguments, or one of them",
+            do="args={'learning_rate': 1e-4}",
+        )
     given = dict(args or {})
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     for name in given:
@@ -201,7 +214,14 @@ def _arguments(args: Any, scratch: str, seed: int) -> Any:
         given.setdefault("dataloader_pin_memory", False)
     if "gradient_checkpointing" in given and "activation_checkpointing" not in given:
         given["activation_checkpointing"] = given.pop("gradient_checkpointing")
-    return TrainingArguments(**{**DEFAULTS, "output_dir": scratch, "seed": seed, **given})
+    try:
+        return TrainingArguments(**{**DEFAULTS, "output_dir": scratch, "seed": seed, **given})
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"training arguments that do not go together ({str(error).splitlines()[0]})",
+            expected="what TrainingArguments takes",
+            do="change " + ", ".join(f"{k}={v!r}" for k, v in given.items()),
+        ) from error
 
 
 def _card(
@@ -243,7 +263,11 @@ def _card(
         "best": {"metric": trainer.state.best_metric, "step": trainer.state.best_global_step}
         if settings.load_best_model_at_end
         else None,
-        "evaluations": [h for h in trainer.state.log_history if any(k.startswith("eval_") for k in h)],
+        "evaluations": [
+            {k: v for k, v in h.items() if not k.endswith(CLOCKS)}
+            for h in trainer.state.log_history
+            if any(k.startswith("eval_") for k in h)
+        ],
         "skipped_checkpoints": trainer.resumed["skipped"],
         "versions": {
             "neurograft": neurograft.__version__,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Asked:
         total = _share(self.objective, step, windows, world)
         for anchor in self.anchors if anchored else ():
             own = anchor.batch(draw)
-            at = step if own is None else replace(step, batch=own, items=None, extra={})
+            at = step if own is None else _apart(step, own)
             total = total + anchor.weight * _share(anchor.asked, at, windows, world)
         return total
 
@@ -96,6 +97,13 @@ class Asked:
         """Return plain data for a card."""
         anchors = [{**a.asked.as_dict(), "weight": a.weight, "own_data": a.batches is not None} for a in self.anchors]
         return {"objective": self.objective.as_dict(), **({"anchors": anchors} if anchors else {})}
+
+
+def _apart(step: Step, batch: Batch) -> Step:
+    """Return the step on another batch: a plain one, since a fused head's outputs are of the step's own batch."""
+    return Step(
+        step.model, batch, step.step, step.max_steps, None, step.reference, wrapped=step.wrapped, trained=step.trained
+    )
 
 
 def _share(asked: Chosen, step: Step, windows: int, world: int) -> Tensor:
@@ -116,11 +124,21 @@ def _anchor(choice: Any, prepare: Callable[[Any], Sequence[Batch]], seed: int) -
     options: dict[str, Any] = {}
     if isinstance(choice, tuple) and len(choice) == 2:
         choice, options = choice[0], dict(choice[1])
-    weight, data = float(options.pop("weight", 1.0)), options.pop("data", None)
+    weight, data = _number(options.pop("weight", 1.0)), options.pop("data", None)
     batches = None if data is None else list(prepare(data))
     if batches is not None and not batches:
         raise RequestError("an anchor with empty data", expected="at least one batch", do="give data, or leave it out")
     return Anchor(choose("objectives", adapted(choice), **options), weight, batches, seed)
+
+
+def _number(weight: Any) -> float:
+    try:
+        found = float(weight)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise RequestError(f"an anchor of weight {weight!r}", expected="a number", do="give it as {'weight': 0.5}")
+    return found
 
 
 def adapted(choice: Any) -> Any:

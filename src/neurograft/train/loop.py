@@ -10,7 +10,7 @@ from torch import nn
 
 from neurograft.core.choose import choose
 from neurograft.core.context import IGNORE, Batch, Phase, Step, shifts
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.mount import Mount
 from neurograft.core.seeds import derive, generator
@@ -23,6 +23,7 @@ from neurograft.train.steps import differentiable, driven, probed, reference_of
 from neurograft.train.untouched import random_state
 
 Feed = Callable[[int, Phase], Batch]
+DECAYS = ("constant", "linear")
 
 
 def fit(
@@ -78,6 +79,7 @@ def fit(
             expected="at least one of each",
             do="give data and steps",
         )
+    one_of(decay, DECAYS, what="decay")
     model = mount.model
     asked = Asked.of(objective, anchor, seed=seed)
     witness, feed = Witness(mount), batches if callable(batches) else _ordered(batches, seed)

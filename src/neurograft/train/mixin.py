@@ -139,12 +139,21 @@ class GraftTrainerMixin(Losses, Files):
         for name, why in skipped.items():
             warnings.warn(f"skipped {name}: {why}; resuming from {found}", stacklevel=2)
         self.resumed = {"from": None if found is None else found.name, "skipped": skipped}
-        with exposed(heads(trainer.model) if is_trl(self) else ()):
-            out = super().train(str(found) if found else None, *args, **kwargs)  # type: ignore[misc]
-        self.conductor.end()
+        try:
+            with exposed(heads(trainer.model) if is_trl(self) else ()):
+                out = super().train(str(found) if found else None, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.conductor.end()
         nothing_left = found is not None and not self.witness.awake  # resumed at the end of a run that had turned
         self.moved = {"tensors": 0, "numbers": 0} if nothing_left else self.witness.check()
         return out
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:  # resumed at its end; the Trainer asks after a step
+            trainer.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if not self.together:

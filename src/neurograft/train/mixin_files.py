@@ -13,6 +13,7 @@ from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+IDS = "ids"  # beside moments of some numbers of a tensor alone: which
 
 
 class Files:
@@ -92,7 +93,8 @@ class Files:
             return
         for name, parameter in self.mount.named_parameters().items():
             held = trainer.optimizer.state.get(parameter, {})
-            odd = [tuple(held[k].shape) for k in MOMENTS if k in held and held[k].shape != parameter.shape]
+            wanted = held.get(IDS, parameter).shape
+            odd = [tuple(held[k].shape) for k in MOMENTS if k in held and held[k].shape != wanted]
             if odd:  # a fused optimizer would write past its end
                 raise RequestError(
                     f"moments of shape {odd[0]} in {checkpoint} for {name} of shape {tuple(parameter.shape)}",

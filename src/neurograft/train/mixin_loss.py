@@ -49,6 +49,8 @@ class Losses:
             differentiable(loss)
         if return_outputs and outputs is None:
             outputs = step.__dict__.get("outputs") or step.__dict__.get("predictions")
+            if outputs is None:  # a callable keeps what it computes to itself
+                outputs = {} if trainer.compute_metrics is None else step.predictions
         return (loss, outputs) if return_outputs else loss
 
     def _step(self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Any) -> tuple[Step, Any]:

@@ -65,9 +65,11 @@ class Witness:
         """Return how many tensors and numbers moved, and which tensors no gradient reached.
 
         Raises:
-            RunError: an awake tensor got no gradient, or did not move. Where nobody said what to train
-                (where=None), a part that the objective does not use is named instead, as `unreached`.
+            RunError: no step was made, or an awake tensor got no gradient or did not move. Where nobody said what to
+                train (where=None), a part that the objective does not use is named instead, as `unreached`.
         """
+        if not self.awake and not self.losses:
+            raise RunError("the training made no step; raise max_steps or num_train_epochs")
         now = self.mount.named_parameters()
         moved = {n: differing(self.start, n, now[n]) for n in self.awake}
         blind = sorted(self.awake - self.reached)

@@ -54,7 +54,17 @@ class StepEvents(TrainerCallback):
 
 
 def driven(mount: Mount, optimizer: Any) -> ForwardOnly | None:
-    """Tell a mount whose optimizer needs no gradients, and return it; None for any other optimizer."""
+    """Tell a mount whose optimizer needs no gradients, and return it; None for any other optimizer.
+
+    Raises:
+        RequestError: one that asks for the loss again and again within a step, which no loop here does.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise RequestError(
+            "LBFGS, whose step asks for the loss again and again",
+            expected="an optimizer that steps once on a window's gradient",
+            do="choose another, or call its step(closure) in a loop of your own over live.parameters()",
+        )
     mount.driver = optimizer if isinstance(optimizer, ForwardOnly) else None
     return mount.driver
 
