@@ -13,7 +13,7 @@ from torch import nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Choice, Chosen, choose
-from neurograft.core.context import Batch, Context
+from neurograft.core.context import Batch, Context, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
 from neurograft.core.requests import Request
@@ -93,6 +93,7 @@ def edit(
     if "requests" not in chosen.card.needs:
         read = [] if requests is None else as_batches(requests, net, limit=limit, **reading)
         return _by_data(chosen, net, read, selection_of(where), seed)
+    _predicts(net)
     asked = as_requests(requests, net, processor, contexts=contexts, limit=limit)
     kept = [] if general is None else as_batches(general, net, **reading)
     units = min(chosen.card.kinds, default="neuron")
@@ -113,6 +114,15 @@ def edit(
             **measured(net, made, asked, processor),
         }
     return replace(made, card={**made.card, **card})
+
+
+def _predicts(net: nn.Module) -> None:
+    if hasattr(net, "config") and not shifts(net):
+        raise RequestError(
+            f"edit requests for {type(net).__name__}",
+            expected="a causal language model, which says what follows a prompt",
+            do="load the model as one, or take an edit that reads data, such as by='shut'",
+        )
 
 
 def _by_data(chosen: Chosen, net: nn.Module, batches: list[Batch], where: Selection | None, seed: int) -> Graft:
