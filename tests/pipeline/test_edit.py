@@ -14,7 +14,7 @@ from neurograft.core.requests import Request, joined
 from neurograft.core.selection import Selection
 from neurograft.core.tap import watch
 from neurograft.edits._amplified import amplified, mask_of
-from neurograft.edits._memory import at_subjects, covariances, memories
+from neurograft.edits._memory import at_subjects, covariances, earlier_requests, memories
 from neurograft.edits._values import wanted
 from neurograft.edits.nmke import WIDTH
 from neurograft.pipeline._edited import answered, said
@@ -156,6 +156,51 @@ def test_an_edit_is_taken_back_by_its_place_or_its_words(tmp_path):
     for bad, words in ((2, "counted from 0"), ("aab", "did you mean"), ([0, 1], "some from 0")):
         with pytest.raises(ng.RequestError, match=words):
             ng.rollback(graft, bad)
+
+
+def test_edits_whose_words_are_digits_are_taken_back_by_their_words():
+    asked = [{"prompt": p, "target_new": "x"} for p in ("1984", "1", "zero")]
+    graft = ng.edit(pico("llama"), asked, by=BY, processing_class=letters())
+
+    def rest(edits):
+        return [r["prompt"] for r in ng.rollback(graft, edits).card["requests"]]
+
+    assert rest("1984") == ["1", "zero"]
+    assert rest("1") == ["1984", "zero"]
+    assert rest(("0", 2)) == ["1"]
+    asked[1]["prompt"] = "0"
+    graft = ng.edit(pico("llama"), asked, by=BY, processing_class=letters())
+    for bad, words in (("0", "place of one.*words of another"), ([], "no edit"), ("²", "did|choose"), (1.5, "1.5")):
+        with pytest.raises(ng.RequestError, match=words):
+            ng.rollback(graft, bad)
+    assert rest(0) == ["0", "zero"]
+
+
+def test_a_sum_of_edits_keeps_all_requests_and_gives_none_back():
+    """Of two edits in two layers each has as many ranks as the other: their numbers cannot be told apart."""
+    model, other = pico("llama"), ("nmke", {**BY[1], "layers": [1]})
+    first, second = (ng.edit(model, ROWS, by=by, processing_class=letters()) for by in (BY, other))
+    both = first + second
+    assert len(both.card["requests"]) == 4
+    with pytest.raises(ng.RequestError, match="sum of grafts"):
+        ng.rollback(both, [0])
+    with both.on(model):
+        assert len(earlier_requests(model)) == 4
+
+
+def test_an_edit_by_data_lies_on_earlier_ones_and_takes_nothing_it_would_not_read():
+    model = pico("llama")
+    single = sites(model, "weight", match="*down_proj*")
+    where = Selection.of(single, {name: [0] for name in single})
+    first = ng.edit(model, ROWS[:1], by=BY, processing_class=letters())
+    assert ng.edit(model, None, by="shut", where=where, after=first).card["after"] == [first.identity]
+    for options, words in (({"general": ROWS}, "general"), ({"batch": 2}, "batch"), ({"contexts": ["a "]}, "contexts")):
+        with pytest.raises(ng.RequestError, match=f"{words} for .*reads no requests"):
+            ng.edit(model, None, by="shut", where=where, **options)
+    heads = sites(model, "head")
+    where = Selection.of(heads, {next(iter(heads)): [0]})
+    with pytest.raises(ng.RequestError, match="0 batches"):
+        ng.edit(model, None, by=("tarot", {"metric": "logit"}), where=where)
 
 
 BAD = {

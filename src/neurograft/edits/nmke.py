@@ -30,14 +30,13 @@ WIDTH = 14_336  # neurons of an FFN of Llama-3-8B, for which the paper amplifies
     needs={"requests", "gradients", "taps"},
     claims={"separable"},
     departs="The covariance of the keys to protect, and the keys of earlier edits, are read from the model as it is "
-    "when a batch comes (of earlier edits: behind their bare prompts), not once from the base; without general data the "
-    "covariance is read from the prompts' own tokens. The "
-    "KL term of the value search looks at the prediction behind the subject in the prompt itself, not behind a "
-    "template '{subject} is a', so that it needs no language. mask='solve' solves inside the mask: masking afterwards, "
-    "as the paper does ('post'), lets the protected keys drift. null, ridge and lr count in units of the model's own "
-    "keys and stream, and the amplification in proportion to the layer's width: in a layer of some hundred neurons 30 "
-    "times one of them drowns every word, and the mask then leaves out just the loud ones. absolute=True takes all "
-    "four as the papers do.",
+    "when a batch comes (of earlier edits behind the bare prompt), not once from the base; without general data the "
+    "covariance is read from the prompts' own tokens. The KL term of the value search looks at the prediction behind "
+    "the subject in the prompt itself, not behind a template '{subject} is a', so that it needs no language. "
+    "mask='solve' solves inside the mask: masking afterwards, as the paper does ('post'), lets the protected keys "
+    "drift. null, ridge and lr count in units of the model's own keys and stream, and the amplification in proportion"
+    " to the layer's width: in a layer of some hundred neurons 30 times one of them drowns every word, and the mask "
+    "then leaves out just the loud ones. absolute=True takes all four as the papers do.",
 )
 def nmke(
     context: Context,
