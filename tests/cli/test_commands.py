@@ -172,6 +172,29 @@ def test_every_verb_has_a_summary_or_is_said_to_be_missing(verb, monkeypatch, ca
         assert run(monkeypatch, capsys, verb)[0] == 2
 
 
+def test_the_help_of_run_tells_a_recipes_options(folder, monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "run", "nmke", "--help")
+    assert status == 0
+    flat = " ".join(out.split())
+    assert "Options of nmke, as key=value: mask=post: " in flat
+    assert "layers=null: whose FFNs" in flat
+    assert "lr=0.5: its learning rate" in flat
+    status, out, _ = run(monkeypatch, capsys, "run", "--help")
+    assert "locft_bf, loki" in " ".join(out.split())
+    assert "Options of" not in out
+    status, out, err = run(monkeypatch, capsys, "run", "nmkee", "--help")
+    assert (status, "did you mean 'nmke'" in err) == (2, True)
+    assert run(monkeypatch, capsys, "run", "recipe.yaml", "--help")[0] == 0
+
+
+def test_a_plan_of_a_recipe_that_tunes_nothing_says_so(folder, monkeypatch, capsys):
+    for recipe, verb in (("nmke", "edit"), ("sparse_reward", "intervene")):
+        status, out, err = run(monkeypatch, capsys, "plan", folder / "model", recipe)
+        assert status == 0, err
+        assert "0 trainable numbers" in out
+        assert f"written by {verb}, without a Trainer" in out
+
+
 def test_plan_names_routes_and_bytes(folder, monkeypatch, capsys):
     status, out, err = run(monkeypatch, capsys, "plan", folder / "model", "s2ft", "--json")
     assert status == 0, err

@@ -7,8 +7,16 @@ import pytest
 import torch
 
 import neurograft as ng
+from neurograft.anatomy.sites import sites
 from neurograft.cli import main
-from neurograft.core.requests import Request
+from neurograft.core.context import Context
+from neurograft.core.requests import Request, joined
+from neurograft.core.selection import Selection
+from neurograft.core.tap import watch
+from neurograft.edits._amplified import amplified, mask_of
+from neurograft.edits._memory import at_subjects, covariances, earlier_requests, memories
+from neurograft.edits._values import wanted
+from neurograft.edits.nmke import WIDTH
 from neurograft.pipeline._edited import answered, said
 from neurograft.pipeline.encode import encode
 from neurograft.pipeline.requests import as_request, as_requests
@@ -20,6 +28,9 @@ ROWS = [
     {"prompt": "ab is ", "subject": "ab", "target_new": "xy", "rephrase": "so ab is ", "locality": ["cd is ", "q"]},
     {"prompt": "who is cd? ", "subject": "cd", "target_new": "z"},
 ]
+
+
+TOKENS = [{"prompt": [5, 6, 7, 8], "subject": [6], "target_new": [9, 11]}, {"prompt": [15, 16, 17], "target_new": [4]}]
 
 
 def row(**change):
@@ -147,6 +158,51 @@ def test_an_edit_is_taken_back_by_its_place_or_its_words(tmp_path):
             ng.rollback(graft, bad)
 
 
+def test_edits_whose_words_are_digits_are_taken_back_by_their_words():
+    asked = [{"prompt": p, "target_new": "x"} for p in ("1984", "1", "zero")]
+    graft = ng.edit(pico("llama"), asked, by=BY, processing_class=letters())
+
+    def rest(edits):
+        return [r["prompt"] for r in ng.rollback(graft, edits).card["requests"]]
+
+    assert rest("1984") == ["1", "zero"]
+    assert rest("1") == ["1984", "zero"]
+    assert rest(("0", 2)) == ["1"]
+    asked[1]["prompt"] = "0"
+    graft = ng.edit(pico("llama"), asked, by=BY, processing_class=letters())
+    for bad, words in (("0", "place of one.*words of another"), ([], "no edit"), ("²", "did|choose"), (1.5, "1.5")):
+        with pytest.raises(ng.RequestError, match=words):
+            ng.rollback(graft, bad)
+    assert rest(0) == ["0", "zero"]
+
+
+def test_a_sum_of_edits_keeps_all_requests_and_gives_none_back():
+    """Of two edits in two layers each has as many ranks as the other: their numbers cannot be told apart."""
+    model, other = pico("llama"), ("nmke", {**BY[1], "layers": [1]})
+    first, second = (ng.edit(model, ROWS, by=by, processing_class=letters()) for by in (BY, other))
+    both = first + second
+    assert len(both.card["requests"]) == 4
+    with pytest.raises(ng.RequestError, match="sum of grafts"):
+        ng.rollback(both, [0])
+    with both.on(model):
+        assert len(earlier_requests(model)) == 4
+
+
+def test_an_edit_by_data_lies_on_earlier_ones_and_takes_nothing_it_would_not_read():
+    model = pico("llama")
+    single = sites(model, "weight", match="*down_proj*")
+    where = Selection.of(single, {name: [0] for name in single})
+    first = ng.edit(model, ROWS[:1], by=BY, processing_class=letters())
+    assert ng.edit(model, None, by="shut", where=where, after=first).card["after"] == [first.identity]
+    for options, words in (({"general": ROWS}, "general"), ({"batch": 2}, "batch"), ({"contexts": ["a "]}, "contexts")):
+        with pytest.raises(ng.RequestError, match=f"{words} for .*reads no requests"):
+            ng.edit(model, None, by="shut", where=where, **options)
+    heads = sites(model, "head")
+    where = Selection.of(heads, {next(iter(heads)): [0]})
+    with pytest.raises(ng.RequestError, match="0 batches"):
+        ng.edit(model, None, by=("tarot", {"metric": "logit"}), where=where)
+
+
 BAD = {
     "no target": (row(target_new=None), "target_new"),
     "an empty prompt": (row(prompt=""), "empty text"),
@@ -167,6 +223,73 @@ def test_bad_requests_are_named(name):
         ng.edit(pico("llama"), [request], by=BY, processing_class=letters())
 
 
+@pytest.mark.parametrize("family", ["falcon", "gpt_neox", "gpt2", "opt", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_that_is_made_brings_the_stream_where_it_was_wanted(family, dtype):
+    """Which families can be edited is measured, not listed; those that can be are edited rightly."""
+    model = pico(family, dtype=dtype)
+    requests = as_requests(TOKENS, model, None)
+    (memory,) = memories(Context(model, sites(model, "neuron"), []), [0], (0, 1))
+    rows, stream = joined(requests), {"s": memory.stream}
+    start = at_subjects(model, stream, rows)["s"]
+    how = {"steps": 5, "lr": 0.5, "clamp": 0.75, "decay": 0.5, "kl": 0.0625}
+    goal = wanted(model, memory, requests, **how)
+    graft = ng.edit(model, TOKENS, by=("nmke", {"mask": "none", "null": None, "ridge": 1e-9, "exact": True, **how}))
+    with graft.on(model):
+        there = at_subjects(model, stream, rows)["s"]
+    assert float((there - goal).norm()) < (1e-4 if dtype == torch.float32 else 0.05) * float((start - goal).norm())
+
+
+def test_a_selection_of_neurons_that_are_all_masked_is_named():
+    model = pico("llama")
+    context = Context(model, sites(model, "neuron"), [], requests=as_requests(TOKENS, model, None))
+    (memory,) = memories(context, [0], (0, 1))
+    spoken = mask_of(amplified(model, memory, joined(context.requests), gain=30 * memory.keys.n / WIDTH))
+    silent = (~spoken).nonzero()[:, 0]
+    where = Selection.of(context.sites, {memory.keys.name: silent})
+    with pytest.raises(ng.RequestError, match="all masked"):
+        ng.edit(model, TOKENS, by=("nmke", {"null": None, "layers": [0], "steps": 1}), where=where)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_many_requests_are_read_some_at_a_time_with_the_same_numbers(family):
+    model, passes = pico(family), []
+    requests = as_requests([{"prompt": [5 + i % 50, 7, 3], "target_new": [9]} for i in range(70)], model, None)
+    context = Context(model, sites(model, "neuron"), [], requests=requests)
+    (memory,) = memories(context, [0], (0, 1))
+    hook = model.register_forward_pre_hook(lambda m, a, k: passes.append(len(k["input_ids"])), with_kwargs=True)
+    keys = at_subjects(model, {"k": memory.keys}, joined(requests))["k"]
+    held = covariances(context, [memory])[memory.keys.name]
+    hook.remove()
+    assert max(passes) == 64
+    one = [at_subjects(model, {"k": memory.keys}, joined([r]))["k"] for r in requests]
+    torch.testing.assert_close(keys, torch.cat(one))
+    seen = []
+    tokens = torch.tensor([r.prompts[0][:2] for r in requests])
+    with watch(model, {"k": memory.keys}, lambda _, x: seen.append(x.double())):
+        model(tokens)
+    torch.testing.assert_close(held, seen[0].T @ seen[0] / len(seen[0]), rtol=1e-4, atol=1e-9)
+
+
+def test_the_lens_has_no_part_of_the_stream_that_a_norm_takes_out(monkeypatch):
+    """Under a norm that subtracts the mean, a constant written by a neuron says nothing; in chunks as at once."""
+    model = pico("gpt_neox")
+    name = "gpt_neox.layers.0.mlp.dense_4h_to_h.weight"
+    with torch.no_grad():
+        model.get_parameter("gpt_neox.final_layer_norm.weight")[0] = 0.0
+        model.get_parameter(name).mul_(10).add_(1.0)
+    requests = as_requests(TOKENS, model, None)
+    (memory,) = memories(Context(model, sites(model, "neuron"), []), [0], (0, 1))
+    first = amplified(model, memory, joined(requests), gain=30.0)
+    monkeypatch.setattr("neurograft.edits._amplified.CHUNK", 7)
+    torch.testing.assert_close(amplified(model, memory, joined(requests), gain=30.0), first)
+    with torch.no_grad():
+        model.get_parameter(name)[:, 3] += 5.0
+        moved = amplified(model, memory, joined(requests), gain=30.0)
+    assert bool(first.abs().gt(1e-3).any())
+    torch.testing.assert_close(moved[:, 3], first[:, 3], rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "words"),
     [
@@ -175,6 +298,14 @@ def test_bad_requests_are_named(name):
         ("llama", {"by": "nmk"}, "nmke"),
         ("llama", {"by": ("nmke", {"mask": "some"})}, "mask"),
         ("mixtral", {}, "without experts"),
+        ("gemma2", {}, "does not reach the stream.*without a norm"),
+        ("olmo2", {}, "does not reach the stream"),
+        ("t5", {}, "a causal language model"),
+        ("bert", {"by": "locft_bf"}, "a causal language model"),
+        ("llama", {"by": ("nmke", {"steps": 0})}, "steps=0.*at least 1"),
+        ("llama", {"by": ("locft_bf", {"epochs": 0})}, "epochs=0"),
+        ("llama", {"by": ("locft_bf", {"together": 0})}, "together=0"),
+        ("llama", {"by": ("locft_bf", {"sweep": -2})}, "sweep=-2"),
     ],
 )
 def test_bad_edits_are_named(family, options, words):

@@ -161,7 +161,8 @@ def _lens_is_literal(family):
         word = head(out["normed"][i, rows.last[i]]).argmax()
         stream = seen[memory.stream.name][at[i]] - seen[memory.values.name][at[i]]
 
-        def logp(v, mean=mean, size=size, bias=bias, word=word):
+        def logp(v, size=size, bias=bias, word=word):  # the divisor alone is held
+            mean = v.mean() if family != "llama" else 0.0
             return head((v - mean) / size * norm.weight.detach() + bias).log_softmax(-1)[word]
 
         for j in (0, 7, 47):

@@ -15,6 +15,7 @@ import typer
 from neurograft import __version__
 from neurograft.cli import locating, results, unit_page
 from neurograft.cli.options import command_of, value
+from neurograft.cli.recipe_help import recipe_help
 from neurograft.cli.show import Shown
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
@@ -180,6 +181,8 @@ def filled(words: list[str]) -> typer.Typer:
 
     Only the verb in use is imported: its options are its function's keywords, and everything behind them is heavy.
     """
+    running = next(c for c in app.registered_commands if c.name == "run")
+    running.epilog = recipe_help(words[1:]) if words[:1] == ["run"] else None
     for name, row in VERBS.items():
         summary = _summary(row[0])
         if summary is None:

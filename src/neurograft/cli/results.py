@@ -121,6 +121,8 @@ def plan(found: Mapping[str, Any], target: Path | None, shown: Shown) -> None:
     lines = [f"{found['trainable']} trainable numbers" + (f" ({found['fraction']:.2%})" if "fraction" in found else "")]
     if found["units"]:
         lines.append(f"{found['units']['chosen']} of {found['units']['of']} units")
+    if isinstance(found["parameters"], str):
+        lines.append(f"parameters: {found['parameters']}")
     lines += [f"{name}: {human(count)}" for name, count in found["bytes"].items()]
     shown.result(found, lines=lines, table=table_of(rows) if rows else None)
 

@@ -161,7 +161,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], name
             raise RequestError(
                 f"the option {option!r} of {name}",
                 expected=f"one of {', '.join(option_names(function))}",
-                do=near(option, known),
+                do=near(option, option_names(function) or known),
             )
         if not fits(value, types.get(option, Any)):
             raise RequestError(

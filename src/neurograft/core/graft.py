@@ -183,6 +183,8 @@ class Graft:
             if original is not None:
                 originals[name] = original
         card = {**self.card, "sum_of": [self.identity, other.identity]}
+        if asked := [r for g in (self, other) for r in g.card.get("requests", ())]:
+            card["requests"] = asked  # later edits protect the keys of all of them
         operations = (*self._scaled_operations(), *other._scaled_operations())
         base, home = {**self.base, **other.base}, self.home or other.home
         return Graft(dict(sorted(deltas.items())), operations, base, card, 1.0, originals, home)

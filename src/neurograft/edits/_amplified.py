@@ -5,6 +5,8 @@ Shape letters: r prompts, k neurons, d features of the stream, V words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +17,14 @@ from neurograft.core.units import Parameters, Site, Tap
 from neurograft.edits._memory import Memory, picked
 
 FLOOR = 1e-8
+CHUNK = 1024  # neurons whose words are held at a time: words * neurons numbers are gigabytes in a large model
 
 
 @torch.no_grad()
 def amplified(model: nn.Module, memory: Memory, rows: Rows, *, gain: float = 30.0) -> Tensor:
     """Return log p(w | s + gain * a_i * W[:, i]) - log p(w | s) for every prompt and neuron, float32 [r, k].
 
-    p reads the stream through final norm and head, the norm's scale held at its value for the final stream; s is the
+    p reads the stream through final norm and head, the norm's divisor held at its value for the final stream; s is the
     stream before the FFN adds to it, a_i the neuron, both at the prompt's last token; w is the word the model says
     there. Probabilities are clipped at 1e-8 before the logarithm, what is no number counts 0.
 
@@ -39,24 +42,34 @@ def amplified(model: nn.Module, memory: Memory, rows: Rows, *, gain: float = 30.
     out = Site("out", "channel", memory.values.n, (), Tap(through, "output"))
     found = {"end": end, "out": out, **{s.name: s for s in (memory.keys, memory.values, memory.stream)}}
     seen = picked(model, found, rows, rows.last)
-    stream = seen[memory.stream.name] - seen[memory.values.name]
-    final = seen["end"]
-    module = model.get_submodule(through)
-    centred = final - final.mean(1, keepdim=True) if isinstance(module, nn.LayerNorm) else final
-    each = scale / centred.pow(2).mean(1, keepdim=True).sqrt()  # [r, d]: what one unit of the stream becomes
-    word = head(seen["out"].to(_weight(head).dtype)).argmax(-1)
-    start = head((seen["out"] + each * (stream - final)).to(_weight(head).dtype)).float()
-    columns = Parameters.of(model).by_name[memory.weight].detach().float()
+    final, centred = seen["end"], _centred(model.get_submodule(through), seen["end"])
+    size = centred(final, 1).pow(2).mean(1).sqrt()  # [r], held as it is
+    weight = _weight(head)
+    word = head(seen["out"].to(weight.dtype)).argmax(-1)
+    before = centred(seen[memory.stream.name] - seen[memory.values.name] - final, 1)
+    start = head((seen["out"] + scale * before / size[:, None]).to(weight.dtype)).float()
+    least = start.new_tensor(FLOOR).log()
+    first = start.log_softmax(-1).gather(1, word[:, None]).clamp_min(least)[:, 0]
+    columns = Parameters.of(model).by_name[memory.weight].detach()
     columns = columns.t() if memory.transposed else columns
-    spoken = _weight(head).detach().float() @ (scale[:, None] * columns)  # [V, k]
-    sizes = each[:, :1] / scale[:1]
+    pushes = gain * seen[memory.keys.name] / size[:, None]  # [r, k]
     scores = torch.empty(len(start), memory.keys.n)
-    for i in range(len(start)):
-        moved = start[i][:, None] + spoken * (gain * sizes[i] * seen[memory.keys.name][i])
-        said = moved[word[i]] - moved.logsumexp(0)
-        least = start.new_tensor(FLOOR).log()
-        scores[i] = said.clamp_min(least) - (start[i][word[i]] - start[i].logsumexp(0)).clamp_min(least)
+    for some in torch.arange(memory.keys.n, device=start.device).split(CHUNK):
+        spoken = weight.detach().float() @ (scale[:, None] * centred(columns[:, some].float(), 0))  # [V, chunk]
+        for i in range(len(start)):
+            moved = start[i][:, None] + spoken * pushes[i, some]
+            said = moved[word[i]] - moved.logsumexp(0)
+            scores[i, some.cpu()] = (said.clamp_min(least) - first[i]).cpu()
     return scores.nan_to_num(0.0)
+
+
+def _centred(norm: nn.Module, final: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """Return what a norm does before it scales: x minus its mean along an axis where a shift changes nothing, or x."""
+    x = final[:1].to(next(norm.parameters()).dtype)
+    here, shifted = norm(x), norm(x + x.float().pow(2).mean().sqrt().to(x))
+    if float((here - shifted).float().norm()) > 0.1 * float(here.float().norm()):
+        return lambda x, axis: x
+    return lambda x, axis: x - x.mean(axis, keepdim=True)
 
 
 def _lens(model: nn.Module) -> tuple[nn.Module, Tensor, str]:
@@ -67,7 +80,7 @@ def _lens(model: nn.Module) -> tuple[nn.Module, Tensor, str]:
         raise RequestError(
             "a model without a head behind a final norm",
             expected="a decoder that reads its stream through both",
-            do="use another edit, or mask=None",
+            do="use another edit, or mask='none'",
         )
     norm = model.get_submodule(outer[-1])
     gains = norm.weight.detach().float()  # type: ignore[union-attr, operator]

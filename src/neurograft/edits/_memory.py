@@ -20,8 +20,11 @@ from neurograft.core.errors import RequestError
 from neurograft.core.region import as_matrix
 from neurograft.core.requests import Request, Rows, joined
 from neurograft.core.stack import Stack
-from neurograft.core.tap import watch
+from neurograft.core.tap import Reader, change, watch
 from neurograft.core.units import Parameters, Site, Tap
+
+AT_ONCE = 64  # rows of a pass
+NEAR = 0.05  # of a vector that arrives as it is: bfloat16 rounds a stream of large channels to half a percent
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,50 @@ def at_subjects(model: nn.Module, found: Mapping[str, Site], rows: Rows) -> dict
 @torch.no_grad()
 def picked(model: nn.Module, found: Mapping[str, Site], rows: Rows, at: Tensor) -> dict[str, Tensor]:
     """Return the activations of sites at one position of each row, float32 [r, units]."""
-    taken: dict[str, Tensor] = {}
-    length = rows.batch["input_ids"].shape[1]
-    flags = torch.arange(length, device=at.device) == at[:, None]
-    with watch(model, found, lambda name, x: taken.__setitem__(name, x.float().clone()), mask=lambda _: flags):
-        model(**_inputs(rows.batch))
-    return taken
+    taken: dict[str, list[Tensor]] = {name: [] for name in found}
+    flags = torch.arange(rows.batch["input_ids"].shape[1], device=at.device) == at[:, None]
+    _read(model, found, rows, flags, lambda name, x: taken[name].append(x.float().clone()))
+    return {name: torch.cat(parts) for name, parts in taken.items()}
+
+
+def _read(model: nn.Module, found: Mapping[str, Site], rows: Rows, flags: Tensor, reader: Reader) -> None:
+    """Call the reader with the activations at the flagged positions, some rows at a time: logits are large."""
+    for i in range(0, len(flags), AT_ONCE):
+        here = flags[i : i + AT_ONCE]
+        if bool(here.any()):
+            with watch(model, found, reader, mask=lambda _, here=here: here):  # type: ignore[misc]
+                model(**{k: v[i : i + AT_ONCE] for k, v in _inputs(rows.batch).items()})
+
+
+@torch.no_grad()
+def reaches(model: nn.Module, found: Sequence[Memory], rows: Rows) -> None:
+    """Raise unless what each memory writes is added to the stream as it is.
+
+    A vector added behind the memory at the first row's subject must arrive in the stream unchanged. Where a norm, a
+    gate or a factor stands between, no change of the memory by a residual of the stream would bring the stream there.
+
+    Raises:
+        RequestError: something stands between.
+    """
+    one = Rows({k: v[:1] for k, v in rows.batch.items()}, rows.at[:1], rows.last[:1], rows.owner[:1])
+    streams = {m.stream.name: m.stream for m in found}
+    before = at_subjects(model, streams, one)
+    for memory in found:
+        name, start = memory.stream.name, before[memory.stream.name][0]
+        vector = start.pow(2).mean().sqrt() * torch.arange(len(start), device=start.device).float().cos()
+
+        def moved(_: str, x: Tensor, vector: Tensor = vector) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])  # some families have no batch axis here
+            return flat.index_put((one.at.to(x.device),), vector.to(x)[None], accumulate=True).reshape(x.shape)
+
+        with change(model, {memory.values.name: memory.values}, moved):
+            after = at_subjects(model, {name: memory.stream}, one)[name][0]
+        if not float((after - start - vector).norm()) < NEAR * float(vector.norm()):
+            raise RequestError(
+                f"an edit of {memory.keys.name}, whose output does not reach the stream as it is",
+                expected="an FFN whose output is added to the stream, without a norm, a gate or a factor between",
+                do="edit another family, or by fine-tuning: by='locft_bf'",
+            )
 
 
 @torch.no_grad()
@@ -167,8 +208,7 @@ def covariances(context: Context, found: Sequence[Memory]) -> dict[str, Tensor]:
                 expected="keys whose values are to stay",
                 do="pass general=data",
             )
-        with watch(context.model, where, add, mask=lambda _: others):
-            context.model(**_inputs(rows.batch))
+        _read(context.model, where, rows, others, add)
     return {name: total / tokens[name] for name, total in sums.items()}
 
 

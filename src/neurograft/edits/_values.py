@@ -37,7 +37,7 @@ def wanted(
     """Return the stream behind a layer at each subject that makes the model say the target, [n, d].
 
     A vector is added there and found by Adam: cross-entropy of the target, averaged over its tokens and the contexts,
-    plus kl * KL(before || now) of the prediction at the subject itself, plus decay * |vector| / |stream|^2; its norm
+    plus kl * KL(now || before) of the prediction at the subject itself, plus decay * |vector| / |stream|^2; its norm
     never exceeds clamp * |stream|. Every request is on its own, however many run at once.
 
     Args:
@@ -76,9 +76,10 @@ def wanted(
                 logits = model(**{k: v for k, v in rows.batch.items() if k != "labels"}).logits
             there = logits[torch.arange(len(rows.at)), rows.at].float().log_softmax(-1)
             before = there.detach() if before is None else before
-            drift = (before.exp() * (before - there)).sum(-1)
             said = rows.mean(per_row(logits, rows), n)
-            loss = said + kl * rows.mean(drift, n) + decay * vector.norm(dim=1) / first.norm(dim=1) ** 2
+            loss = (
+                said + kl * rows.mean(drifted(before, there), n) + decay * vector.norm(dim=1) / first.norm(dim=1) ** 2
+            )
             going &= loss.detach() >= enough
             if not bool(going.any()):
                 break
@@ -98,6 +99,17 @@ def wanted(
 def _added(rows: Rows, vector: Tensor, _: str, x: Tensor) -> Tensor:
     index = (torch.arange(len(rows.at), device=x.device), rows.at.to(x.device))
     return x.index_put(index, vector[rows.owner].to(x.dtype), accumulate=True)
+
+
+def drifted(before: Tensor, now: Tensor) -> Tensor:
+    """Return KL(now || before) of log-probabilities [..., V], as ROME has it.
+
+    Example:
+        >>> before, now = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> round(float(drifted(before, now)), 4), round(float(drifted(now, before)), 4)
+        (0.3681, 0.5108)
+    """
+    return (now.exp() * (now - before)).sum(-1)
 
 
 def per_row(logits: Tensor, rows: Rows) -> Tensor:

@@ -10,6 +10,7 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.selection import Selection
 from neurograft.edits._places import MATRICES, places
+from neurograft.edits._ranges import least
 from neurograft.edits._training import Training
 
 ORDERS = ("breadth", "depth")
@@ -61,6 +62,7 @@ def locft_bf(
     """
     one_of(order, ORDERS, what="order")
     one_of(matrix, MATRICES, what="matrix")
+    least(sweep=(sweep, 0), lr=(lr, 0), epochs=(epochs, 1), together=(together, 1), enough=(enough, 0))
     if not context.requests:
         raise RequestError("an edit without requests", expected="at least one request", do="give prompt, target_new")
     if where is not None:

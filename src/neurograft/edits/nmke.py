@@ -16,7 +16,8 @@ from neurograft.core.keyvalue import answers
 from neurograft.core.requests import Rows, joined
 from neurograft.core.selection import Selection
 from neurograft.edits._amplified import amplified, mask_of
-from neurograft.edits._memory import Memory, at_subjects, caches, covariances, device_of, memories
+from neurograft.edits._memory import Memory, at_subjects, caches, covariances, device_of, memories, reaches
+from neurograft.edits._ranges import least
 from neurograft.edits._values import wanted
 
 MASKS = ("post", "solve", "none")
@@ -29,13 +30,13 @@ WIDTH = 14_336  # neurons of an FFN of Llama-3-8B, for which the paper amplifies
     needs={"requests", "gradients", "taps"},
     claims={"separable"},
     departs="The covariance of the keys to protect, and the keys of earlier edits, are read from the model as it is "
-    "when a batch comes, not once from the base; without general data it is read from the prompts' own tokens. The "
-    "KL term of the value search looks at the prediction behind the subject in the prompt itself, not behind a "
-    "template '{subject} is a', so that it needs no language. mask='solve' solves inside the mask: masking afterwards, "
-    "as the paper does ('post'), lets the protected keys drift. null, ridge and lr count in units of the model's own "
-    "keys and stream, and the amplification in proportion to the layer's width: in a layer of some hundred neurons 30 "
-    "times one of them drowns every word, and the mask then leaves out just the loud ones. absolute=True takes all "
-    "four as the papers do.",
+    "when a batch comes (of earlier edits behind the bare prompt), not once from the base; without general data the "
+    "covariance is read from the prompts' own tokens. The KL term of the value search looks at the prediction behind "
+    "the subject in the prompt itself, not behind a template '{subject} is a', so that it needs no language. "
+    "mask='solve' solves inside the mask: masking afterwards, as the paper does ('post'), lets the protected keys "
+    "drift. null, ridge and lr count in units of the model's own keys and stream, and the amplification in proportion"
+    " to the layer's width: in a layer of some hundred neurons 30 times one of them drowns every word, and the mask "
+    "then leaves out just the loud ones. absolute=True takes all four as the papers do.",
 )
 def nmke(
     context: Context,
@@ -87,13 +88,18 @@ def nmke(
         One rank for each request in every edited matrix.
 
     Raises:
-        RequestError: no requests, no free direction, a model without FFNs that can be edited.
+        RequestError: no requests, no free direction, a model without FFNs that can be edited, such as one with a norm
+            behind them, a selection of neurons that are all masked.
     """
     one_of(mask, MASKS, what="mask")
     if not context.requests:
         raise RequestError("an edit without requests", expected="at least one request", do="give prompt, target_new")
+    least(steps=(steps, 1), lr=(lr, 0), clamp=(clamp, 0), decay=(decay, 0), kl=(kl, 0), gain=(gain, 0))
+    least(ridge=(ridge, 0), weight=(weight, 0))
     model, n = context.model, len(context.requests)
     found = memories(context, layers, (0.125, 0.25))
+    rows = joined(context.requests, device=device_of(model))
+    reaches(model, found, rows)
     goal = wanted(
         model,
         found[-1],
@@ -107,7 +113,6 @@ def nmke(
         absolute=absolute,
     )
     held, cache = covariances(context, found), caches(context, found)
-    rows = joined(context.requests, device=device_of(model))
     deltas: dict[str, LowRank] = {}
     masks: dict[str, list[int]] = {}
     laid: list[Graft] = []
@@ -157,4 +162,11 @@ def _mask(
             expected="neurons of every layer that is edited",
             do="select neurons there, or name other layers",
         )
-    return allowed if found is None else found & allowed
+    both = allowed if found is None else found & allowed
+    if not bool(both.any()):
+        raise RequestError(
+            f"a selection whose neurons of {memory.keys.name} are all masked: none speaks in these prompts",
+            expected="some that do",
+            do="select more neurons, or pass mask='none'",
+        )
+    return both

@@ -86,7 +86,7 @@ def tarot(
     """
     one_of(form, FORMS, what="form of rotation")
     one_of(ship, SHIPS, what="form of a graft")
-    fitness = metric_of(one_of(metric, METRICS, what="metric"), context)
+    one_of(metric, METRICS, what="metric")
     chosen = {n: (where.sites[n], ids) for n, ids in where.ids.items() if len(ids)}
     if not context.batches or not chosen or not 0 < bound <= math.pi or starts + origin < 1:
         raise RequestError(
@@ -94,6 +94,7 @@ def tarot(
             expected="data, units, an angle in (0, pi], at least one start",
             do="give labelled examples and a selection of heads",
         )
+    fitness = metric_of(metric, context)
     sizes = {n: (len(ids), numbers_of(form, s.tap.width if s.tap else 1)) for n, (s, ids) in chosen.items()}
     total = sum(k * m for k, m in sizes.values())
     low, high, still = _box(form, bound, total)

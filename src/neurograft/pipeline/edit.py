@@ -13,7 +13,7 @@ from torch import nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Choice, Chosen, choose
-from neurograft.core.context import Batch, Context
+from neurograft.core.context import Batch, Context, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.graft import Graft
 from neurograft.core.requests import Request
@@ -91,15 +91,15 @@ def edit(
     processor = processor_for(net, processing_class)
     reading = {"processing_class": processor, "batch_size": batch_size, "max_length": max_length}
     if "requests" not in chosen.card.needs:
+        _unread(chosen, general=general, batch=batch, contexts=contexts or None)
         read = [] if requests is None else as_batches(requests, net, limit=limit, **reading)
-        return _by_data(chosen, net, read, selection_of(where), seed)
+        return _by_data(chosen, net, read, selection_of(where), after, seed)
+    _predicts(net)
     asked = as_requests(requests, net, processor, contexts=contexts, limit=limit)
     kept = [] if general is None else as_batches(general, net, **reading)
     units = min(chosen.card.kinds, default="neuron")
     with as_found(net), ExitStack() as earlier:
-        for graft in _grafts(after):
-            if graft.identity not in Stack.of(net).grafts:
-                earlier.enter_context(graft.on(net))
+        _lay(net, after, earlier)
         context = Context(net, sites(net, units), kept, processor=processor, seed=seed)
         size = batch or len(asked)
         chunks = [asked[i : i + size] for i in range(0, len(asked), size)]
@@ -115,16 +115,39 @@ def edit(
     return replace(made, card={**made.card, **card})
 
 
-def _by_data(chosen: Chosen, net: nn.Module, batches: list[Batch], where: Selection | None, seed: int) -> Graft:
+def _predicts(net: nn.Module) -> None:
+    if hasattr(net, "config") and not shifts(net):
+        raise RequestError(
+            f"edit requests for {type(net).__name__}",
+            expected="a causal language model, which says what follows a prompt",
+            do="load the model as one, or take an edit that reads data, such as by='shut'",
+        )
+
+
+def _unread(chosen: Chosen, **given: Any) -> None:
+    odd = [name for name, value in given.items() if value is not None]
+    if odd:
+        raise RequestError(
+            f"{', '.join(odd)} for {chosen.name}, which reads no requests",
+            expected="data and a selection",
+            do=f"leave {odd[0]} out",
+        )
+
+
+def _by_data(
+    chosen: Chosen, net: nn.Module, batches: list[Batch], where: Selection | None, after: Any, seed: int
+) -> Graft:
     """Return what an edit makes of data alone."""
     if where is None:
         raise RequestError(
             f"{chosen.name} and no selection", expected="the units it changes", do="pass where=, or --where FILE"
         )
-    with as_found(net):
+    with as_found(net), ExitStack() as earlier:
+        _lay(net, after, earlier)
         made: Graft = chosen(Context(net, where.sites, batches, seed=seed), where)
+        below = sorted(Stack.of(net).grafts)
     data = data_digest(batches) if batches else None
-    card: dict[str, Any] = {"by": chosen.as_dict(), "data": data, "requests": [], "seed": seed}
+    card: dict[str, Any] = {"by": chosen.as_dict(), "data": data, "after": below, "requests": [], "seed": seed}
     return replace(made, card={**made.card, **card})
 
 
@@ -145,6 +168,9 @@ def _in_turn(chosen: Chosen, context: Context, where: Any, chunks: Sequence[Sequ
     return replace(total, card={**card, "requests": asked, "batches": [len(c) for c in chunks]})
 
 
-def _grafts(after: Any) -> list[Graft]:
-    several = after if isinstance(after, (list, tuple)) else [after]
-    return [g if isinstance(g, Graft) else Graft.load(g) for g in several]
+def _lay(net: nn.Module, after: Any, stack: ExitStack) -> None:
+    """Put the earlier edits on the model that do not lie there, until the stack is left."""
+    for one in after if isinstance(after, (list, tuple)) else [after]:
+        graft = one if isinstance(one, Graft) else Graft.load(one)
+        if graft.identity not in Stack.of(net).grafts:
+            stack.enter_context(graft.on(net))

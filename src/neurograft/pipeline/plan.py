@@ -51,8 +51,9 @@ def plan(
         dtype: load the weights so.
 
     Returns:
-        `steps`, `units` (chosen, of), `parameters` (name, layout, numbers, route), and `bytes`: values, gradients,
-        two moments, originals, ids, and the graft's file.
+        `steps`, `units` (chosen, of), `parameters` (name, layout, numbers, route; or in words, where an edit writes
+        or an adapter makes its own), `trainable`, how many numbers, and `bytes`: values, gradients, two moments,
+        originals, ids, and the graft's file, all 0 where no step tunes.
 
     Raises:
         RequestError: as for `run`.
@@ -63,11 +64,16 @@ def plan(
     where: Selection | None = recipe if isinstance(recipe, Selection) else None
     if made is not None:
         where = _stand_in(net, made)
+    units = None if where is None else {"chosen": len(where), "of": where.total}
+    verbs = {s["do"] for s in steps}
+    if "tune" not in verbs and verbs & {"edit", "intervene"}:
+        words = f"written by {' and '.join(sorted(verbs & {'edit', 'intervene'}))}, without a Trainer"
+        return {"steps": steps, "units": units, "parameters": words, "trainable": 0, "bytes": _bytes(0, 0, 4)}
     numbers = _by_adapter(net, steps, where)
     if numbers is not None:
         return {
             "steps": steps,
-            "units": None if where is None else {"chosen": len(where), "of": where.total},
+            "units": units,
             "parameters": "all" if numbers == sum(p.numel() for p in net.parameters()) else "by the adapter's options",
             "trainable": numbers,
             "bytes": _bytes(numbers, 0, 4),
@@ -79,7 +85,7 @@ def plan(
     width = next(net.get_parameter(n).element_size() for n in regions)
     return {
         "steps": steps,
-        "units": {"chosen": len(where), "of": where.total},
+        "units": units,
         "parameters": rows,
         "trainable": trainable,
         "fraction": trainable / sum(p.numel() for p in net.parameters()),

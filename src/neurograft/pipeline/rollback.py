@@ -20,7 +20,7 @@ def rollback(graft: Graft | str | Path, edits: Sequence[int | str] | int | str) 
         edits: which to take back: their place on the card, from 0, or their prompt or subject.
 
     Raises:
-        RequestError: an edit whose requests share their numbers, no such request, or all of them.
+        RequestError: an edit whose requests share their numbers, a sum of grafts, no such request, none or all of them.
 
     Example:
         >>> import neurograft as ng
@@ -33,31 +33,46 @@ def rollback(graft: Graft | str | Path, edits: Sequence[int | str] | int | str) 
     """
     whole = graft if isinstance(graft, Graft) else Graft.load(graft)
     asked: list[Mapping[str, Any]] = list(whole.card.get("requests", ()))
-    wanted = [edits] if isinstance(edits, (int, str)) else list(edits)
+    wanted = list(edits) if isinstance(edits, Iterable) and not isinstance(edits, str) else [edits]
+    if not wanted:
+        raise RequestError("no edit to take back", expected="at least one", do="name its place, prompt or subject")
     dropped = {place for one in wanted for place in _places(one, asked)}
     return part(whole, [i for i in range(len(asked)) if i not in dropped])
 
 
 def _places(one: int | str, asked: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the places of the requests that a number, a prompt or a subject names."""
-    if isinstance(one, int) or str(one).isdigit():
-        if not 0 <= int(one) < len(asked):
+    keys = [{str(r[k]) for k in ("prompt", "subject") if r.get(k)} for r in asked]
+    found = [i for i, names in enumerate(keys) if isinstance(one, str) and one in names]
+    place = _place(one)
+    if place is not None and not found:
+        if not 0 <= place < len(asked):
             raise RequestError(
-                f"request {one} of a graft with {len(asked)}",
+                f"request {place} of a graft with {len(asked)}",
                 expected="one of its requests, counted from 0" if asked else "a graft of edits",
                 do="see the requests on its card",
             )
-        return [int(one)]
-    keys = [{str(r[k]) for k in ("prompt", "subject") if r.get(k)} for r in asked]
-    found = [i for i, names in enumerate(keys) if one in names]
+        return [place]
+    if place is not None and place < len(asked) and found != [place]:
+        raise RequestError(
+            f"{one!r}, the place of one request and the words of another",
+            expected="either",
+            do="give its prompt, or from Python its place as a number",
+        )
     if not found:
         names = sorted({k for here in keys for k in here})
         raise RequestError(
             f"the edit {one!r} of a graft with {len(asked)}",
             expected="a request's prompt or subject, or its place from 0",
-            do=near(one, names) if names else "count its requests from 0: they hold no text",
+            do=near(str(one), names) if names else "count its requests from 0: they hold no text",
         )
     return found
+
+
+def _place(one: Any) -> int | None:
+    """Return a number, or a text of digits, as a number."""
+    whole = isinstance(one, int) and not isinstance(one, bool)
+    return int(one) if whole or (isinstance(one, str) and one.isdecimal()) else None
 
 
 def part(graft: Graft, keep: Iterable[int]) -> Graft:
@@ -68,9 +83,15 @@ def part(graft: Graft, keep: Iterable[int]) -> Graft:
         keep: which requests, from 0.
 
     Raises:
-        RequestError: an edit whose requests share their numbers, or no such request.
+        RequestError: an edit whose requests share their numbers, a sum of grafts, or no such request.
     """
     asked: list[Mapping[str, Any]] = list(graft.card.get("requests", ()))
+    if "sum_of" in graft.card:
+        raise RequestError(
+            "a part of a sum of grafts, whose numbers no longer say which request they belong to",
+            expected="the graft of one edit",
+            do="take it back in the graft it came with, and add that again",
+        )
     chosen = sorted(set(keep))
     odd = [n for n, d in graft.deltas.items() if not isinstance(d, LowRank) or len(d.A) != len(asked)]
     if odd or graft.operations or not asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -186,24 +187,46 @@ def changed(found: Recipe | str, changes: Mapping[str, Any]) -> Recipe:
         )
     for key, value in changes.items():
         if "." in key:
-            do, name = key.split(".", 1)
-            found = found.with_step(do, **_nested(found, do, name, value))
+            found = _set(found, key, value)
     return found
 
 
-def _nested(found: Recipe, do: str, name: str, value: Any) -> dict[str, Any]:
-    """Return the change of one step's argument; "args.max_steps" reaches into a dict."""
-    first, _, rest = name.partition(".")
-    verb = resolve(HOME.get(do, f"neurograft.pipeline.{do}"))
-    known = option_names(verb)
-    if first not in known and do != "select":
+def _set(found: Recipe, key: str, value: Any) -> Recipe:
+    """Change an argument in every step of a verb, or of a function by its last name: each keeps its other arguments."""
+    called = {name: s["do"] for s in found.steps for name in (s["do"], s["do"].rpartition(".")[2])}
+    do = max((name for name in called if key.startswith(f"{name}.")), key=len, default=None)
+    if do is None:
+        raise RequestError(
+            f"a change of the step {key.partition('.')[0]!r} of {found.name}",
+            expected=f"one of {', '.join(dict.fromkeys(s['do'].rpartition('.')[2] for s in found.steps))}",
+            do="change a step the recipe has",
+        )
+    first, _, rest = key[len(do) + 1 :].partition(".")
+    function = resolve(called[do] if "." in called[do] else HOME.get(do, f"neurograft.pipeline.{do}"))
+    known = option_names(function)
+    loose = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    mine = [s for s in found.steps if s["do"] == called[do]]
+    if first not in known and not loose and not any(first in s for s in mine):
         raise RequestError(
             f"the argument {first!r} of {do}", expected=f"one of {', '.join(known)}", do=near(first, known)
         )
+    steps = [{**s, first: _within(s.get(first), rest, value, key)} if s["do"] == called[do] else s for s in found.steps]
+    return replace(found, steps=tuple(steps))
+
+
+def _within(before: Any, rest: str, value: Any, key: str) -> Any:
+    """Return an argument's new value; "args.max_steps" reaches into a dict, "by.mask" into a choice's options."""
     if not rest:
-        return {first: value}
-    before = next((s.get(first) for s in found.steps if s["do"] == do), None)
-    return {first: {**(before or {}), rest: value}}
+        return value
+    if isinstance(before, (tuple, list)) and len(before) == 2 and isinstance(before[1], Mapping):
+        return (before[0], {**before[1], rest: value})
+    if before is not None and not isinstance(before, Mapping):
+        raise RequestError(
+            f"a change of {key}, within {before!r}",
+            expected="something with names inside",
+            do=f"give {key[: -len(rest) - 1]} as a whole",
+        )
+    return {**(before or {}), rest: value}
 
 
 def _referred(value: Any, state: Mapping[str, Any]) -> Any:
