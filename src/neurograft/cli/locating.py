@@ -13,7 +13,6 @@ from neurograft.cli import results
 from neurograft.cli.options import command_of
 from neurograft.cli.show import Shown
 from neurograft.core.resolve import resolve
-from neurograft.core.seeds import generator
 
 LEAST, MOST, SHARE = 8, 64, 4
 
@@ -101,6 +100,8 @@ def divided(data: Any, *, evidence: bool, held_out: str | None, seed: int) -> tu
     if count < LEAST:
         return rows, None, f"{len(rows)} examples are too few to keep a quarter back, at least {LEAST * SHARE}; {aid}"
     import torch
+
+    from neurograft.core.seeds import generator
 
     alike: dict[str, list[int]] = {}  # copies of an example stay on one side
     for i, row in enumerate(rows):
