@@ -1,8 +1,10 @@
 """The command line: exit statuses, messages, files; the verbs themselves are tested where they live."""
 
+import inspect
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ import pytest
 from neurograft.anatomy.sites import sites
 from neurograft.cli import main
 from neurograft.cli.commands import LATER, VERBS
+from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline.attach import attach
+from neurograft.pipeline.papers import cite
 from neurograft.worlds.letters import letters
 from neurograft.worlds.pico import pico
 
@@ -170,6 +174,30 @@ def test_every_verb_has_a_summary_or_is_said_to_be_missing(verb, monkeypatch, ca
         assert "--help" in out
     else:
         assert run(monkeypatch, capsys, verb)[0] == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_words_of_a_command_are_words_of_its_function(verb):
+    dotted, words, *_ = VERBS[verb]
+    assert words.keys() <= inspect.signature(resolve(dotted)).parameters.keys()
+
+
+def test_cite_names_papers_of_a_slug_or_a_graft_s_folder_or_says_there_are_none(folder, monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "cite", "s2ft")
+    assert (status, "arXiv:2412.06289" in out) == (0, True)
+    model = pico("llama")
+    where = Selection.of(sites(model, "neuron"), {"model.layers.0.mlp/neuron": [0]})
+    with attach(model, where) as live:
+        grafts = {"by": live.graft()}
+    grafts["without"] = replace(grafts["by"], card={})
+    grafts["by"] = replace(grafts["by"], card={"objective": {"path": "neurograft.objectives.dft", "options": {}}})
+    for name, graft in grafts.items():
+        graft.save(folder / name)
+    status, out, _ = run(monkeypatch, capsys, "cite", folder / "by", "--json")
+    assert status == 0
+    assert json.loads(out) == cite("dft")
+    status, out, _ = run(monkeypatch, capsys, "cite", folder / "without")
+    assert (status, "no paper" in out) == (0, True)
 
 
 def test_plan_names_routes_and_bytes(folder, monkeypatch, capsys):
