@@ -12,6 +12,7 @@ import pytest
 from neurograft.anatomy.sites import sites
 from neurograft.cli import main
 from neurograft.cli.commands import LATER, VERBS
+from neurograft.cli.locating import divided
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline.attach import attach
@@ -156,6 +157,16 @@ def test_wrong_requests_exit_2_and_say_what_to_do(case, spoiled, monkeypatch, ca
     assert len(err.splitlines()) < 20
     assert "Traceback" not in err
     assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == before
+
+
+def test_no_input_is_on_both_sides_whatever_its_answers_are():
+    rows = [{"source": f"s{i % 40}", "target": f"t{i}"} for i in range(120)]
+    kept, held, _ = divided(rows, evidence=True, held_out=None, seed=0)
+    assert len(held) >= 8
+    assert len(kept) + len(held) == len(rows)
+    assert not {row["source"] for row in kept} & {row["source"] for row in held}
+    _, held, reason = divided(rows[:40] * 2, evidence=True, held_out=None, seed=0, answers={"source", "target"})
+    assert (held, reason.split(" are")[0]) == (None, "1 different examples")
 
 
 def test_unknown_options_of_a_command_exit_2(folder, monkeypatch, capsys):
