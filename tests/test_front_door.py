@@ -58,6 +58,13 @@ def test_importing_it_brings_nothing_heavy():
     assert found.stdout.strip() == "[]"
 
 
+def test_the_list_of_commands_needs_no_torch():
+    code = "import sys; from neurograft.cli import main; sys.argv = ['neurograft', '--help']\n"
+    code += "try: main()\nexcept SystemExit: print('heavy:', [*{'torch', 'numpy'} & {*sys.modules}])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: []" in found.stdout
+
+
 def test_rooms_have_empty_inits_and_no_module_bears_a_verbs_name():
     for init in SOURCE.glob("*/__init__.py"):
         assert init.parent.name == "cli" or not init.read_text().strip(), init

@@ -2,15 +2,19 @@
 
 import json
 import re
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
 import torch
 
+from neurograft.anatomy._silence import outputs
 from neurograft.anatomy.describe import anatomy
+from neurograft.anatomy.projections import projections
 from neurograft.anatomy.sites import sites
 from neurograft.anatomy.verify import verify
 from neurograft.core.errors import RequestError
+from neurograft.core.tap import change
 from neurograft.core.units import KINDS, Site
 from neurograft.worlds.pico import families, pico, pico_batch
 
@@ -93,6 +97,86 @@ def test_names_layers_and_plain_data(family):
             inside = [i for i, layer in enumerate(found.layers) if name.startswith((f"{layer}.", f"{layer}/"))]
             assert site.layer == (inside[-1] if inside else None)
             assert Site.from_dict(json.loads(json.dumps(site.as_dict()))) == site
+
+
+def _seen(model: torch.nn.Module, batch: dict, site: Site, changed: Site | None = None, how=None) -> torch.Tensor:
+    """Return what passes a site's tap for the first time, while another site's activation is changed."""
+    found: list[torch.Tensor] = []
+    with change(model, {changed.name: changed}, lambda name, x: how(x)) if changed else nullcontext():
+        with change(model, {site.name: site}, lambda name, x: found.append(x.detach().clone())):
+            outputs(model, batch)
+    return found[0]
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def _nudge(x: torch.Tensor) -> torch.Tensor:
+    moved, at = x.clone(), x.shape[1] // 2
+    moved[:, at] += 1 + x[:, at].sin()
+    return moved
+
+
+def _double_batch(family: str) -> dict:
+    return {k: v.double() if v.is_floating_point() else v for k, v in pico_batch(family).items()}
+
+
+@pytest.mark.parametrize("family", [f for f in families() if "neuron" in kinds_of(f)])
+def test_gates_pass_an_activation_and_ups_do_not(family):
+    """Silencing a row of either equals silencing its output, so a swapped pair would not show there."""
+    model, batch = model_of(family), _double_batch(family)
+    try:
+        gates = sites(model, "neuron", at="gate")
+    except RequestError:
+        return  # a plain FFN, or experts, of which nothing outside sees the gates
+    for name in list(gates)[:1]:
+        act, up = (
+            sites(model, "neuron", at=at)[name.replace("@gate", end)] for at, end in (("act", ""), ("up", "@up"))
+        )
+        base = _seen(model, batch, act)
+        torch.testing.assert_close(_seen(model, batch, act, up, _double), 2 * base, rtol=1e-9, atol=1e-12)
+        assert (_seen(model, batch, act, gates[name], _double) - 2 * base).abs().max() > 1e-3 * base.abs().max()
+
+
+@pytest.mark.parametrize("family", [f for f in families() if "head" in kinds_of(f)])
+def test_queries_keys_and_values_are_not_taken_for_each_other(family):
+    """A head is linear in its values, a query works at its own position and a key at others."""
+    model, batch = model_of(family), _double_batch(family)
+    heads = sites(model, "head")
+    (name, out), *_ = heads.items()
+    base = _seen(model, batch, out)
+    found = {}
+    for of in ("queries", "keys", "values"):
+        try:
+            found[of] = projections(model, of)[name]
+        except RequestError:
+            assert of == "queries"  # grouped with the keys and values they share
+            assert family == "falcon"
+    torch.testing.assert_close(_seen(model, batch, out, found["values"], _double), 2 * base, rtol=1e-9, atol=1e-12)
+    for of in found.keys() - {"values"}:
+        moved = (_seen(model, batch, out, found[of], _nudge) - base).abs().flatten(2).amax(2) / base.abs().max()
+        here = torch.arange(moved.shape[1]) == moved.shape[1] // 2
+        assert moved[:, here].max() > 1e-5 or of == "keys"
+        assert (moved[:, ~here].max() > 1e-5) == (of == "keys")
+
+
+def test_gated_dinov2_has_neurons():
+    model = pico("dinov2", use_swiglu_ffn=True, dtype=torch.float64)
+    assert anatomy(model).note == ""
+    assert anatomy(model).branches[0].keys() == {"attention", "ffn"}
+    rows = verify(model, {k: v.double() if v.is_floating_point() else v for k, v in pico_batch(model).items()},
+                  kinds=["neuron", "layer"])  # fmt: skip
+    assert {row.kind: row.status for row in rows if row.status != "read"} == {"neuron": "equal", "layer": "equal"}
+
+
+def test_linear_layers_of_a_known_block_that_no_entry_speaks_of_are_named():
+    model = pico("llama")
+    for layer in model.model.layers:
+        layer.mlp = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.SiLU(), torch.nn.Linear(48, 32))
+    assert anatomy(model).note == "model.layers.#.mlp: the family's file does not know its linear layers"
+    with pytest.raises(RequestError, match=r"could not be read: model\.layers\.#\.mlp"):
+        sites(model, "neuron")
 
 
 # Neurons of an FFN and heads of an attention where they are not 48 and 4, as the pico configs say.
@@ -206,6 +290,7 @@ def test_a_model_under_peft_keeps_its_anatomy():
     peft = pytest.importorskip("peft")
     model, batch = pico("llama", dtype=torch.float64), pico_batch("llama")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).double()
+    assert anatomy(wrapped).note == ""
     (site,) = sites(wrapped, "neuron", layers=1).values()
     assert site.name == "base_model.model.model.layers.1.mlp/neuron"
     assert site.parts[-1].param == "base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"

@@ -1,8 +1,10 @@
 """The command line: exit statuses, messages, files; the verbs themselves are tested where they live."""
 
+import inspect
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ import pytest
 from neurograft.anatomy.sites import sites
 from neurograft.cli import main
 from neurograft.cli.commands import LATER, VERBS
+from neurograft.cli.locating import divided
+from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline.attach import attach
+from neurograft.pipeline.papers import cite
 from neurograft.worlds.letters import letters
 from neurograft.worlds.pico import pico
 
@@ -154,6 +159,16 @@ def test_wrong_requests_exit_2_and_say_what_to_do(case, spoiled, monkeypatch, ca
     assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == before
 
 
+def test_no_input_is_on_both_sides_whatever_its_answers_are():
+    rows = [{"source": f"s{i % 40}", "target": f"t{i}"} for i in range(120)]
+    kept, held, _ = divided(rows, evidence=True, held_out=None, seed=0)
+    assert len(held) >= 8
+    assert len(kept) + len(held) == len(rows)
+    assert not {row["source"] for row in kept} & {row["source"] for row in held}
+    _, held, reason = divided(rows[:40] * 2, evidence=True, held_out=None, seed=0, answers={"source", "target"})
+    assert (held, reason.split(" are")[0]) == (None, "1 different examples")
+
+
 def test_unknown_options_of_a_command_exit_2(folder, monkeypatch, capsys):
     status, _, _ = run(monkeypatch, capsys, "locate", folder / "model", "--buy", "noise")
     assert status == 2
@@ -193,6 +208,30 @@ def test_a_plan_of_a_recipe_that_tunes_nothing_says_so(folder, monkeypatch, caps
         assert status == 0, err
         assert "0 trainable numbers" in out
         assert f"written by {verb}, without a Trainer" in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_words_of_a_command_are_words_of_its_function(verb):
+    dotted, words, *_ = VERBS[verb]
+    assert words.keys() <= inspect.signature(resolve(dotted)).parameters.keys()
+
+
+def test_cite_names_papers_of_a_slug_or_a_graft_s_folder_or_says_there_are_none(folder, monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "cite", "s2ft")
+    assert (status, "arXiv:2412.06289" in out) == (0, True)
+    model = pico("llama")
+    where = Selection.of(sites(model, "neuron"), {"model.layers.0.mlp/neuron": [0]})
+    with attach(model, where) as live:
+        grafts = {"by": live.graft()}
+    grafts["without"] = replace(grafts["by"], card={})
+    grafts["by"] = replace(grafts["by"], card={"objective": {"path": "neurograft.objectives.dft", "options": {}}})
+    for name, graft in grafts.items():
+        graft.save(folder / name)
+    status, out, _ = run(monkeypatch, capsys, "cite", folder / "by", "--json")
+    assert status == 0
+    assert json.loads(out) == cite("dft")
+    status, out, _ = run(monkeypatch, capsys, "cite", folder / "without")
+    assert (status, "no paper" in out) == (0, True)
 
 
 def test_plan_names_routes_and_bytes(folder, monkeypatch, capsys):

@@ -191,3 +191,28 @@ def test_models_that_cannot_be_had_are_named(tmp_path, llama):
     torch.save(llama.state_dict(), tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(RequestError, match="pickled weights are never read"):
         load_model(tmp_path / "model")
+
+
+def test_sounds_are_samples_at_the_processor_s_rate(tmp_path):
+    from transformers import WhisperFeatureExtractor
+
+    processor, model = WhisperFeatureExtractor(feature_size=8), pico("ast")
+    for audio, words in (
+        ("a.wav", "row 0, 'a.wav'"), ({"array": np.zeros(80), "sampling_rate": 8000}, "8000 samples a second"),
+        ({"path": "a.wav"}, "row 0, None"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=words):
+            as_batches([{"audio": audio, "label": 0}], model, processing_class=processor)
+
+
+def test_pictures_that_are_not_there_and_tables_are_named(tmp_path):
+    from transformers import ViTImageProcessor
+
+    with pytest.raises(RequestError, match=r"'no\.png' of row 0, where no file is"):
+        as_batches([{"image": "no.png", "label": 1}], pico("vit"), processing_class=ViTImageProcessor())
+    (tmp_path / "a.csv").write_text("text,label\nx,1\n")
+    with pytest.raises(RequestError, match=r"pandas\.read_csv\('.*a\.csv'\)\.to_json\('a\.jsonl'"):
+        read_rows(tmp_path / "a.csv")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(RequestError, match=r"line 2 of .*is no JSON \(Expecting value.*mend or delete line 2"):
+        read_rows(tmp_path / "b.jsonl")

@@ -40,7 +40,7 @@ def anatomy(model: nn.Module, *, batch: Mapping[str, Any] | None = None) -> Anat
 def describe(inventory: Inventory, *, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """Describe a model whose modules have been read; see `anatomy`."""
     blocks, channels, one_plus = _by_file(inventory)
-    note = "; ".join(_undescribed(inventory, blocks))
+    note = "; ".join([*_undescribed(inventory, blocks), *_left_over(inventory, blocks)])
     if not any(block.repeated for block in blocks):
         try:
             found = structural(inventory, batch)
@@ -101,6 +101,25 @@ def _undescribed(inventory: Inventory, blocks: list[Block]) -> list[str]:
         if sum(isinstance(m, nn.Linear) for m in module.modules()) > 1:
             left.setdefault(pattern(inventory, name), type(module).__name__)
     return [f"{where}: no family file knows {cls}" for where, cls in left.items()]
+
+
+def _left_over(inventory: Inventory, blocks: list[Block]) -> list[str]:
+    """Name the parts of known blocks that no entry speaks of, as an FFN whose modules were renamed.
+
+    A single linear layer that is left may steer a block (a condition, a router); two in one module are a sub-layer.
+    """
+    used = {s.module for b in blocks for a in b.attentions for s in (*a.made.values(), a.o)}
+    used |= {s.module for b in blocks for f in b.ffns for s in (f.gate, f.up, f.down) if s is not None}
+    used |= {w for b in blocks for branch in b.branches for w in branch.writers}
+    known = {block.name for block in blocks if block.repeated}
+    left: dict[str, set[str]] = {}
+    for name, module in inventory.modules.items():
+        steps = name.split(".")
+        above = {".".join(steps[:i]) for i in range(1, len(steps) + 1)}
+        if isinstance(module, nn.Linear) and above & known and not above & used:
+            left.setdefault(pattern(inventory, name.rpartition(".")[0]), set()).add(steps[-1])
+    several = [where for where, names in left.items() if len(names) > 1]
+    return [f"{where}: the family's file does not know its linear layers" for where in several]
 
 
 @cache

@@ -33,6 +33,7 @@ Requests = Annotated[str, typer.Argument(help="A JSONL file: prompt, subject, ta
 MaybeData = Annotated[str | None, typer.Argument(help="As DATA; not needed by methods that only read weights.")]
 File = Annotated[str, typer.Argument(help="A file that an earlier command wrote.")]
 MaybeModel = Annotated[str | None, typer.Argument(help="A model folder, a Hub id, or a shipped model.")]
+Source = Annotated[str, typer.Argument(help="A graft's folder, a recipe's name or a paper's slug.")]
 Words = Annotated[list[str], typer.Argument(help="Several, in order.")]
 
 # verb: (dotted function, its words, default of -o, how the result is shown)
@@ -54,7 +55,7 @@ VERBS: Mapping[str, Row] = {
     "plan": ("neurograft.pipeline.plan", {"model": Model, "recipe": File}, None, results.plan),
     "anatomy": ("neurograft.pipeline.anatomy", {"model": MaybeModel}, None, results.anatomy),
     "papers": ("neurograft.pipeline.papers", {}, None, results.papers),
-    "cite": ("neurograft.pipeline.papers.cite", {"graft": File}, None, results.data),
+    "cite": ("neurograft.pipeline.papers.cite", {"source": Source}, None, results.citations),
     "demo": ("neurograft.pipeline.demo", {}, None, results.demo),
 }  # fmt: skip
 LATER = ("merge", "data", "init", "view")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +13,9 @@ from neurograft.cli import results
 from neurograft.cli.options import command_of
 from neurograft.cli.show import Shown
 from neurograft.core.resolve import resolve
-from neurograft.core.seeds import generator
 
 LEAST, MOST, SHARE = 8, 64, 4
+ANSWERS = frozenset({"label", "labels", "target"})
 
 
 def command(words: Mapping[str, Any], extra: list[inspect.Parameter]) -> Callable[..., None]:
@@ -55,7 +55,11 @@ def _body(given: dict[str, Any]) -> None:
     loading = {k: given[k] for k in ("revision", "dtype", "device_map") if k in given}
     with shown.busy("loading"):
         net = resolve("neurograft.pipeline.models.load_model")(model, **loading)
-    data, held, reason = divided(data, **{k: wanted[k] for k in ("evidence", "held_out")}, seed=given.get("seed", 0))
+    answers = ANSWERS | (
+        {"completion"} if getattr(getattr(net, "config", None), "is_encoder_decoder", False) else set()
+    )
+    asked = {k: wanted[k] for k in ("evidence", "held_out")}
+    data, held, reason = divided(data, **asked, seed=given.get("seed", 0), answers=answers)
     with shown.busy("locating"):
         rest = {k: v for k, v in given.items() if k not in loading}
         scores = resolve("neurograft.pipeline.locate")(net, data, **rest)
@@ -74,11 +78,20 @@ def _body(given: dict[str, Any]) -> None:
     results.scores(scores, Path(target) if target else None, shown, proof=proof, reason=reason)
 
 
-def divided(data: Any, *, evidence: bool, held_out: str | None, seed: int) -> tuple[Any, Any, str]:
+def divided(
+    data: Any, *, evidence: bool, held_out: str | None, seed: int, answers: Collection[str] = ANSWERS
+) -> tuple[Any, Any, str]:
     """Return data for locating, data for evidence or None, and why there is none.
 
-    A quarter of the examples, 8 to 64 of them, is kept back, drawn by the seed; the locator never sees them.
-    Data that cannot be divided so are all located on.
+    A quarter of the examples, 8 to 64 of them, is kept back, drawn by the seed; the locator never sees them, nor
+    their inputs with other answers. Data that cannot be divided so are all located on.
+
+    Args:
+        data: as for `locate`.
+        evidence: whether it is wanted.
+        held_out: data of its own for it.
+        seed: draws the examples.
+        answers: columns that the model does not read as input.
 
     Example:
         >>> rows = [{"text": str(i)} for i in range(40)]
@@ -102,9 +115,12 @@ def divided(data: Any, *, evidence: bool, held_out: str | None, seed: int) -> tu
         return rows, None, f"{len(rows)} examples are too few to keep a quarter back, at least {LEAST * SHARE}; {aid}"
     import torch
 
-    alike: dict[str, list[int]] = {}  # copies of an example stay on one side
+    from neurograft.core.seeds import generator
+
+    alike: dict[str, list[int]] = {}  # examples of one input stay on one side
     for i, row in enumerate(rows):
-        alike.setdefault(repr(sorted(row.items(), key=lambda item: item[0])), []).append(i)
+        said = {*answers, "text"} if "audio" in row else answers
+        alike.setdefault(repr([(k, row[k]) for k in sorted(row) if k not in said]), []).append(i)
     groups, kept = list(alike.values()), set[int]()
     for n in torch.randperm(len(groups), generator=generator(seed, "held out")).tolist():
         if len(kept) + len(groups[n]) <= count:

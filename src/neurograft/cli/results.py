@@ -146,6 +146,13 @@ def papers(found: Sequence[Mapping[str, Any]], target: Path | None, shown: Shown
     shown.result(list(found), lines=[f"{working} of {len(rows)} papers work in this version"], table=table_of(rows))
 
 
+def citations(found: Sequence[str], target: Path | None, shown: Shown) -> None:
+    """Show the papers to cite, a line each, and write them if a path is given."""
+    if target:
+        target.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
+    shown.result(list(found), lines=found or ["no paper: nothing here was made by a paper's method"])
+
+
 def demo(found: Any, target: Path | None, shown: Shown) -> None:
     """Show the demo's first sentence, its tables and the report's path."""
     facts = plain(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -239,24 +240,51 @@ def _image(image: Any, processor: Any, index: int) -> dict[str, Tensor]:
             )
         return {"pixel_values": pixels}
     picture = getattr(processor, "image_processor", processor)
-    found = picture(images=_pixels(image), return_tensors="pt")
+    found = picture(images=_pixels(image, index), return_tensors="pt")
     return {"pixel_values": found["pixel_values"][0]}
 
 
-def _pixels(image: Any) -> Any:
+def _pixels(image: Any, index: int) -> Any:
     if isinstance(image, str):
-        from PIL import Image
-
-        return Image.open(image).convert("RGB")
+        if not Path(image).is_file():
+            raise RequestError(
+                f"the image {image!r} of row {index}, where no file is",
+                expected="a path from the working directory, pixels or a PIL image",
+                do="check the path",
+            )
+        return _opened(image)
     return np.asarray(image) if isinstance(image, (list, tuple)) else image
+
+
+def _opened(path: str) -> Any:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"the image {path!r}, and Pillow is not installed", expected="Pillow", do="pip install pillow"
+        ) from error
+    return Image.open(path).convert("RGB")
 
 
 def _audio(row: Mapping[str, Any], model: nn.Module, processor: Any, index: int) -> dict[str, Tensor]:
     audio = row["audio"]
     need(processor, row, index)
     rate = getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", 16_000)
+    wanted = rate
     if isinstance(audio, Mapping):
-        audio, rate = audio["array"], audio.get("sampling_rate", rate)
+        audio, rate = audio.get("array"), audio.get("sampling_rate", rate)
+    if audio is None or isinstance(audio, (str, bytes)):
+        raise RequestError(
+            f"the audio of row {index}, {audio!r:.60}",
+            expected="its samples: a list of floats, or {'array': ..., 'sampling_rate': ...}",
+            do="read the sound file first, as with soundfile.read(path) or datasets.Audio()",
+        )
+    if rate != wanted:
+        raise RequestError(
+            f"the audio of row {index} at {rate} samples a second",
+            expected=f"{wanted}, as the processor says",
+            do="resample it first",
+        )
     extractor = getattr(processor, "feature_extractor", processor)
     found = extractor(np.asarray(audio, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
     made = {k: v[0] for k, v in found.items()}

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from neurograft.core.card import Card
@@ -69,21 +70,28 @@ def card(name: str) -> Card:
     return found
 
 
-def cite(source: Graft | Recipe | str) -> list[str]:
+def cite(source: Graft | Recipe | str | Path) -> list[str]:
     """Return the papers behind something, one line each, the recipe's own first.
 
     Args:
-        source: a graft (its card names its recipe and the methods that made it), a recipe, or a paper's slug.
+        source: a graft or its folder (its card names its recipe and the methods that made it), a recipe, or a
+            paper's slug.
+
+    Returns:
+        No line for a graft made without any paper's method.
 
     Raises:
-        RequestError: an unknown slug.
+        RequestError: an unknown slug, or a folder that is no graft.
 
     Example:
         >>> cite("smt")
         ['Sparse Matrix in Large Language Model Fine-tuning. arXiv:2405.15525, ICLR 2025.']
     """
-    if isinstance(source, str):
-        slugs: list[str | None] = [one_of(source.replace("_", "-"), known(), what="paper")]
+    slugs: list[str | None]
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        source = Graft.load(source)
+    if isinstance(source, (str, Path)):
+        slugs = [one_of(str(source).replace("_", "-"), known(), what="paper")]
     elif isinstance(source, Recipe):
         slugs = [source.paper, *_mentioned([dict(step) for step in source.steps])]
     else:

@@ -68,7 +68,12 @@ def _opened(path: Path, name: str, split: str) -> Iterable[Mapping[str, Any]]:
             ".safetensors": _arrays,
         }
         if path.suffix not in readers:
-            raise RequestError(f"the data file {name}", expected=f"one of {', '.join(FILES)}", do="convert it to JSONL")
+            how = f"pandas.read_csv({name!r}).to_json({path.stem + '.jsonl'!r}, orient='records', lines=True)"
+            raise RequestError(
+                f"the data file {name}",
+                expected=f"one of {', '.join(FILES)}",
+                do="convert it to JSONL" + (f": {how}" if path.suffix == ".csv" else ""),
+            )
         return readers[path.suffix](path)
     if path.suffix in FILES or name.startswith((".", "/", "~")) or name.count("/") != 1:
         beside = [p.name for p in path.parent.iterdir() if p.suffix in FILES] if path.parent.is_dir() else []
@@ -101,7 +106,9 @@ def _json_lines(path: Path) -> Iterable[Mapping[str, Any]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise RequestError(
-                    f"line {number} of {path}, which is no JSON", expected="one JSON object a line", do=str(error)
+                    f"line {number} of {path}, which is no JSON ({error})",
+                    expected="one JSON object a line",
+                    do=f"mend or delete line {number}",
                 ) from error
             if not isinstance(row, dict):
                 raise RequestError(
@@ -116,7 +123,9 @@ def _json(path: Path) -> Iterable[Mapping[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RequestError(f"{path}, which is no JSON", expected="a list of objects", do=str(error)) from error
+        raise RequestError(
+            f"{path}, which is no JSON ({error})", expected="a list of objects", do="mend it there, or write JSONL"
+        ) from error
     if not isinstance(found, list):
         raise RequestError(
             f"{path}, a JSON {type(found).__name__}", expected="a list of objects", do="write JSONL instead"
