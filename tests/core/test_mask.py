@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.core_model_loading import Chunk, WeightConverter
 
+from neurograft.anatomy.sites import sites
+from neurograft.core.context import Context
 from neurograft.core.delta import Shut, Slice, merged
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft
@@ -16,6 +19,7 @@ from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 from neurograft.core.store import packed_bits, shortest, unpacked_bits
 from neurograft.core.units import Part, Site
+from neurograft.edits.shut import shut
 from neurograft.pipeline.attach import attach
 from neurograft.worlds.pico import pico
 
@@ -242,3 +246,16 @@ def test_shut_entries_are_exported_as_zeros(to, tmp_path):
         one, other = (load_file(tmp_path / folder / file) for folder in ("shut", "values"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_what_is_shut_in_several_parameters_of_one_checkpoint_tensor_is_one_delta():
+    model = pico("llama", num_key_value_heads=4)
+    names = [f"self_attn.{x}_proj.weight" for x in "qkv"]
+    model._weight_conversions = [WeightConverter("self_attn.qkv_proj.weight", names, operations=[Chunk(dim=0)])]
+    where = sites(model, "row", match="*layers.0.self_attn.*")
+    chosen = {n: ids for n, ids in zip(where, ([1, 2], [], [0], [])) if ids}
+    graft = shut(Context(model, where), Selection.of(where, chosen))
+    assert {n: d.region.numel for n, d in graft.deltas.items()} == {"model.layers.0.self_attn.qkv_proj.weight": 3 * 32}
+    with graft.on(model):
+        zero = [(model.get_parameter(f"model.layers.0.{n}") == 0).all(1).nonzero()[:, 0].tolist() for n in names]
+    assert zero == [[1, 2], [], [0]]

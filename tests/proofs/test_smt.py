@@ -88,7 +88,7 @@ def test_the_four_scores_on_a_hand_made_gradient():
 def test_gradients_are_added_up_with_their_signs():
     assert scored([PULL, -PULL], "abs_mean") == [0, 0, 0, 0]
     assert scored([PULL, -PULL], "mean_abs") == [0, 0, 0, 0]
-    assert scored([PULL, PULL], "abs_mean") == [0, 4, 0, 0]
+    assert scored([PULL, 3 * PULL], "abs_mean") == [0, 4, 0, 0]
     uneven = torch.zeros(4, 4)
     uneven[0, 2] = 4.0  # block 1 of the first row of blocks, and not block 2 below
     assert scored([uneven], "abs_mean") == [0, 1, 0, 0]

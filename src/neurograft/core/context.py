@@ -89,12 +89,13 @@ class Context:
     def scalar(self, batch: Batch, *, step: int = 0) -> Tensor:
         """Run the model with gradients and return what is attributed: the target if there is one, else the loss.
 
-        `step` is for losses that draw: one number, one draw.
+        The loss of a batch is the mean of its rows' own losses (`Step.apart`), so that scores do not depend on how
+        examples are batched. `step` is for losses that draw: one number, one draw.
         """
         if self.target is not None:
             return self.target(self.model(**batch), batch)
         if self.asked is not None:
-            return self.asked(Step(self.model, batch, step=step))
+            return self.asked(Step(self.model, batch, step=step, apart=True))
         if self.loss is None:
             raise RequestError(
                 "no objective and no target",
@@ -190,6 +191,8 @@ class Step:
         wrapped: what to call instead of the model, if it is wrapped (DDP, a compiled module).
         trained: called, gives parameter -> what is trained of it, for penalties on the change; empty where the change
             is of another shape (low rank, beside the weight).
+        apart: let every row of the batch count alike, whatever its number of labelled tokens, as it would alone;
+            for locators, whose scores must not depend on how examples are batched.
         counted: set by `mean`: the loss is a share of the whole window's, so shares add up and need no averaging.
     """
 
@@ -202,6 +205,7 @@ class Step:
     extra: Mapping[str, Any] = field(default_factory=dict)
     wrapped: Callable[..., Any] | None = None
     trained: Callable[[], Mapping[str, Trained]] = dict
+    apart: bool = False
     counted: bool = field(default=False, init=False)
 
     @cached_property
@@ -222,7 +226,7 @@ class Step:
         return self.call(**{k: v for k, v in self.batch.items() if k != "labels"})
 
     @cached_property
-    def _scored(self) -> tuple[Tensor, Tensor]:
+    def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
         labels = self.batch.get("labels")
         if labels is None:
             raise RequestError(
@@ -231,6 +235,12 @@ class Step:
         logits = self.predictions.logits
         if shifts(self.model):
             logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
+        if logits.shape[:-1] != labels.shape:
+            raise RequestError(
+                f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}",
+                expected="one row of logits for each label",
+                do="use a loss of the model's own for this kind of model",
+            )
         keep = labels != IGNORE
         if not bool(keep.any()):
             raise RequestError(
@@ -239,11 +249,11 @@ class Step:
                 do="drop empty answers, or raise the truncation length",
             )
         chosen = logits[keep]
-        return chosen if chosen.dtype == torch.float64 else chosen.float(), labels[keep]
+        return chosen if chosen.dtype == torch.float64 else chosen.float(), labels[keep], keep
 
     def scored(self) -> tuple[Tensor, Tensor]:
         """Return logits float32 [N, V] and labels [N] of the labelled tokens, shifted if the model predicts ahead."""
-        return self._scored
+        return self._scored[:2]
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -264,11 +274,23 @@ class Step:
         return -(logp.exp() * logp).sum(-1)
 
     def mean(self, per_token: Tensor) -> Tensor:
-        """Return the sum of per-token losses divided by the number of labelled tokens of the accumulation window."""
+        """Return the sum of per-token losses divided by the number of labelled tokens of the accumulation window.
+
+        With `apart` it is the mean over the batch's rows of their own means; a row without a label counts as 0.
+        """
         if self.items is None:
-            return per_token.sum() / per_token.numel()
+            shares = self._shares if self.apart else None
+            return per_token.sum() / per_token.numel() if shares is None else (per_token * shares).sum()
         self.counted = True
         return per_token.sum() / self.items
+
+    @cached_property
+    def _shares(self) -> Tensor | None:
+        """What each labelled token counts where rows count alike, [N]; None where tokens do so too."""
+        keep = self._scored[2]
+        rows = keep.nonzero()[:, 0]
+        counts = torch.bincount(rows, minlength=len(keep))
+        return None if bool((counts == counts[0]).all()) else 1 / (len(keep) * counts[rows])
 
 
 def _only_from_labels(model: nn.Module) -> tuple[str, ...]:

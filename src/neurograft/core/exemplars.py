@@ -22,6 +22,7 @@ from neurograft.core.tap import watch
 from neurograft.core.units import Site
 
 SAMPLED = 8192
+PICTURED = ("vision", "visual", "image", "projector")  # in the names of modules of two-sided models that see pixels
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Exemplified:
             RequestError: neither pixels nor tokens, or images of several sizes.
         """
         chosen = [e for e in self.examples[:, unit].tolist() if e >= 0]
+        if not chosen:  # an expert that no token was sent to
+            return Shown(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.bool))
         inputs = _inputs(batches, chosen)
         pixels = (inputs.shape[-2], inputs.shape[-1]) if inputs.dim() == 4 else None
         masks = self.mask(unit, pixels)
@@ -148,7 +151,7 @@ def exemplify(
 
 
 def as_seen(model: nn.Module, site: Site, batches: Sequence[Batch]) -> Sequence[Batch]:
-    """Return batches whose `input_ids` are the tokens a site sees: in an encoder-decoder's decoder, the decoder's own.
+    """Return batches of what a site sees: in an encoder-decoder's decoder its own tokens; of images with texts either.
 
     Args:
         model: the root.
@@ -158,6 +161,10 @@ def as_seen(model: nn.Module, site: Site, batches: Sequence[Batch]) -> Sequence[
     Raises:
         RequestError: a decoder whose tokens cannot be told from the batches.
     """
+    both = bool(batches) and {"input_ids", "pixel_values"} <= batches[0].keys()
+    if both and site.tap is not None:
+        other = "input_ids" if any(word in site.tap.module for word in PICTURED) else "pixel_values"
+        return [{k: v for k, v in batch.items() if k != other} for batch in batches]
     if _runs_bare(model) or site.tap is None or ".decoder." not in f".{site.tap.module}.":
         return batches
     return [{"input_ids": _decoded(model, batch)} for batch in batches]

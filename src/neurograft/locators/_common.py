@@ -39,20 +39,11 @@ def per_example(tokens: Tensor, rows: Tensor, examples: int) -> Tensor:
         [[3.0], [4.0]]
     """
     length = len(tokens) // examples
-    if length * examples == len(rows):
+    if length and length * examples == len(rows):
         grid = torch.arange(examples, device=rows.device).repeat_interleave(length)
         if torch.equal(grid, rows):
             return tokens.reshape(examples, length, -1).sum(1)
     return tokens.new_zeros(examples, tokens.shape[1]).index_add_(0, rows, tokens)
-
-
-def collapsed(effect: Tensor, rows: Tensor, examples: int, signed: bool, over: str) -> Tensor:
-    """Sum effects [tokens, n] to [n], with absolute values taken at tokens, at examples, or not at all."""
-    if signed or over == "data":
-        return effect.float().sum(0)
-    if over == "token":
-        return effect.float().abs().sum(0)
-    return per_example(effect.float(), rows, examples).abs().sum(0)
 
 
 def backward(scalar: Tensor) -> None:

@@ -64,9 +64,10 @@ def described(
     need_batches(context)
     words = (query,) if isinstance(query, str) else tuple(query)
     seen = {name: as_seen(context.model, site, context.batches) for name, site in context.sites.items()}
-    own = {name: batches is not context.batches for name, batches in seen.items()}  # a decoder's own tokens
+    # A decoder has tokens of its own, and of a model of images with texts one side sees pixels.
+    own = {name: (batches is not context.batches, "pixel_values" in batches[0]) for name, batches in seen.items()}
     how: dict[str, Any] = {"pairs": pairs, "processor": context.processor, "seed": context.seed}
-    first = {side: next(seen[name] for name in own if own[name] == side) for side in set(own.values())}
+    first = {side: next(seen[name] for name in own if own[name] == side) for side in dict.fromkeys(own.values())}
     speakers = {side: describer_for(batches, describer, **how) for side, batches in first.items()}
     found = exemplify(context.model, context.sites, context.batches, k=k, quantile=quantile, seed=context.seed)
 

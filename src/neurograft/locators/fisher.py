@@ -46,6 +46,8 @@ def fisher(
     one_of(labels, LABELS, what="labels")
     one_of(on, ("weights", "gate"), what="on")
     need_batches(context)
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit={limit}", expected="at least one example", do="leave limit out")
     if on == "gate":
         return scored(context, _gates(context, labels, limit))
     return scored(
@@ -88,15 +90,20 @@ def sampled(context: Context, batch: Batch, number: int) -> Batch:
 
 def _gates(context: Context, labels: str, limit: int | None) -> dict[str, Tensor]:
     totals = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
+    slopes: dict[str, Tensor] = {}  # a module that several layers share tells its part once a layer
 
     def read(name: str, x: Tensor, g: Tensor, rows: Tensor) -> None:
         effect = (x * g).float()
-        totals[name] += (effect.sum(-1) if effect.dim() == 3 else effect).sum(0).double().square().cpu()
+        mine = (effect.sum(-1) if effect.dim() == 3 else effect).sum(0).double().cpu()
+        slopes[name] = slopes[name] + mine if name in slopes else mine
 
     count = 0
     for one in _examples(context, labels, limit):
+        slopes.clear()
         with gradients(context.model, context.sites, read, mask=context.positions):
             backward(context.scalar(one))
+        for name, slope in slopes.items():
+            totals[name] += slope.square()
         count += 1
     return {n: v / count for n, v in totals.items()}
 

@@ -11,7 +11,7 @@ from neurograft.core.errors import one_of
 from neurograft.core.examples import singles, size
 from neurograft.core.selection import Scores
 from neurograft.core.tap import gradients
-from neurograft.locators._common import backward, collapsed, need_batches, scored, tapped
+from neurograft.locators._common import backward, need_batches, per_example, scored, tapped
 from neurograft.locators._parts import owners, summed
 from neurograft.locators._weights import weight_gradients
 
@@ -25,7 +25,8 @@ def grad_x_act(context: Context, *, signed: bool = False, over: str = "example",
     Units with a tap: sum over tokens (and features) of a * dF/da, in one forward and one backward pass that
     computes no weight gradient. Units with weights only: sum over a unit's numbers of w * dF/dw, each dense
     gradient dropped as soon as it is reduced. F is the loss, or the target. Scores are means over examples; the
-    loss of a batch is taken as the mean of its examples' losses.
+    loss of a batch is the mean of its examples' losses, so they do not depend on how examples are batched (a loss of
+    your own should be such a mean too).
 
     Args:
         context: model, sites, batches, loss or target, positions (for taps).
@@ -45,18 +46,29 @@ def grad_x_act(context: Context, *, signed: bool = False, over: str = "example",
 
 def _taps(context: Context, signed: bool, over: str, multiply: bool) -> dict[str, Tensor]:
     totals = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
+    by_row = over == "example" and not signed
+    # A module that several layers share tells its units' effects once a layer; an example's is their sum.
+    each: dict[str, Tensor] = {}
     examples = 0
 
     def read(name: str, x: Tensor, g: Tensor, rows: Tensor) -> None:
-        effect = x * g if multiply else g
+        effect = (x * g if multiply else g).float()
         if effect.dim() == 3:
             effect = effect.sum(-1)
-        totals[name] += here * collapsed(effect, rows, here, signed, over).double().cpu()
+        if by_row:
+            mine = per_example(effect, rows, here)
+            each[name] = each[name] + mine if name in each else mine
+        else:
+            effect = effect.abs() if over == "token" and not signed else effect
+            totals[name] += here * effect.sum(0).double().cpu()
 
     with gradients(context.model, context.sites, read, mask=context.positions):
         for batch in context.batches:
             here = size(batch)
             backward(context.scalar(batch))
+            for name, mine in each.items():
+                totals[name] += here * mine.abs().sum(0).double().cpu()
+            each.clear()
             examples += here
     found = {n: v / examples for n, v in totals.items()}
     return {n: v.abs() for n, v in found.items()} if over == "data" and not signed else found

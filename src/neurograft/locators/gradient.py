@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Context
+from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.examples import size
 from neurograft.core.selection import Scores
 from neurograft.core.units import Parameters
 from neurograft.locators._common import backward, need_batches, scored
@@ -19,7 +22,7 @@ SCORES = ("abs_mean", "mean_abs", "l1", "l2")
 
 @method(paper="smt", needs={"batches", "labels", "gradients"}, claims={"finite", "length", "permutes", "planted"})
 def gradient(context: Context, *, score: str = "abs_mean", warmup_lr: float = 0.0) -> Scores:
-    """Score each unit by the signed gradient of its weights, accumulated over the batches: G = sum_b dL_b/dW.
+    """Score each unit by the signed gradient of its weights, accumulated over the data: G = mean over examples dL/dW.
 
     "abs_mean" is linear in G until the end, so it adds up each unit's sum and holds no dense accumulator; the
     others hold one float32 accumulator of every parameter of the sites, on the CPU. One dense gradient at a time
@@ -43,20 +46,27 @@ def gradient(context: Context, *, score: str = "abs_mean", warmup_lr: float = 0.
     found = owners(context.sites, context.model)
     parameters = Parameters.of(context.model).by_name
     sums = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
+    share, examples = 0.0, sum(size(b) for b in context.batches)
     dense = {} if score == "abs_mean" else {n: torch.zeros(parameters[n].shape) for n in found}
 
     def tell(name: str, weight: Tensor, grad: Tensor) -> None:
         if name in dense:
-            dense[name] += grad.float().cpu()
+            dense[name] += grad.float().cpu() * share
         else:
             for site, part in found[name]:
-                sums[site] += summed(part, grad).double()
+                sums[site] += summed(part, grad).double() * share
+
+    def batches() -> Iterator[Batch]:
+        nonlocal share
+        for batch in context.batches:
+            share = size(batch) / examples
+            yield batch
 
     if warmup_lr:
-        _warm(context, parameters, tell, warmup_lr)
+        _warm(context, batches(), parameters, tell, warmup_lr)
     else:
         with weight_gradients(context.model, found, tell):
-            for batch in context.batches:
+            for batch in batches():
                 backward(context.scalar(batch))
     for name, total in dense.items():
         for site, part in found[name]:
@@ -67,7 +77,9 @@ def gradient(context: Context, *, score: str = "abs_mean", warmup_lr: float = 0.
     return scored(context, values, {"batches": len(context.batches)})
 
 
-def _warm(context: Context, parameters: dict[str, torch.nn.Parameter], tell: object, lr: float) -> None:
+def _warm(
+    context: Context, batches: Iterable[Batch], parameters: dict[str, torch.nn.Parameter], tell: object, lr: float
+) -> None:
     """Gather gradients along a short full fine-tune, and put every number back."""
     assert callable(tell)
     model = context.model
@@ -78,7 +90,7 @@ def _warm(context: Context, parameters: dict[str, torch.nn.Parameter], tell: obj
             parameter.requires_grad_(True)
             parameter.grad = None
         optimizer = torch.optim.AdamW(moving.values(), lr=lr, weight_decay=0.0)
-        for batch in context.batches:
+        for batch in batches:
             backward(context.scalar(batch))
             with torch.no_grad():
                 for name in wanted:

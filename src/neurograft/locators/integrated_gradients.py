@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurograft.core.card import method
 from neurograft.core.context import Context
-from neurograft.core.errors import one_of
+from neurograft.core.errors import RequestError, one_of
 from neurograft.core.selection import Scores
 from neurograft.core.stream import means
 from neurograft.core.units import Site
@@ -57,11 +57,14 @@ def integrated_gradients(
         per_example: keep the scores of each example, with their sign, beside the means.
 
     Raises:
-        RequestError: no data, no scalar, or units without a tap.
+        RequestError: no data, no scalar, units without a tap, or fewer steps than the rule needs.
     """
     one_of(rule, RULES, what="rule")
     one_of(baseline, BASELINES, what="baseline")
     one_of(over, ("example", "data"), what="over")
+    least = 2 if rule in ("trapezoid", "inclusive") else 1
+    if steps < least:
+        raise RequestError(f"steps={steps} by the rule {rule}", expected=f"at least {least}", do="leave steps out")
     need_batches(context)
     base = means(context.model, context.sites, context.batches, mask=context.positions) if baseline == "mean" else {}
     way = _Way(quadrature(steps, rule), base, token if baseline == "token" else None, multiply, everywhere)

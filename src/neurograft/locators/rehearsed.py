@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores
 from neurograft.locators._common import backward, need_batches
+from neurograft.locators._weights import put_back
 
 
 @method(needs={"batches", "labels", "gradients"}, claims={"finite", "length", "permutes"})
@@ -35,31 +37,27 @@ def rehearsed(context: Context, *, by: Any = "fisher", steps: int = 100, lr: flo
     if head is None:
         raise RequestError("a model without a head", expected="a model for a task", do="ask the other locator itself")
     mine = dict(context.model.get_submodule(head).named_parameters())
-    original = {n: p.detach().clone() for n, p in mine.items()}
     flags = {p: p.requires_grad for p in context.model.parameters()}
     losses = []
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(any(parameter is p for p in mine.values()))
-        optimizer = torch.optim.AdamW(mine.values(), lr=lr, weight_decay=0.0)
-        for step in range(steps):
-            loss = context.scalar(context.batches[step % len(context.batches)])
-            backward(loss)
-            losses.append(float(loss.detach()))
-            optimizer.step()
+    with put_back(mine):
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(any(parameter is p for p in mine.values()))
+            optimizer = torch.optim.AdamW(mine.values(), lr=lr, weight_decay=0.0)
+            for step in range(steps):
+                optimizer.zero_grad(set_to_none=True)  # also what the model came with
+                loss = context.scalar(context.batches[step % len(context.batches)])
+                backward(loss)
+                losses.append(float(loss.detach()))
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
         found: Scores = choose("locators", by)(context)
-    finally:
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(original[name])
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
     card = {
         **found.card,
         "head": head,
         "rehearsal": {"steps": steps, "lr": lr, "losses": losses[:: max(1, steps // 20)]},
     }
-    return Scores(found.sites, found.values, card)
+    return replace(found, card=card)

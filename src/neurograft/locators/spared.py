@@ -51,6 +51,8 @@ def spared(context: Context, *, among: Any = None, metric: str = "log_prob", lim
     """
     need_batches(context)
     one_of(metric, METRICS, what="metric")
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit={limit}", expected="at least one example", do="leave limit out")
     batches = list(context.batches)
     if limit is not None:
         batches = list(_first(batches, limit))

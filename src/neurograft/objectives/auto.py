@@ -27,6 +27,7 @@ MEANS = (
     "ForPreTraining",
     "ForConditionalGeneration",
     "EncoderDecoderModel",
+    "MTModel",
 )
 
 
@@ -61,10 +62,24 @@ def auto(step: Step) -> Tensor:
             expected="labels, and a model that computes a loss",
             do="give labelled rows, or objective=callable (model, batch) -> loss",
         )
+    if step.apart and isinstance(labels, Tensor):
+        return _by_row(step, loss, labels)
     if step.items is None or not isinstance(labels, Tensor) or not mean:
         return loss
     step.counted = True
     return loss * (labels != IGNORE).sum() / step.items
+
+
+def _by_row(step: Step, loss: Tensor, labels: Tensor) -> Tensor:
+    """Return a loss over all labels as the mean of what the rows' losses would be alone."""
+    config, logits = getattr(step.model, "config", None), getattr(step.outputs, "logits", None)
+    if type(step.model).__name__.endswith("ForCTC") and getattr(config, "ctc_loss_reduction", "") == "sum":
+        return loss / len(labels)
+    by_token = isinstance(logits, Tensor) and labels.dim() > 1 and logits.shape[:-1] == labels.shape
+    if not by_token or not type(step.model).__name__.endswith(MEANS):
+        return loss
+    plain = -step.log_probs
+    return loss + step.mean(plain) - plain.mean()
 
 
 def _balance(step: Step) -> Tensor:

@@ -161,11 +161,11 @@ def select(
 
 
 def bound(objective: Choice) -> Callable[[nn.Module, Batch], Tensor]:
-    """Return the objective as a loss of a model and a batch."""
+    """Return the objective as a loss of a model and a batch, in which every row counts alike."""
     chosen = choose("objectives", objective)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        found: Tensor = chosen(Step(model, batch))
+        found: Tensor = chosen(Step(model, batch, apart=True))
         return found
 
     return loss
