@@ -1,5 +1,6 @@
 """The command line: exit statuses, messages, files; the verbs themselves are tested where they live."""
 
+import inspect
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ import pytest
 from neurograft.anatomy.sites import sites
 from neurograft.cli import main
 from neurograft.cli.commands import LATER, VERBS
+from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline.attach import attach
 from neurograft.worlds.letters import letters
@@ -74,6 +76,20 @@ def test_locate_comes_with_evidence_on_examples_it_kept_back(folder, monkeypatch
     assert run(monkeypatch, capsys, *words, "--no-evidence")[1].startswith("no evidence: not wanted")
 
 
+BYTES = (".jsonl", ".parquet", ".npz", ".safetensors")
+
+
+def test_every_verb_has_the_words_its_command_passes():
+    for dotted, words, *_ in VERBS.values():
+        assert set(words) <= set(inspect.signature(resolve(dotted)).parameters), dotted
+
+
+def test_cite_takes_a_slug_and_a_graft(spoiled, monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "cite", "smt")[1].startswith("Sparse Matrix in Large Language Model")
+    status, out, _ = run(monkeypatch, capsys, "cite", spoiled / "graft", "--json")
+    assert (status, json.loads(out)) == (0, [])
+
+
 WRONG = {
     "unknown model": (("locate", "nowhere/at/all", "--by", "noise"), "no folder is"),
     "unknown kind": (("locate", "MODEL", "--by", "noise", "--units", "neurn"), "'neuron'"),
@@ -97,13 +113,29 @@ WRONG = {
     "a truncated graft": (("apply", "MODEL", "SHORT", "-o", "OUT"), "truncated or changed"),
     "a second apply": (("apply", "MODEL", "GRAFT", "GRAFT", "-o", "OUT"), "second apply"),
     "unknown anatomy": (("anatomy", "STRANGE"), "anatomy"),
+    "a line that is no text": (("locate", "MODEL", "BYTES.jsonl"), "line 1"),
+    "no parquet": (("locate", "MODEL", "BYTES.parquet"), "parquet"),
+    "no archive of arrays": (("locate", "MODEL", "BYTES.npz"), "arrays"),
+    "no safetensors": (("locate", "MODEL", "BYTES.safetensors"), "safetensors"),
+    "a model whose config is no JSON": (("anatomy", "GARBLED"), "config.json"),
+    "a model whose weights are cut short": (("locate", "CUT", "--by", "magnitude"), "weights cannot be read"),
+    "a device that is not here": (("locate", "MODEL", "--by", "magnitude", "--device", "nodevice:7"), "device_map"),
+    "a training argument that is no number": (
+        ("tune", "MODEL", "DATA", "--args", "learning_rate=fast", "-o", "OUT"),
+        "a number",
+    ),
+    "a training argument of no meaning": (
+        ("tune", "MODEL", "DATA", "--args", "eval_strategy=never", "-o", "OUT"),
+        "training arguments",
+    ),
+    "a citation of nothing": (("cite", "s2tf"), "s2ft"),
     "a verb of later": (("merge", "MODEL", "a", "b"), "not in this version"),
 }
 NAMES = {
     "MODEL": "model", "DATA": "data.jsonl", "SCORES": "n.safetensors", "OUT": "out", "EMPTY": "empty.jsonl",
     "NAN": "nan.npz", "BARE": "bare.npz", "NOTHING": "nothing.safetensors", "FOREIGN": "foreign.safetensors",
     "TIED": "gpt2", "TOKENS": "tokens.safetensors", "OTHER": "other", "GRAFT": "graft", "SHORT": "short",
-    "STRANGE": "strange",
+    "STRANGE": "strange", "GARBLED": "garbled", "CUT": "cut", **{f"BYTES{e}": f"bytes{e}" for e in BYTES},
 }  # fmt: skip
 
 
@@ -135,6 +167,13 @@ def spoiled(folder):
     file.write_bytes(file.read_bytes()[:-8])
     (folder / "strange").mkdir()
     (folder / "strange" / "config.json").write_text('{"model_type": "nobody-knows"}')
+    for suffix in BYTES:
+        (folder / f"bytes{suffix}").write_bytes(b"\x80\x04\x95" * 9)
+    for name in ("garbled", "cut"):
+        shutil.copytree(folder / "model", folder / name)
+    (folder / "garbled" / "config.json").write_text("{")
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
     return folder
 
 

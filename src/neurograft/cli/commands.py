@@ -31,6 +31,7 @@ Data = Annotated[str, typer.Argument(help="A JSONL, JSON, parquet, npz or safete
 Requests = Annotated[str, typer.Argument(help="A JSONL file: prompt, subject, target_new (+ rephrase, locality).")]
 MaybeData = Annotated[str | None, typer.Argument(help="As DATA; not needed by methods that only read weights.")]
 File = Annotated[str, typer.Argument(help="A file that an earlier command wrote.")]
+Source = Annotated[str, typer.Argument(help="A graft's folder, or a paper's slug.")]
 MaybeModel = Annotated[str | None, typer.Argument(help="A model folder, a Hub id, or a shipped model.")]
 Words = Annotated[list[str], typer.Argument(help="Several, in order.")]
 
@@ -53,7 +54,7 @@ VERBS: Mapping[str, Row] = {
     "plan": ("neurograft.pipeline.plan", {"model": Model, "recipe": File}, None, results.plan),
     "anatomy": ("neurograft.pipeline.anatomy", {"model": MaybeModel}, None, results.anatomy),
     "papers": ("neurograft.pipeline.papers", {}, None, results.papers),
-    "cite": ("neurograft.pipeline.papers.cite", {"graft": File}, None, results.data),
+    "cite": ("neurograft.pipeline.papers.cite", {"source": Source}, None, results.data),
     "demo": ("neurograft.pipeline.demo", {}, None, results.demo),
 }  # fmt: skip
 LATER = ("merge", "data", "init", "view")

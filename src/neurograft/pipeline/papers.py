@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from neurograft.core.card import Card
@@ -73,15 +74,18 @@ def cite(source: Graft | Recipe | str) -> list[str]:
     """Return the papers behind something, one line each, the recipe's own first.
 
     Args:
-        source: a graft (its card names its recipe and the methods that made it), a recipe, or a paper's slug.
+        source: a graft or its folder (its card names its recipe and the methods that made it), a recipe, or a
+            paper's slug.
 
     Raises:
-        RequestError: an unknown slug.
+        RequestError: an unknown slug, or a folder without a graft.
 
     Example:
         >>> cite("smt")
         ['Sparse Matrix in Large Language Model Fine-tuning. arXiv:2405.15525, ICLR 2025.']
     """
+    if isinstance(source, str) and Path(source).is_dir():
+        source = Graft.load(source)
     if isinstance(source, str):
         slugs: list[str | None] = [one_of(source.replace("_", "-"), known(), what="paper")]
     elif isinstance(source, Recipe):
