@@ -105,6 +105,8 @@ WRONG = {
     "tied weights": (("tune", "TIED", "DATA", "--where", "TOKENS", "-o", "OUT"), "tied"),
     "unknown training argument": (("tune", "MODEL", "DATA", "--args", "learning_rat=1", "-o", "OUT"), "learning_rate"),
     "unknown recipe": (("run", "s2tf", "MODEL", "DATA"), "s2ft"),
+    "a recipe option that is no number": (("run", "s2ft", "MODEL", "DATA", "fraction=much"), "a number"),
+    "a fraction that is no number": (("select", "SCORES", "--fraction", "nan"), "a number"),
     "a recipe without a model": (("run", "s2ft"), "a model"),
     "unknown key of a recipe": (("run", "s2ft", "MODEL", "DATA", "fractoin=0.1"), "fraction"),
     "writing over its input": (("select", "SCORES", "-o", "SCORES"), "one of the inputs"),

@@ -31,6 +31,8 @@ ROOMS = (
     "export",
 )
 
+TYPED = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
 Choice = str | tuple[str, Mapping[str, Any]] | Callable[..., Any] | None
 
 
@@ -145,12 +147,18 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], name
     """Raise if a method does not have one of the options; a foreign callable may take what it likes.
 
     Raises:
-        RequestError: an unknown option, with the near matches.
+        RequestError: an unknown option, with the near matches, or text where a number or a truth value belongs.
     """
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+    parameters = inspect.signature(function).parameters
+    for option, value in options.items():
+        kind = str(getattr(parameters.get(option), "annotation", "")).removesuffix(" | None")
+        if isinstance(value, str) and kind in TYPED:
+            raise RequestError(
+                f"{option}={value!r} of {name}", expected=TYPED[kind], do=f"the default is {parameters[option].default}"
+            )
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
-    known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for option in options:
         if option not in known:
             raise RequestError(
