@@ -79,6 +79,20 @@ def test_locate_comes_with_evidence_on_examples_it_kept_back(folder, monkeypatch
     assert run(monkeypatch, capsys, *words, "--no-evidence")[1].startswith("no evidence: not wanted")
 
 
+BYTES = (".jsonl", ".parquet", ".npz", ".safetensors")
+
+
+def test_every_verb_has_the_words_its_command_passes():
+    for dotted, words, *_ in VERBS.values():
+        assert set(words) <= set(inspect.signature(resolve(dotted)).parameters), dotted
+
+
+def test_cite_takes_a_slug_and_a_graft(spoiled, monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "cite", "smt")[1].startswith("Sparse Matrix in Large Language Model")
+    status, out, _ = run(monkeypatch, capsys, "cite", spoiled / "graft", "--json")
+    assert (status, json.loads(out)) == (0, [])
+
+
 WRONG = {
     "unknown model": (("locate", "nowhere/at/all", "--by", "noise"), "no folder is"),
     "unknown kind": (("locate", "MODEL", "--by", "noise", "--units", "neurn"), "'neuron'"),
@@ -94,6 +108,8 @@ WRONG = {
     "tied weights": (("tune", "TIED", "DATA", "--where", "TOKENS", "-o", "OUT"), "tied"),
     "unknown training argument": (("tune", "MODEL", "DATA", "--args", "learning_rat=1", "-o", "OUT"), "learning_rate"),
     "unknown recipe": (("run", "s2tf", "MODEL", "DATA"), "s2ft"),
+    "a recipe option that is no number": (("run", "s2ft", "MODEL", "DATA", "fraction=much"), "a number"),
+    "a fraction that is no number": (("select", "SCORES", "--fraction", "nan"), "a number"),
     "a recipe without a model": (("run", "s2ft"), "a model"),
     "unknown key of a recipe": (("run", "s2ft", "MODEL", "DATA", "fractoin=0.1"), "fraction"),
     "writing over its input": (("select", "SCORES", "-o", "SCORES"), "one of the inputs"),
@@ -102,13 +118,29 @@ WRONG = {
     "a truncated graft": (("apply", "MODEL", "SHORT", "-o", "OUT"), "truncated or changed"),
     "a second apply": (("apply", "MODEL", "GRAFT", "GRAFT", "-o", "OUT"), "second apply"),
     "unknown anatomy": (("anatomy", "STRANGE"), "anatomy"),
+    "a line that is no text": (("locate", "MODEL", "BYTES.jsonl"), "line 1"),
+    "no parquet": (("locate", "MODEL", "BYTES.parquet"), "parquet"),
+    "no archive of arrays": (("locate", "MODEL", "BYTES.npz"), "arrays"),
+    "no safetensors": (("locate", "MODEL", "BYTES.safetensors"), "safetensors"),
+    "a model whose config is no JSON": (("anatomy", "GARBLED"), "config.json"),
+    "a model whose weights are cut short": (("locate", "CUT", "--by", "magnitude"), "weights cannot be read"),
+    "a device that is not here": (("locate", "MODEL", "--by", "magnitude", "--device", "nodevice:7"), "device_map"),
+    "a training argument that is no number": (
+        ("tune", "MODEL", "DATA", "--args", "learning_rate=fast", "-o", "OUT"),
+        "a number",
+    ),
+    "a training argument of no meaning": (
+        ("tune", "MODEL", "DATA", "--args", "eval_strategy=never", "-o", "OUT"),
+        "training arguments",
+    ),
+    "a citation of nothing": (("cite", "s2tf"), "s2ft"),
     "a verb of later": (("merge", "MODEL", "a", "b"), "not in this version"),
 }
 NAMES = {
     "MODEL": "model", "DATA": "data.jsonl", "SCORES": "n.safetensors", "OUT": "out", "EMPTY": "empty.jsonl",
     "NAN": "nan.npz", "BARE": "bare.npz", "NOTHING": "nothing.safetensors", "FOREIGN": "foreign.safetensors",
     "TIED": "gpt2", "TOKENS": "tokens.safetensors", "OTHER": "other", "GRAFT": "graft", "SHORT": "short",
-    "STRANGE": "strange",
+    "STRANGE": "strange", "GARBLED": "garbled", "CUT": "cut", **{f"BYTES{e}": f"bytes{e}" for e in BYTES},
 }  # fmt: skip
 
 
@@ -140,6 +172,13 @@ def spoiled(folder):
     file.write_bytes(file.read_bytes()[:-8])
     (folder / "strange").mkdir()
     (folder / "strange" / "config.json").write_text('{"model_type": "nobody-knows"}')
+    for suffix in BYTES:
+        (folder / f"bytes{suffix}").write_bytes(b"\x80\x04\x95" * 9)
+    for name in ("garbled", "cut"):
+        shutil.copytree(folder / "model", folder / name)
+    (folder / "garbled" / "config.json").write_text("{")
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
     return folder
 
 

@@ -15,6 +15,8 @@ from neurograft.core.errors import RequestError
         (("top", None), "options of type NoneType"),
         ({"path": "top", "options": 3}, "options of type int"),
         (("top", {"fractoin": 0.01}), "did you mean 'fraction'"),
+        (("top", {"fraction": "much"}), "fraction='much' of .*a number"),
+        (("random", {"seed": "abc"}), "a whole number"),
     ],
 )
 def test_what_is_no_choice_is_refused(choice, words):

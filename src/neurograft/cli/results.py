@@ -106,7 +106,7 @@ def data(found: Any, target: Path | None, shown: Shown) -> None:
     elif isinstance(facts, Mapping):
         shown.result(facts, lines=[f"{k}: {_short(v)}" for k, v in facts.items()])
     else:
-        shown.result(facts, lines=[str(facts)])
+        shown.result(facts, lines=map(str, facts) if isinstance(facts, list) else [str(facts)])
 
 
 def _short(value: Any) -> str:

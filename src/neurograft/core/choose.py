@@ -13,7 +13,7 @@ from torch import nn
 from neurograft.core.card import Card
 from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.resolve import resolve
-from neurograft.core.typed import annotations_of, fits
+from neurograft.core.typed import annotations_of, fits, in_words
 
 ROOMS = (
     "locators",
@@ -152,12 +152,11 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], name
         RequestError: an unknown option, with the near matches; no number where the method takes one.
     """
     parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return
     known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     types = annotations_of(function)
     for option, value in options.items():
-        if option not in known:
+        if option not in known and not anything:
             raise RequestError(
                 f"the option {option!r} of {name}",
                 expected=f"one of {', '.join(option_names(function))}",
@@ -165,7 +164,7 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], name
             )
         if not fits(value, types.get(option, Any)):
             raise RequestError(
-                f"{option}={value!r} for {name}",
-                expected=inspect.formatannotation(types[option]).replace("collections.abc.", ""),
+                f"{option}={value!r} of {name}",
+                expected=in_words(types[option]),
                 do=f"write {option}=[{value}]" if fits([value], types[option]) else f"give {option} such a value",
             )

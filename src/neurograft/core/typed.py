@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor
 
 SERIES = (collections.abc.Sequence, collections.abc.Iterable, list, tuple)
 NUMBERS: Mapping[Any, type] = {int: Integral, float: Real, bool: bool}
+WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -54,3 +56,17 @@ def fits(value: Any, annotation: Any) -> bool:
     if not isinstance(value, (list, tuple)) or len(inside) != 1:
         return True
     return all(fits(one, inside[0]) for one in value)
+
+
+def in_words(annotation: Any) -> str:
+    """Return an option's type as a reader would say it.
+
+    Example:
+        >>> in_words(int), in_words(float | None), in_words(list[int])
+        ('a whole number', 'a number or nothing', 'list[int]')
+    """
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " or ".join(in_words(one) for one in typing.get_args(annotation))
+    if annotation in (None, type(None)):
+        return "nothing"
+    return WORDS.get(annotation) or inspect.formatannotation(annotation).replace("collections.abc.", "")

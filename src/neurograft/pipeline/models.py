@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from neurograft.core.errors import RequestError, near, one_of
@@ -69,11 +70,19 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "new head"))
             made, report = factory.from_pretrained(name, config=config, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RequestError(
             f"the model {name!r}, whose weights cannot be read ({error})",
             expected="safetensors files",
             do="save it with save_pretrained; pickled weights are never read",
+        ) from error
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if device_map is None:
+            raise
+        raise RequestError(
+            f"device_map {device_map!r} ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            expected="devices of this machine, as device_map of from_pretrained",
+            do="use 'cpu' or 'auto'",
         ) from error
     missing = sorted(report.get("missing_keys", ()))
     if missing and head is None:
@@ -109,7 +118,12 @@ def config_of(name: str, options: dict[str, Any]) -> Any:
         file = path / "config.json"
         if not file.is_file():
             raise RequestError(f"the folder {name}", expected="a model: a config.json in it", do="check the path")
-        text = json.loads(file.read_text())
+        try:
+            text = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RequestError(
+                f"{file}, which is no JSON ({error})", expected="a model's config", do="copy or download it again"
+            ) from error
         if "_class_name" in text:
             return text
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -117,7 +131,7 @@ def config_of(name: str, options: dict[str, Any]) -> Any:
         raise RequestError(
             f"the model {name!r}, where no folder is",
             expected="a model folder or a Hub id",
-            do=near(path.name, beside),
+            do=f"check the path; {near(path.name, beside)}" if beside else "check the path",
         )
     from transformers import AutoConfig
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -98,16 +99,16 @@ def _hub(name: str, split: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterable[Mapping[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # also bytes that are no UTF-8
                 raise RequestError(
                     f"line {number} of {path}, which is no JSON ({error})",
-                    expected="one JSON object a line",
+                    expected="one JSON object a line, in UTF-8",
                     do=f"mend or delete line {number}",
                 ) from error
             if not isinstance(row, dict):
@@ -136,8 +137,13 @@ def _json(path: Path) -> Iterable[Mapping[str, Any]]:
 def _parquet(path: Path) -> Iterable[Mapping[str, Any]]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RequestError(
+            f"{path}, which cannot be read as parquet ({error})", expected="a parquet file", do="write it again"
+        ) from error
 
 
 def _arrays(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -146,18 +152,24 @@ def _arrays(path: Path) -> Iterable[Mapping[str, Any]]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {k: torch.from_numpy(file[k]) for k in file.files}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, EOFError, OSError, BadZipFile) as error:
             raise RequestError(
                 f"{path}, whose arrays cannot be read ({error})",
                 expected="arrays of numbers",
                 do="store numbers alone; pickled objects are never read",
             ) from error
     else:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        arrays = load_file(path)
-    lengths = {k: len(v) for k, v in arrays.items()}
-    if len(set(lengths.values())) != 1:
+        try:
+            arrays = load_file(path)
+        except SafetensorError as error:
+            raise RequestError(
+                f"{path}, which is no safetensors file ({error})", expected="arrays of numbers", do="write it again"
+            ) from error
+    lengths = {k: len(v) if v.dim() else 0 for k, v in arrays.items()}
+    if len(set(lengths.values())) != 1 or not all(v.dim() for v in arrays.values()):
         raise RequestError(
             f"{path} with arrays of lengths {lengths}",
             expected="one first axis for all arrays",

@@ -200,12 +200,14 @@ def _arguments(args: Any, scratch: str, seed: int) -> Any:
             do="args={'learning_rate': 1e-4}",
         )
     given = dict(args or {})
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    for name in given:
+    known = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
+    for name, value in given.items():
         if name not in known:
             raise RequestError(
                 f"the training argument {name!r}", expected="a field of TrainingArguments", do=near(name, known)
             )
+        if type(known[name]) in (int, float) and isinstance(value, str):
+            raise RequestError(f"{name}={value!r}", expected="a number", do=f"the default is {known[name]}")
     if "output_dir" not in given and given.get("save_strategy", "no") != "no":
         raise RequestError(
             "checkpoints without a place for them", expected="output_dir among args", do="args={'output_dir': ...}"
