@@ -125,6 +125,22 @@ def test_the_routers_own_loss_reaches_what_it_reached_and_is_recorded_once():
             torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-8)
 
 
+def test_a_layer_of_which_only_a_part_is_awake_gets_its_gradient():
+    """Nothing below asks for a gradient, and the projections sleep."""
+    model = exact("llama")
+    batch = pico_batch(model)
+    with attach(model, adapter="reversible") as live:
+        _, whole = gradients(live, batch)
+        name = "model.layers.1.mlp.down_proj.weight"
+        for other, parameter in live.named_parameters().items():
+            parameter.requires_grad_(other == name)
+        _, ours = gradients(live, batch)
+        assert ours.keys() == {name}
+        torch.testing.assert_close(ours[name], whole[name], rtol=0, atol=1e-12)
+        (asked,) = torch.autograd.grad(model(**batch).loss, live.named_parameters()[name])
+        torch.testing.assert_close(asked, whole[name], rtol=0, atol=1e-12)
+
+
 def test_dropout_is_drawn_again_and_autocast_entered_again():
     model = exact("llama", attention_dropout=0.4).train()
     batch = pico_batch(model)

@@ -38,6 +38,12 @@ def layers(folder, size):
     return {"adapter": "dense", "schedule": ("sampled", drawn), "args": arguments(folder, size)}
 
 
+def blocks(folder, size):
+    """Reversible blocks, whose projections move alone at first."""
+    parts = [("*.half_*", 2), ("*", 1)]
+    return {"adapter": "reversible", "schedule": ("stages", {"parts": parts}), "args": arguments(folder, size)}
+
+
 TURNING = ("noise", "grad_x_act")
 
 
@@ -64,6 +70,8 @@ def main(folder):
     graft.save(folder / f"graft{rank}")
     sampled = ng.tune(model, examples(), **layers(folder / "layers", 2))
     sampled.save(folder / f"sampled{rank}")
+    reversed_ = ng.tune(model, examples(), **blocks(folder / "blocks", 2))
+    reversed_.save(folder / f"blocks{rank}")
     for name in TURNING:
         turned = ng.tune(model, examples(), where, **turning(name, folder / name, 2))
         turned.save(folder / f"{name}{rank}")

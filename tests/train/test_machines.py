@@ -13,7 +13,7 @@ from neurograft.pipeline.inputs import collator
 from neurograft.train.loop import fit
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ddp_worker import TURNING, arguments, examples, layers, turning
+from ddp_worker import TURNING, arguments, blocks, examples, layers, turning
 
 
 def test_one_graph_when_compiled(llama, pick):
@@ -46,7 +46,8 @@ def test_one_graph_when_compiled(llama, pick):
 
 def test_two_processes_equal_one(llama, pick, tmp_path):
     """DDP over gloo through the Trainer, with uneven labels on the ranks, and a resume; the same with layers that are
-    drawn anew every step, and with other neurons every step: the same on both ranks, and as in one process."""
+    drawn anew every step, with reversible blocks, and with other neurons every step: the same on both ranks, and as in
+    one process."""
     pick(llama).save(tmp_path / "where.safetensors")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -64,13 +65,21 @@ def test_two_processes_equal_one(llama, pick, tmp_path):
     ]  # fmt: skip
     alone = ng.tune(llama, examples(), pick(llama), objective="dft", args=arguments(tmp_path / "alone", 4))
     alone_by_layers = ng.tune(llama, examples(), **layers(tmp_path / "alone-layers", 4))
+    alone_in_blocks = ng.tune(llama, examples(), **blocks(tmp_path / "alone-blocks", 4))
     turned = {n: ng.tune(llama, examples(), pick(llama), **turning(n, tmp_path / f"alone-{n}", 4)) for n in TURNING}
     said = [process.communicate(timeout=500)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    for name, expected in {"graft": alone, "sampled": alone_by_layers, **turned}.items():
+    whole = {"graft": alone, "sampled": alone_by_layers, "blocks": alone_in_blocks, **turned}
+    # Inputs that are computed back add roundings, which AdamW's division enlarges: a hundredth of a step.
+    near = {"blocks": {"rtol": 0, "atol": 1e-5}}
+    for name, expected in whole.items():
+        close = near.get(name, {"rtol": 0, "atol": 1e-6})
         first, second = (ng.Graft.load(tmp_path / f"{name}{rank}") for rank in range(2))
         assert first.identity == second.identity
         assert first.deltas.keys() == expected.deltas.keys()
         for parameter, delta in expected.deltas.items():
-            torch.testing.assert_close(first.deltas[parameter].values, delta.values, rtol=0, atol=1e-6)
+            torch.testing.assert_close(first.deltas[parameter].values, delta.values, **close)
+        for one, other in zip(first.operations, expected.operations, strict=True):
+            for part, value in other.tensors().items():
+                torch.testing.assert_close(one.tensors()[part], value, **close)
     assert {n.split(".")[2] for n in alone_by_layers.deltas if ".layers." in n} == {"0", "1"}

@@ -42,8 +42,8 @@ def reversible(
 
     Y1 = X1 + P_down Attn(LN(P_up X2)), Y2 = X2 + P_down FFN(LN(P_up Y1)) on the halves [X1, X2] of the hidden state,
     with the layer's own norms, attention and FFN (dense or experts); in the coupled form queries come from X1. The
-    halves stay float32 between layers, dropout is drawn again as it was, experts are chosen again as they were.
-    Gradients reach `.grad` in the backward pass; `torch.autograd.grad` does not see them.
+    halves stay float32 between layers, dropout is drawn again as it was, experts are chosen again as they were, and a
+    router's own loss has its gradient.
 
     Args:
         model: a decoder of transformers: Llama-, Qwen-, Mixtral- or GPT-2-like.

@@ -158,22 +158,26 @@ class Block:
 
 
 class Reverse(torch.autograd.Function):
-    """A block that keeps nothing for its backward pass, but for the top one's output and inputs it cannot recover."""
+    """A block that keeps nothing for its backward pass, but for the top one's output and inputs it cannot recover.
+
+    Its own parameters are among what it is given, so that their gradients are handed on as any other's: to hooks, to
+    processes that share them, to `torch.autograd.grad`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, block: Block, kwargs: Mapping[str, Any], anchor: Tensor) -> Any:
-        tape, own = block.tape, _halves(hidden)
-        ctx.block, ctx.kwargs, ctx.dtype, ctx.routed = block, kwargs, hidden.dtype, None
+    def forward(ctx: Any, hidden: Tensor, block: Block, kwargs: Mapping[str, Any], *own: nn.Parameter) -> Any:
+        tape, x = block.tape, _halves(hidden)
+        ctx.block, ctx.kwargs, ctx.dtype, ctx.routed, ctx.own = block, kwargs, hidden.dtype, None, own
         device = hidden.device.type
         ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.seed = block.drawn()
         with block.routing.noted() as ctx.routed, block.routing.heard() as logits:
-            y = block.forward(*own, kwargs)
+            y = block.forward(*x, kwargs)
         check = tape.verify and (tape.passes - 1) % tape.verify == 0
         # In a context of its own, so that what transformers records of a pass is not recorded twice.
-        ctx.stored = bool(check) and contextvars.Context().run(block.misses, own, y, kwargs)
+        ctx.stored = bool(check) and contextvars.Context().run(block.misses, x, y, kwargs)
         tape.stored += ctx.stored
-        ctx.save_for_backward(*(own if ctx.stored else ()), *(y if block.last else ()))
+        ctx.save_for_backward(*(x if ctx.stored else ()), *(y if block.last else ()))
         ctx.set_materialize_grads(False)
         # The very tensors that transformers has recorded: as outputs they carry the gradient of a router's own loss.
         return (block.out(y), *logits)
@@ -197,10 +201,15 @@ class Reverse(torch.autograd.Function):
                 found = block.forward(x1, x2, kwargs)
         upper, read = grads[0], [(one, g) for one, g in zip(logits, grads[1:]) if g is not None]
         wanted = [torch.zeros_like(h) for h in found] if upper is None else upper.to(found[0].dtype).chunk(2, -1)
-        torch.autograd.backward((*found, *(one for one, _ in read)), (*wanted, *(g for _, g in read)))
+        pulled = torch.autograd.grad(
+            (*found, *(one for one, _ in read)),
+            (x1, x2, *ctx.own),
+            (*wanted, *(g for _, g in read)),
+            allow_unused=True,
+        )
         tape.halves = None if block.bottom else (x1.detach(), x2.detach())
-        below = torch.cat([h.grad if h.grad is not None else torch.zeros_like(h) for h in (x1, x2)], -1)
-        return below.to(ctx.dtype), None, None, None
+        below = [torch.zeros_like(h) if g is None else g for h, g in zip((x1, x2), pulled)]
+        return (torch.cat(below, -1).to(ctx.dtype), None, None, *pulled[2:])
 
 
 class Wrapped:
@@ -222,7 +231,8 @@ class Wrapped:
             tape.passes, tape.halves = tape.passes + 1, None
         elif hidden_states is not tape.output:
             raise RunError("something between two reversible blocks changed the hidden state; it cannot be recovered")
-        found: Tensor = Reverse.apply(hidden_states, block, given, block.up)[0]
+        own = dict.fromkeys(p for p in (*block.layer.parameters(), block.up, block.down) if p.requires_grad)
+        found: Tensor = Reverse.apply(hidden_states, block, given, *own)[0]
         tape.output = None if block.last else found
         return found
 
