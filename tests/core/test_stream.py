@@ -77,6 +77,15 @@ def test_against_brute_force():
     assert torch.equal(fed(MAKE["sample"], x, places).quantile(0.99), torch.quantile(x, 0.99, dim=0))
 
 
+def test_of_equal_activations_the_earliest_stay():
+    """However they are cut, as rectified units and repeated tokens give many."""
+    places = torch.stack([torch.arange(400), torch.zeros(400, dtype=torch.int64)], 1)
+    x = torch.randint(0, 4, (400, 9), generator=generator(0, "ties")).float()
+    first = x.sort(dim=0, descending=True, stable=True).indices[:10]
+    for cut in ((), (7, 200), (399,)):
+        assert torch.equal(fed(lambda n: Exemplars(n, k=10), x, places, cut).places[..., 0], first)
+
+
 def test_variance_survives_a_large_mean():
     x, places = data(n=1)
     assert fed(Moments, x + 1e4, places).variance.item() == pytest.approx(x.double().var(correction=0).item(), rel=1e-3)

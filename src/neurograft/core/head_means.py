@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch
+from neurograft.core.context import Batch, token_mask
 from neurograft.core.errors import RequestError
 from neurograft.core.intervene import capture
 from neurograft.core.places import ends
@@ -37,12 +37,11 @@ class Means:
         """
         if not batches:
             raise RequestError("no reference prompts", expected="data to take means over", do="give corrupt prompts")
-        longest = max(int(ends(b).max()) + 1 for b in batches)
+        places = [_before_the_end(b) for b in batches]
+        longest = max(int(far.max()) + 1 for far in places)
         count = torch.zeros(longest, dtype=torch.float64)
         total: dict[str, Tensor] = {}
-        for batch in batches:
-            last = ends(batch).cpu()
-            far = last[:, None] - torch.arange(batch["input_ids"].shape[1])
+        for batch, far in zip(batches, places):
             inside = far >= 0
             count.index_add_(0, far[inside], torch.ones(int(inside.sum()), dtype=torch.float64))
             for name, x in capture(model, sites, batch).items():
@@ -53,12 +52,12 @@ class Means:
         return Means({name: (t / count.reshape(shape[name])).float() for name, t in total.items()})
 
     def at(self, name: str, batch: Batch) -> Tensor:
-        """Return the means at a batch's tokens, [B, T, n, w]; behind the end those at the end.
+        """Return the means at a batch's tokens, [B, T, n, w]; behind the end and at padding those at the end.
 
         Raises:
             RequestError: a prompt longer than every reference prompt.
         """
-        far = (ends(batch).cpu()[:, None] - torch.arange(batch["input_ids"].shape[1])).clamp(min=0)
+        far = _before_the_end(batch).clamp(min=0)
         if int(far.max()) >= len(self.values[name]):
             raise RequestError(
                 f"a prompt of {int(far.max()) + 1} tokens",
@@ -66,3 +65,11 @@ class Means:
                 do="give reference prompts of the same lengths",
             )
         return self.values[name][far]
+
+
+def _before_the_end(batch: Batch) -> Tensor:
+    """Return how far before the end of its prompt each token stands, int64 [B, T]; below 0 behind it and at padding."""
+    far = ends(batch).cpu()[:, None] - torch.arange(batch["input_ids"].shape[1])
+    real = token_mask({k: v for k, v in batch.items() if v is not None})
+    assert real is not None
+    return far.masked_fill(~real.cpu(), -1)

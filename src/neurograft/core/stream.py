@@ -206,7 +206,7 @@ class Sample(Reducer):
 
 
 class Exemplars(Reducer):
-    """The k highest activations of each unit and where they stood.
+    """The k highest activations of each unit and where they stood; of equal ones the earliest.
 
     Args:
         n: how many units.
@@ -225,8 +225,12 @@ class Exemplars(Reducer):
         better = (x.amax(0) > bar).nonzero()[:, 0]
         if not len(better):
             return
-        best = x[:, better].topk(min(self.k, len(x)), dim=0)
-        self._join(best.values.float().cpu(), places.cpu()[best.indices.cpu()], better.cpu())
+        here = x[:, better]
+        values, at = here.topk(min(self.k + 1, len(x)), dim=0)  # one more, to see whether it would do as well
+        equal = (values[1:] == values[:-1]).any(0)
+        if bool(equal.any()):  # topk takes any of them
+            at[:, equal] = here[:, equal].sort(dim=0, descending=True, stable=True).indices[: len(at)]
+        self._join(values[: self.k].float().cpu(), places.cpu()[at[: self.k].cpu()], better.cpu())
 
     def _join(self, values: Tensor, places: Tensor, units: Tensor) -> None:
         # Stable, so that of equal activations the earliest stays.
