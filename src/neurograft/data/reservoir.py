@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Phase
+from neurograft.core.context import IGNORE, Batch, Phase
 from neurograft.core.errors import RequestError
 from neurograft.core.examples import singles
 from neurograft.core.seeds import generator
@@ -110,7 +110,7 @@ class Replay:
         """Return the batch of a draw.
 
         Raises:
-            RequestError: the stream has ended.
+            RequestError: the stream has ended, or the buffer holds rows of several lengths and no mask.
         """
         if phase.stage.startswith(self.stage):
             return _joined(self.buffer.draw(self.batch))
@@ -130,5 +130,21 @@ class Replay:
 
 
 def _joined(examples: list[Batch]) -> Batch:
-    first: dict[str, Any] = examples[0]
-    return {k: torch.cat([e[k] for e in examples]) if isinstance(v, torch.Tensor) else v for k, v in first.items()}
+    """Return examples as one batch; shorter rows are filled up on the right, labels with -100, anything else with 0."""
+    found: dict[str, Any] = {}
+    for name, first in examples[0].items():
+        rows = [example[name] for example in examples]
+        if not isinstance(first, torch.Tensor) or not first.dim():
+            found[name] = first
+        elif len({row.shape for row in rows}) == 1:
+            found[name] = torch.cat(rows)
+        elif name in ("input_ids", "inputs_embeds") and "attention_mask" not in examples[0]:
+            raise RequestError(
+                f"{name} of several lengths without an attention_mask in a buffer",
+                expected="a mask that tells tokens from what they are filled up with",
+                do="give batches with an attention_mask, or of one length",
+            )
+        else:
+            fill = IGNORE if name == "labels" else 0
+            found[name] = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], True, fill)
+    return found

@@ -182,7 +182,8 @@ def captioner(
         how: dict[str, Any] = {"embedding": embedding, "hidden": hidden, "dropout": dropout}
         made = Captioner(Vocabulary.of(texts).words[3:], raw.shape[-1], encode=encode, **how)
         made.middle.copy_(raw.flatten(0, 1).mean(0))
-        made.scale.copy_(raw.flatten(0, 1).std(0).clamp(min=1e-6))
+        each = raw.flatten(0, 1)
+        made.scale.copy_(each.std(0, correction=min(1, len(each) - 1)).clamp(min=1e-6))  # one picture has no spread
         features, tokens = (raw - made.middle) / made.scale, made.vocabulary.encode(texts)
 
         def said(rows: Tensor) -> Tensor:

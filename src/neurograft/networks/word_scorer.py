@@ -102,7 +102,7 @@ def word_scorer(
     x = torch.stack([made.features(one) for one in shown])
     y = torch.tensor([[bag.count(w) / max(1, len(bag)) for w in words] for bag in bags])
     made.middle.copy_(x.mean(0))
-    made.scale.copy_(x.std(0).clamp(min=1e-6))
+    made.scale.copy_(x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-6))  # one pair has no spread
     made.share.copy_(torch.tensor([counts[w] / counts.total() for w in words]))
     nn.init.zeros_(made.score.weight)
     nn.init.zeros_(made.score.bias)
