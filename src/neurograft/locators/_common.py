@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neurograft.core.context import Batch, Context
+from neurograft.core.context import IGNORE, Batch, Context, Step, shifts
 from neurograft.core.errors import RequestError
-from neurograft.core.examples import singles
+from neurograft.core.examples import singles, size
 from neurograft.core.selection import Scores
 
 
@@ -44,6 +44,25 @@ def per_example(tokens: Tensor, rows: Tensor, examples: int) -> Tensor:
         if torch.equal(grid, rows):
             return tokens.reshape(examples, length, -1).sum(1)
     return tokens.new_zeros(examples, tokens.shape[1]).index_add_(0, rows, tokens)
+
+
+def shares(context: Context) -> Callable[[Batch], Tensor]:
+    """Return batch -> its share of what is attributed over all the batches: shares add up to the loss of one big batch.
+
+    As in training a loss over tokens counts each token alike; what counts no tokens, and a target, counts examples.
+    """
+    examples = sum(size(b) for b in context.batches)
+    labels = [b["labels"] for b in context.batches if isinstance(b.get("labels"), Tensor)]
+    items = sum(int((v[..., 1:] if shifts(context.model) else v).ne(IGNORE).sum()) for v in labels)
+
+    def share(batch: Batch) -> Tensor:
+        if context.target is not None or context.asked is None:
+            return context.scalar(batch) * (size(batch) / examples)
+        step = Step(context.model, batch, items=items or None, apart=True)
+        loss = context.asked(step)
+        return loss if step.counted else loss * (size(batch) / examples)
+
+    return share
 
 
 def backward(scalar: Tensor) -> None:

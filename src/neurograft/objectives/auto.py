@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Step, shifts
@@ -62,7 +62,7 @@ def auto(step: Step) -> Tensor:
             expected="labels, and a model that computes a loss",
             do="give labelled rows, or objective=callable (model, batch) -> loss",
         )
-    if step.apart and isinstance(labels, Tensor):
+    if step.apart and isinstance(labels, Tensor) and (step.items is None or _sums(step.model)):
         return _by_row(step, loss, labels)
     if step.items is None or not isinstance(labels, Tensor) or not mean:
         return loss
@@ -72,14 +72,20 @@ def auto(step: Step) -> Tensor:
 
 def _by_row(step: Step, loss: Tensor, labels: Tensor) -> Tensor:
     """Return a loss over all labels as the mean of what the rows' losses would be alone."""
-    config, logits = getattr(step.model, "config", None), getattr(step.outputs, "logits", None)
-    if type(step.model).__name__.endswith("ForCTC") and getattr(config, "ctc_loss_reduction", "") == "sum":
+    if _sums(step.model):
         return loss / len(labels)
+    logits = getattr(step.outputs, "logits", None)
     by_token = isinstance(logits, Tensor) and labels.dim() > 1 and logits.shape[:-1] == labels.shape
     if not by_token or not type(step.model).__name__.endswith(MEANS):
         return loss
     plain = -step.log_probs
     return loss + step.mean(plain) - plain.mean()
+
+
+def _sums(model: nn.Module) -> bool:
+    """Say whether a model's loss is a sum over the batch's rows, as that of most CTC models is."""
+    config = getattr(model, "config", None)
+    return type(model).__name__.endswith("ForCTC") and getattr(config, "ctc_loss_reduction", "") == "sum"
 
 
 def _balance(step: Step) -> Tensor:
