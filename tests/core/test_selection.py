@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from neurograft.anatomy.sites import sites
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.units import Part, Site
+from neurograft.pipeline.attach import attach
+from neurograft.worlds.pico import pico
 
 
 def site(name, n, layer=0):
@@ -129,3 +132,18 @@ def test_per_row_takes_so_many_of_every_output_row():
     chosen = Scores({"t/weight": transposed}, {"t/weight": torch.arange(12.0)}).top(count=1, per="row")
     assert part.flat(chosen.ids["t/weight"]).reshape(-1).tolist() == [3, 7, 11]
     assert transposed.parts[0].flat(chosen.ids["t/weight"]).reshape(-1).tolist() == [9, 10, 11]
+
+
+def test_what_is_printed_of_scores_selections_and_grafts_is_a_line():
+    model = pico("llama")
+    scores = Scores(found := sites(model, "neuron"), {n: torch.arange(float(s.n)) for n, s in found.items()})
+    where = scores.top(count=2)
+    with attach(model, where) as live:
+        graft = live.graft()
+    said = [repr(scores), repr(where), repr(graft), repr(graft.scale(0.5))]
+    assert said == [
+        "<Scores: 96 units (neuron) in 2 sites>",
+        "<Selection: 2 of 96 units (neuron), in 2 of 2 sites>",
+        "<Graft: 192 numbers in 6 tensors>",
+        "<Graft: 192 numbers in 6 tensors, strength 0.5>",
+    ]

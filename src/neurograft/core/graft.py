@@ -95,6 +95,14 @@ class Graft:
         deltas = {n: {"shape": list(d.shape), **d.tensors()} for n, d in self.deltas.items()}
         return digest(deltas, dict(self.base), [digest(o.meta(), o.tensors()) for o in self.operations])
 
+    def __repr__(self) -> str:
+        """Say how large the change is and of what model; the numbers themselves would fill pages."""
+        base = self.card.get("base")
+        of = f" of {base['name']}" if isinstance(base, Mapping) and base.get("name") else ""
+        more = f", {len(self.operations)} operations" if self.operations else ""
+        scaled = "" if self.strength == 1.0 else f", strength {self.strength:g}"
+        return f"<Graft: {self.numel:,} numbers in {len(self.deltas)} tensors{of}{more}{scaled}>"
+
     @property
     def numel(self) -> int:
         """How many numbers the graft holds."""

@@ -26,6 +26,10 @@ from neurograft.core.units import Site, census
 EACH = "::each"  # what the names of scores per example end in, in a file
 
 
+def _kinds(sites: Mapping[str, Site]) -> str:
+    return f"units ({', '.join(dict.fromkeys(s.kind for s in sites.values()))})"
+
+
 @dataclass(frozen=True)
 class Scores:
     """A number for every unit.
@@ -69,6 +73,11 @@ class Scores:
     def digest(self) -> str:
         """Digest of the scores."""
         return digest(dict(self.values))
+
+    def __repr__(self) -> str:
+        """Say what was scored; the numbers themselves would fill pages."""
+        total = sum(s.n for s in self.sites.values())
+        return f"<Scores: {total:,} {_kinds(self.sites)} in {len(self.sites)} sites>"
 
     def top(self, **options: Any) -> Selection:
         """Take the highest scores; `neurograft.selectors.top` documents the options."""
@@ -144,6 +153,13 @@ class Selection:
             if name not in sites:
                 raise RequestError(f"the site {name!r}", expected="a site of this model", do=near(name, sites))
         return Selection(dict(sites), found, card or {})
+
+    def __repr__(self) -> str:
+        """Say how many units were taken; their numbers are in `ids`."""
+        places = sum(bool(len(chosen)) for chosen in self.ids.values())
+        return (
+            f"<Selection: {len(self):,} of {self.total:,} {_kinds(self.sites)}, in {places} of {len(self.sites)} sites>"
+        )
 
     def __len__(self) -> int:
         return sum(len(ids) for ids in self.ids.values())
