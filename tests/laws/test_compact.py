@@ -230,7 +230,7 @@ def test_what_has_no_side_path_is_refused_and_leaves_nothing(family, kind, words
     """A hook on an embedding gets ids, and one on a tied weight would change one of its uses."""
     model = pico(family)
     good, bad = sites(model, "row"), sites(model, kind)
-    where = Selection.of({**good, **bad}, {list(good)[0]: [0], next(iter(bad)): [1]})
+    where = Selection.of({**good, **bad}, {next(iter(good)): [0], next(iter(bad)): [1]})
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     with pytest.raises(RequestError, match=words):
         compact(model, where, route="side", tied="both")
