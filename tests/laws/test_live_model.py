@@ -11,7 +11,9 @@ from _compact import bits, dense_gradients, loss_of, regions, same_bits, some_of
 from transformers import AutoModelForCausalLM
 
 from neurograft.adapters.slice import slice as compact
+from neurograft.anatomy.sites import sites
 from neurograft.core.errors import RequestError, RunError
+from neurograft.core.selection import Selection
 from neurograft.core.uses import LiveWeight
 from neurograft.worlds.pico import pico, pico_batch
 
@@ -175,6 +177,19 @@ def test_a_second_attachment_and_tied_weights_are_refused(live):
         compact(live.model, live.where)
     with pytest.raises(RequestError, match="tied with"):
         compact(pico("gpt2"), some_of(pico("gpt2")))
+
+
+def test_a_refused_attachment_does_not_freeze_the_first():
+    other = Live(match="layers.0")
+    layers = sites(other.model, "neuron")
+    last = Selection.of(layers, {list(layers)[-1]: [0]})
+    for route in ("in-place", "side"):
+        with pytest.raises(RunError, match="another attachment"):
+            compact(other.model, last, route=route)
+    assert all(p.requires_grad for p in other.mount.parameters())
+    before = other.mount.state_dict()
+    other.step()
+    assert not any(torch.equal(v, before[n]) for n, v in other.mount.state_dict().items())
 
 
 def test_unfreezing_is_refused_aloud(live):

@@ -1,4 +1,4 @@
-"""The side path: y += x @ (values - base).T beside a weight that is packed or sharded."""
+"""The side path: y += x @ (values - base).T beside a linear layer that is packed or sharded, and on its bias."""
 
 from __future__ import annotations
 
@@ -28,11 +28,26 @@ class SideMount(Mount):
     ) -> None:
         super().__init__(model, new=new)
         self.sides: dict[str, Side] = {}
-        for name, region in regions.items():
-            if name not in self.whole():
-                owner_name, _, leaf = name.rpartition(".")
-                self.sides[name] = Side(name, model.get_submodule(owner_name), leaf, region)
-        register_values(model, list(self.sides.values()))
+        try:
+            for name, region in regions.items():
+                if name not in self.whole():
+                    self.sides[name] = self._side(name, region)
+            register_values(model, list(self.sides.values()))
+        except BaseException:
+            for side in self.sides.values():
+                side.handle.remove()
+            self.release()
+            raise
+
+    def _side(self, name: str, region: Region) -> Side:
+        owners = {self.model.get_submodule(n.rpartition(".")[0]) for n in (name, *self.found.tied(name))}
+        if len(owners) > 1:
+            raise RequestError(
+                f"{name} on the side path, which is tied with {', '.join(self.found.tied(name))}",
+                expected="a weight with one use",
+                do="use route='in-place', or tied='untie'",
+            )
+        return Side(name, owners.pop(), name.rpartition(".")[2], region)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the values by the names of the weights they belong to."""
@@ -66,18 +81,13 @@ class Side:
     Args:
         name: the weight's name.
         owner: the layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear that dequantizes.
-        leaf: the weight's name in the layer.
+        leaf: the name of the weight, or of the bias, in the layer.
         region: its trained entries.
     """
 
     def __init__(self, name: str, owner: nn.Module, leaf: str, region: Region) -> None:
         weight = dequantized(name, owner, leaf)
-        if region.layout not in ("rows", "cols", "flat") or region.matrix[0] != 1 or weight.dim() != 2:
-            raise RequestError(
-                f"{name} on the side path",
-                expected="rows, columns or entries of a linear layer",
-                do="use route='in-place' for other weights",
-            )
+        region = region.flattened()[0] if region.layout == "block" else region
         self.name, self.owner, self.transposed = name, owner, type(owner).__name__ == "Conv1D"
         self.region = region.to(weight.device)
         original = self.region.read(weight)
@@ -103,11 +113,20 @@ class Side:
         x = args[0]
         delta = (self.theta - self.base).to(x.dtype)
         ids, layout = self.region.ids, self.region.layout
+        if delta.dim() == 1 and len(self.region.shape) == 1:  # of the bias
+            return y + delta.to(y.dtype) if layout == "all" else y.index_add(-1, ids, spread(delta.to(y.dtype), y))
+        if layout == "all":
+            return y + (x @ (delta if self.transposed else delta.t())).to(y.dtype)
         if layout == "flat":
             return y + _Sparse.apply(x, delta, self.region, self.transposed).to(y.dtype)
         if (layout == "rows") != self.transposed:
             return y.index_add(-1, ids, (x @ delta.t()).to(y.dtype))
         return y + (x.index_select(-1, ids) @ delta).to(y.dtype)
+
+
+def spread(values: Tensor, y: Tensor) -> Tensor:
+    """Return [k] as [..., k] over the positions of y."""
+    return values.expand(*y.shape[:-1], len(values))
 
 
 class _Sparse(torch.autograd.Function):
@@ -139,20 +158,27 @@ class _Sparse(torch.autograd.Function):
 
 
 def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
-    """Return a layer's weight in floating point, unpacked if it is quantized.
+    """Return a linear layer's weight or bias in floating point, unpacked if it is quantized.
 
     Raises:
-        RequestError: the layer's weight is packed in a way that is not known here.
+        RequestError: the owner is no linear layer, or its weight is packed in a way that is not known here.
     """
-    weight = getattr(owner, leaf).detach()
-    if weight.is_floating_point() and weight.dim() == 2:
-        return weight
+    held = getattr(owner, leaf).detach()
     unpack = getattr(owner, "dequantize", None)
+    linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D" or hasattr(owner, "in_features")
+    if not (linear or callable(unpack)):
+        raise RequestError(
+            f"{name} of a {type(owner).__name__} on the side path",
+            expected="weights and biases of linear layers",
+            do="use route='in-place', or leave it out of the selection",
+        )
+    if held.is_floating_point() and held.dim() == (1 if leaf == "bias" else 2):
+        return held
     if callable(unpack):
         unpacked: Tensor = unpack()
         return unpacked
     raise RequestError(
-        f"{name}, packed as {weight.dtype} in a {type(owner).__name__}",
+        f"{name}, packed as {held.dtype} in a {type(owner).__name__}",
         expected="a linear layer that can dequantize",
         do="load the base unquantized",
     )

@@ -28,6 +28,7 @@ from neurograft.core.selection import Selection
 from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Untie, Untied
+from neurograft.core.values import check_free
 
 
 class Mount(ABC):
@@ -42,6 +43,7 @@ class Mount(ABC):
     """
 
     def __init__(self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
+        check_free(model)  # before anything is frozen: the other attachment's tensors would be too
         self.model, self.attached = model, True
         self.declared = True  # False if nobody said what to train, so that a part may stay unreached
         self.ties: Untied | None = None
@@ -212,13 +214,17 @@ class Mount(ABC):
             self.ended_new = {n: p.detach().clone() for n, p in self.fresh().items()}
             for name, value in self.new_originals.items():
                 self.found.by_name[name].copy_(value)
+        self.release()
+        if self.ties is not None:
+            self.ties.remove()
+        self.attached = False
+
+    def release(self) -> None:
+        """Let the parameters require gradients again as they did; also when an attachment fails half way."""
         for name, flag in self.flags.items():
             parameter = self.found.by_name[name]
             parameter.requires_grad_(flag)
             parameter.grad = None
-        if self.ties is not None:
-            self.ties.remove()
-        self.attached = False
 
     def __enter__(self) -> Mount:
         return self
