@@ -267,7 +267,7 @@ def _opened(path: str) -> Any:
 
 
 def _audio(row: Mapping[str, Any], model: nn.Module, processor: Any, index: int) -> dict[str, Tensor]:
-    audio = row["audio"]
+    audio: Any = row["audio"]
     need(processor, row, index)
     rate = getattr(getattr(processor, "feature_extractor", processor), "sampling_rate", 16_000)
     wanted = rate
