@@ -32,8 +32,7 @@ class Costs(TrainerCallback):
         """Start the clock; in the second step watch what autograd saves instead."""
         if len(self.seconds) == 1:
             self.watching = ExitStack()
-            meter = self.watching.enter_context(saved(kwargs["model"]))
-            self.watching.callback(lambda: setattr(self, "saved", meter.bytes))
+            self.meter = self.watching.enter_context(saved(kwargs["model"]))
         self.began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -49,11 +48,11 @@ class Costs(TrainerCallback):
         tensors = [v for s in kwargs["optimizer"].state.values() for v in s.values() if isinstance(v, Tensor)]
         self.state = max(self.state, sum(t.nbytes for t in tensors))
 
-    def close(self) -> None:
-        """Watch no longer."""
+    def close(self, *, keep: bool = True) -> None:
+        """Watch no longer, and keep what was seen if it was a step."""
         if self.watching is not None:
             self.watching.close()
-            self.watching = None
+            self.watching, self.saved = None, self.meter.bytes if keep else 0
 
     def become(self, other: Costs, *, before: int) -> None:
         """Take another's numbers over."""
@@ -76,7 +75,7 @@ def each_optimizer(model: nn.Module) -> Iterator[list[Costs]]:
     def before(optimizer: Optimizer, *rest: Any) -> None:
         if optimizer not in known:
             for other in costs:
-                other.close()
+                other.close(keep=False)
             known[optimizer] = Costs()
             costs.append(known[optimizer])
             known[optimizer].on_step_begin(None, None, None, model=model)
@@ -94,4 +93,4 @@ def each_optimizer(model: nn.Module) -> Iterator[list[Costs]]:
         for handle in handles:
             handle.remove()
         for one in costs:
-            one.close()
+            one.close(keep=False)

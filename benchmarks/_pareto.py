@@ -13,11 +13,14 @@ from neurograft.report._svg import dot, drawing, line, scale, words
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 680, 56, 830, 34, 600
 STYLE = (
     "<style>text{font:12px system-ui,'DejaVu Sans',sans-serif;fill:#16181d}.s{fill:#565d6b;font-size:11px}"
-    "line{stroke:#e9ecf1}.edge{stroke:#1f5fbf;stroke-width:1.5;stroke-dasharray:4 3}.one{fill:#7b8494}"
-    ".best{fill:#1f5fbf}.reference{fill:#b03a00}.paper{fill:#fff}"
+    ".name{paint-order:stroke;stroke:#fff;stroke-width:3px}"
+    "line{stroke:#e9ecf1}.lead{stroke:#aab2c0}.edge{stroke:#1f5fbf;stroke-width:1.5;stroke-dasharray:4 3}"
+    ".one{fill:#7b8494}.best{fill:#1f5fbf}.reference{fill:#b03a00}.paper{fill:#fff}"
     "@media(prefers-color-scheme:dark){text{fill:#eceef2}.s{fill:#a5adbb}line{stroke:#292d36}.paper{fill:#14161b}"
+    ".name{stroke:#14161b}.lead{stroke:#4b5362}"
     ".edge{stroke:#82b1ff}.best{fill:#82b1ff}.reference{fill:#ff8a57}}</style>"
 )
+FLOOR = -3  # a smaller rise, and a fall, stand there
 REFERENCES = ("full fine-tuning", "random neurons", "PEFT LoRA", "PEFT SHiRA", "PEFT Super-Tuning", "full, class means")
 
 
@@ -32,7 +35,8 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> str:
     for exponent in range(math.floor(min(ys)), math.ceil(max(ys)) + 1):
         if TOP - 1 <= y_at(exponent) <= BOTTOM + 1:
             body.append(line(LEFT, y_at(exponent), RIGHT, y_at(exponent), ""))
-            body.append(words(LEFT - 6, y_at(exponent) + 4, f"{10.0**exponent:g}", "s", anchor="end"))
+            least = "≤ " if exponent == FLOOR else ""
+            body.append(words(LEFT - 6, y_at(exponent) + 4, f"{least}{10.0**exponent:g}", "s", anchor="end"))
     for tenth in range(math.ceil(10 * min(xs)), math.floor(10 * max(xs)) + 1):
         body.append(line(x_at(tenth / 10), TOP, x_at(tenth / 10), BOTTOM, ""))
         body.append(words(x_at(tenth / 10), BOTTOM + 16, f".{tenth}" if tenth < 10 else "1", "s", anchor="middle"))
@@ -56,7 +60,7 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _log(rise: float) -> float:
-    return math.log10(max(rise, 1e-3))
+    return math.log10(max(rise, 10.0**FLOOR))
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -68,21 +72,26 @@ def _at(point: tuple[float, float], x_at: Any, y_at: Any) -> tuple[float, float]
 
 
 def _labels(places: list[tuple[float, float, str, str]]) -> list[str]:
-    """Write names beside their dots, moved apart where they would lie on one another."""
+    """Write names beside their dots, moved apart where they would lie on one another or on a dot, then with a line."""
     done: list[tuple[float, float, float]] = []
-    found = []
+    lines, texts = list[str](), list[str]()
     for x, y, name, _ in sorted(places, key=lambda p: p[1]):
         width = 6.4 * len(name)
-        sides = [(x + 9, "start"), (x - 9 - width, "end")]
+        dots = [(a, b) for a, b, other, _ in places if other != name]
         free = [
-            (left, anchor, y + 4 + lower)
-            for lower in range(0, 200, 3)
-            for left, anchor in sides
-            if left > 0
+            (left, anchor, lower)
+            for lower in sorted(range(-150, 151, 3), key=lambda lower: (abs(lower), -lower))
+            for left, anchor in ((x + 9, "start"), (x - 9 - width, "end"))
+            if TOP - 12 < y + lower < BOTTOM - 4
+            and left > LEFT
             and left + width < WIDTH
-            and not any(abs(y + 4 + lower - t) < 13 and left < r and left + width > a for a, r, t in done)
+            and not any(abs(y + 4 + lower - t) < 13 and left < r + 6 and left + width > a - 6 for a, r, t in done)
+            and not any(abs(y + lower - b) < 11 and left - 7 < a < left + width + 7 for a, b in dots)
         ]
-        left, anchor, top = free[0]
-        done.append((left, left + width, top))
-        found.append(words(left if anchor == "start" else left + width, top, name, "", anchor=anchor))
-    return found
+        left, anchor, lower = free[0] if free else (x + 9, "start", 0)
+        done.append((left, left + width, y + 4 + lower))
+        end = left if anchor == "start" else left + width
+        if abs(lower) > 12:
+            lines.append(line(x, y, end, y + lower, "lead"))
+        texts.append(words(end, y + 4 + lower, name, "name", anchor=anchor))
+    return [*lines, *texts]

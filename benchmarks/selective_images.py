@@ -138,6 +138,12 @@ def by_class_means(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return prototypical(features, batch["labels"], features, batch["labels"])
 
 
+def kept_of(runs: Sequence[Costs], card: Mapping[str, Any]) -> Costs:
+    """Return the run of the path that was kept: of those tuned last, all but a frozen one, that of the least loss."""
+    losses = [loss for loss, path in zip(card["support_losses"], card["paths"]) if any(path)]
+    return runs[len(runs) - len(losses) + losses.index(min(losses))]
+
+
 def searched(world: World, seed: int, args: dict[str, Any], costs: Costs) -> Tuned:
     """Run nfts on episodes of the known domains and the task; its costs are those of the path it keeps."""
     (domains, labels), model = digits(seed), world.base(seed)
@@ -148,8 +154,7 @@ def searched(world: World, seed: int, args: dict[str, Any], costs: Costs) -> Tun
     changes = {**SEARCH, "lr": (SUPERNET_RATE, args["learning_rate"]), "steps_at_test": args["max_steps"], "task": TASK}
     with each_optimizer(model) as runs:
         graft = ng.run("nfts", model, groups, changes=changes, seed=seed).graft
-    losses = [loss for loss, path in zip(graft.card["support_losses"], graft.card["paths"]) if any(path)]
-    kept = runs[len(runs) - len(losses) + losses.index(min(losses))]
+    kept = kept_of(runs, graft.card)
     costs.become(kept, before=sum(len(run.seconds) for run in runs if run is not kept))
     return of_graft(graft)
 
