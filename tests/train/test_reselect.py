@@ -8,8 +8,11 @@ import torch
 
 import neurograft as ng
 from neurograft.pipeline.inputs import collator
-from neurograft.train.checkpoint import mark
+from neurograft.train.checkpoint import mark, write
+from neurograft.train.conductor import Conductor
 from neurograft.train.loop import fit
+from neurograft.train.mixin_files import Files
+from neurograft.train.moved import Witness
 from neurograft.worlds.pico import pico
 
 GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight"
@@ -168,6 +171,23 @@ def test_a_resume_finds_the_state_of_every_tensor(pick, examples, tmp_path):
     mark(tmp_path / "checkpoint-2")
     with pytest.raises(ng.RequestError, match="moments of shape"):
         run(resume_from_checkpoint=True)
+
+
+def test_after_a_turn_to_as_many_units_a_resume_watches_the_ones_trained_now(pick, tmp_path):
+    """Their tensors have the first ones' shapes: what was noted at the start is of other numbers."""
+    model = pico("llama")
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        live.reselect(lambda: pick(model, TURNS[2]))
+        write(tmp_path, live, {"losses": [1.0], "reached": [GATE], "awake": [GATE], "schedule": None})
+    with ng.attach(model, pick(model, TURNS[0])) as live:
+        run = Files()
+        run.mount, run.witness, run.conductor = live, Witness(live), Conductor(None, live)
+        run._load_from_checkpoint(str(tmp_path))
+        assert live.regions()[GATE].ids.tolist() == [5, 9]
+        assert torch.equal(run.witness.start[GATE], live.trained()[GATE])
+        run.witness.awake = run.witness.reached = {GATE}
+        with pytest.raises(ng.RunError, match="did not move"):
+            run.witness.check()
 
 
 def test_a_rewound_turn_starts_from_the_base(pick, examples, unmoved):
