@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._silence import silenced
+from neurograft.audits._changes import evaluating
+from neurograft.audits._scoring import scored
+from neurograft.audits._silence import drawn, silenced
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Step
+from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores, Selection
 
@@ -46,7 +48,7 @@ def concentration(
         flipped: share of the answers that must change.
         most: share of the units up to which is searched.
         count: silence so many instead of searching.
-        controls: random selections of the same counts at each site.
+        controls: random selections of the same counts at each site, of other units where there are enough.
         seed: names them.
 
     Returns:
@@ -81,7 +83,7 @@ def concentration(
     random: list[float] = []
     if found is not None:
         at(found)
-        random = [kept(scores.top(count=found).random_like(seed + i, outside=True)) for i in range(controls)]
+        random = [kept(drawn(scores.top(count=found), seed + i)) for i in range(controls)]
     return {
         "units": found,
         "of": total,
@@ -105,16 +107,14 @@ def _smallest(at: Any, bar: float, most: int) -> int | None:
     return high
 
 
-@torch.no_grad()
 def _answered(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """Return for each example whether the likeliest token is the label at every labelled place, bool [N]."""
+    """Return for each example whether the likeliest class is the label at every labelled place, bool [N]."""
     found = []
-    for batch in batches:
-        logits, labels = Step(model, batch).scored()
-        right = logits.argmax(-1) == labels
-        marks = batch["labels"] != -100
-        marks = marks[:, 1:] if len(right) == int(marks[:, 1:].sum()) else marks
-        rows = marks.nonzero()[:, 0]
-        wrong = torch.zeros(len(marks), dtype=torch.int64, device=rows.device).index_add_(0, rows, (~right).long())
-        found.append(((wrong == 0) & marks.any(1)).cpu())
+    with evaluating(model):
+        for batch in batches:
+            read = scored(model, batch)
+            wrong = (read.logits.argmax(-1).cpu() != read.labels.cpu()).long()
+            rows = read.rows.cpu()
+            missed = torch.zeros(read.size, dtype=torch.int64).index_add_(0, rows, wrong)
+            found.append((missed == 0) & (torch.bincount(rows, minlength=read.size) > 0))
     return torch.cat(found)

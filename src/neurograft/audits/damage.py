@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neurograft.audits._changes import Change, as_change, evaluating
 from neurograft.audits._layers import blocks, by_layer
@@ -16,6 +16,7 @@ from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.examples import size
 
 PARTS = ("layer", "parameter")
 
@@ -110,7 +111,7 @@ def _some(batches: Sequence[Batch], items: int) -> list[Batch]:
         if rows >= items:
             break
         found.append(batch)
-        rows += len(next(v for v in batch.values() if isinstance(v, Tensor)))
+        rows += size(batch)
     if not found:
         raise RequestError("no batches", expected="at least one", do="give data with at least one row")
     return found

@@ -66,11 +66,15 @@ def evidence(
         `protected` overlaps, `stability`, `verdict` and `sentence`, as plain data.
 
     Raises:
-        RequestError: nothing is selected, fewer than two labelled examples, or an unknown silence.
+        RequestError: nothing is selected, no controls, fewer than two labelled examples, or an unknown silence.
     """
     one_of(silence, ("zero", "mean"), what="silence")
     if not len(where):
         raise RequestError("evidence for no unit", expected="a selection of at least one", do="select some units")
+    if controls < 1 or draws < 1:
+        raise RequestError(
+            f"controls={controls}, draws={draws}", expected="at least one of each", do="leave them out, or use fewer"
+        )
     base = _losses(model, batches, loss)
     size, massive = sizes(model, where, batches)
     level_at = _levels(model, where, batches) if silence == "mean" else None

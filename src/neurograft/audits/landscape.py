@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.audits._changes import as_change, evaluating
+from neurograft.audits._scoring import scored
 from neurograft.core.card import method
-from neurograft.core.context import IGNORE, Batch, shifts
+from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.noise import grain
 from neurograft.core.seeds import derive
@@ -69,7 +70,7 @@ def landscape(
             expected="data, two probes and a positive distance",
             do="give data and leave the rest as it is",
         )
-    made, scored = as_change(model, change), reward or _right
+    made = as_change(model, change)
     seeds = [derive(seed, "landscape", i) for i in range(probes)]
 
     def around(net: nn.Module) -> dict[str, Any]:
@@ -78,7 +79,9 @@ def landscape(
 
         def at(terms: list[tuple[int, float]]) -> float:
             with torch.no_grad(), Shift(parameters, terms, grain=size):
-                return sum(float(scored(net, batch)) for batch in batches) / len(batches)
+                if reward is None:
+                    return _right(net, batches)
+                return sum(float(reward(net, batch)) for batch in batches) / len(batches)
 
         here, there = at([]), torch.tensor([at([(s, sigma)]) for s in seeds], dtype=torch.float64)
         if here > top:
@@ -141,10 +144,8 @@ def peaked(rewards: Sequence[float], *, windows: int = WINDOWS) -> dict[str, Any
     return {**found, "decays": min(rise, fall) > 3 * noise}
 
 
-def _right(model: nn.Module, batch: Batch) -> float:
+def _right(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the share of labelled places whose label is the likeliest."""
-    labels, logits = batch["labels"], model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    if shifts(model):
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    keep = labels != IGNORE
-    return float((logits.argmax(-1)[keep] == labels[keep]).double().mean())
+    read = [scored(model, batch) for batch in batches]
+    right = sum(int((one.logits.argmax(-1) == one.labels.to(one.logits.device)).sum()) for one in read)
+    return right / max(1, sum(len(one.labels) for one in read))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neurograft.audits._changes import evaluating
 from neurograft.core.card import method
 from neurograft.core.cett import shares
 from neurograft.core.context import Batch
@@ -59,7 +60,8 @@ def readout(
     if not batches or not contrast:
         raise RequestError("one set of examples", expected="two sets to tell apart", do="give both")
     each = shares(model, weights.sites) if statistic == "cett" else None
-    sides = [table(model, weights.sites, side, pool=pool, each=each) for side in (batches, contrast)]
+    with evaluating(model):
+        sides = [table(model, weights.sites, side, pool=pool, each=each) for side in (batches, contrast)]
     x = {name: torch.cat([side[name] for side in sides]) for name in weights.sites}
     y = torch.cat([torch.ones(len(next(iter(sides[0].values())))), torch.zeros(len(next(iter(sides[1].values()))))])
 

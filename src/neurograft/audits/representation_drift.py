@@ -17,6 +17,7 @@ from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
 from neurograft.core.context import Batch, token_mask
 from neurograft.core.errors import RequestError, RunError
+from neurograft.core.examples import size
 from neurograft.core.linalg import linear_cka
 
 BATCHES = 16
@@ -48,13 +49,13 @@ def representation_drift(
         batches: data.
         tokens: at most about so many tokens are compared, evenly spread over at most 16 batches.
         nulls: how many random changes of the same size the noise floor is measured with.
-        level: of the intervals, from a bootstrap over the compared tokens.
+        level: of the intervals, from a bootstrap over items, whose tokens are no independent observations.
         draws: of the bootstrap.
         seed: of bootstrap and nulls.
 
     Returns:
         `layers`: name, `cka_drift`, `cosine_drift`, `shift` with intervals (the cosine and shift), `noise_floor`,
-        tokens and width; `measures`: "cka_drift" and "cosine_drift", the layer where each is largest.
+        tokens, items and width; `measures`: "cka_drift" and "cosine_drift", the layer where each is largest.
     """
     made, names = as_change(model, change), blocks(model) or [WHOLE]
     if not batches:
@@ -65,20 +66,22 @@ def representation_drift(
     if made.weights and not made.empty:
         switches |= {f"null/{i}": Null(made, seed * 1000 + i) for i in range(nulls)}
     with evaluating(model, made.tuned):
-        base = outputs(model, names, used, tokens)
-        again = {"rerun": compare(base, outputs(model, names, used, tokens))}
+        base, items = outputs(model, names, used, tokens)
+        again = {"rerun": compare(base, outputs(model, names, used, tokens)[0])}
         for name, switch in switches.items():
             with switch.on() as changed:
-                again[name] = compare(base, outputs(changed, names, used, tokens))
+                again[name] = compare(base, outputs(changed, names, used, tokens)[0])
     layers = []
     for layer in names:
         found = again["change"][layer]
         entry: dict[str, Any] = {"name": layer, "tokens": len(found["cosine"]), "width": base[layer].shape[1]}
+        entry["items"] = int(items[layer].unique().numel())
         entry["cka_drift"] = {"value": found["cka"], "low": None, "high": None}
         entry["noise_floor"] = {"cka_drift": floor({k: v[layer]["cka"] for k, v in again.items()})}
         for key, name in (("cosine", "cosine_drift"), ("shift", "shift")):
-            table = torch.stack([found[key], torch.ones_like(found[key])], 1)
-            entry[name] = estimate(table, level=level, draws=draws, seed=seed, name=f"{layer}/{key}")
+            entry[name] = estimate(
+                _by_item(found[key], items[layer]), level=level, draws=draws, seed=seed, name=f"{layer}/{key}"
+            )
             entry["noise_floor"][name] = floor({k: float(v[layer][key].mean()) for k, v in again.items()})
         layers.append(entry)
     return {"measures": {k: _headline(layers, k) for k in ("cka_drift", "cosine_drift")}, "layers": layers}
@@ -97,21 +100,33 @@ def _headline(layers: list[dict[str, Any]], key: str) -> dict[str, Any]:
     }
 
 
-def outputs(model: nn.Module, names: Sequence[str], batches: Sequence[Batch], tokens: int) -> dict[str, Tensor]:
-    """Return what passes out of each named module at some tokens, float32 [m, d] on the CPU.
+def _by_item(values: Tensor, items: Tensor) -> Tensor:
+    """Return the sum of values and their number for each item that has some, float64 [items, 2]."""
+    _, place = items.unique(return_inverse=True)
+    table = torch.zeros(int(place.max()) + 1, 2, dtype=torch.float64)
+    return table.index_add_(0, place, torch.stack([values.double(), torch.ones_like(values.double())], 1))
+
+
+def outputs(
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch], tokens: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what passes out of each named module at some tokens, float32 [m, d] on the CPU, and each token's item.
 
     Raises:
         RunError: a module never fired.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
-    each = -(-tokens // len(batches))
+    items: dict[str, list[Tensor]] = {name: [] for name in names}
+    each, first = -(-tokens // len(batches)), 0
     batch: Batch = {}
 
     def hook(name: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             x = output if isinstance(output, Tensor) else getattr(output, "logits", None)
             x = output[0] if x is None else x
-            kept[name].append(_picked(x.detach(), batch, each))
+            rows, which = _picked(x.detach(), batch, each)
+            kept[name].append(rows)
+            items[name].append(which + first)
 
         return keep
 
@@ -127,25 +142,28 @@ def outputs(model: nn.Module, names: Sequence[str], batches: Sequence[Batch], to
     try:
         for batch in batches:
             forward(model, batch)
+            first += size(batch)
     finally:
         for handle in handles:
             handle.remove()
     silent = [name for name, found in kept.items() if not found]
     if silent:
         raise RunError(f"no output passed the layer {silent[0]!r}; it cannot be compared")
-    return {name: torch.cat(found) for name, found in kept.items()}
+    return {name: torch.cat(found) for name, found in kept.items()}, {name: torch.cat(i) for name, i in items.items()}
 
 
-def _picked(x: Tensor, batch: Batch, count: int) -> Tensor:
-    """Return at most `count` evenly spaced rows of an output [..., d] or map [B, C, H, W], padding left out."""
+def _picked(x: Tensor, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+    """Return at most `count` evenly spaced rows of an output [..., d] or map [B, C, H, W], padding left out, and which
+    row of the batch each is of."""
     if x.dim() == 4:
         x = x.movedim(1, -1)
     flat = x.reshape(-1, x.shape[-1])
+    which = torch.arange(len(flat)) * size(batch) // max(1, len(flat))  # also where a module joins rows and tokens
     mask = token_mask(batch)
     if mask is not None and tuple(mask.shape) == tuple(x.shape[:-1]):
-        flat = flat[mask.reshape(-1).to(flat.device)]
+        flat, which = flat[mask.reshape(-1).to(flat.device)], which[mask.reshape(-1).cpu()]
     where = torch.linspace(0, len(flat) - 1, min(count, len(flat)), device=flat.device).round().long()
-    return flat[where].float().cpu()
+    return flat[where].float().cpu(), which[where.cpu()]
 
 
 def compare(base: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, dict[str, Any]]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.audits._changes import as_change
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
 from neurograft.core.units import Parameters
 
 AXES = ("rows", "columns")
@@ -30,7 +30,7 @@ def spectral_balance(
 
     Args:
         model: the base.
-        change: a graft to look at the model under, or None.
+        change: a graft, grafts or a tuned model to look at instead, or None.
         batches: not read.
         groups: how many; matrices with fewer rows or columns are left out.
         axis: "rows" or "columns".
@@ -44,8 +44,8 @@ def spectral_balance(
     """
     one_of(axis, AXES, what="axis")
     found = []
-    with change.on(model) if isinstance(change, Graft) else nullcontext():
-        for name, weight in Parameters.of(model).by_name.items():
+    with nullcontext(model) if change is None else as_change(model, change).on() as net:
+        for name, weight in Parameters.of(net).by_name.items():
             if weight.dim() == 2 and groups > 1:
                 w = weight.detach().double() if axis == "rows" else weight.detach().double().t()
                 size = len(w) // groups

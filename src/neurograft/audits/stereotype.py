@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.audits._changes import evaluating
 from neurograft.core.candidates import candidate_ids, candidate_logits, entropy
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.examples import size
 
 
 @method(paper="bidirectional-bias", needs={"batches", "labels"})
@@ -36,16 +38,16 @@ def stereotype(
     Raises:
         RequestError: rows that are not in threes.
     """
-    odd = next((len(b["labels"]) for b in batches if "labels" not in b or len(b["labels"]) % 3), None)
+    odd = next((size(b) for b in batches if "labels" not in b or size(b) % 3), None)
     if not batches or odd is not None:
         raise RequestError(
             f"a batch of {odd} rows" if batches else "no batches",
-            expected="rows in threes: stereotype, opposite, meaningless",
+            expected="labelled rows in threes: stereotype, opposite, meaningless",
             do="order the rows so, and batch them in multiples of three",
         )
     ids = candidate_ids(batches, candidates, processor) if candidates else None
     scores, spread = [], []
-    with torch.no_grad():
+    with evaluating(model):
         for batch in batches:
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
             scores.append(_answer_scores(logits, batch["labels"]).reshape(-1, 3).cpu())

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.anatomy.sites import sites
-from neurograft.audits._changes import evaluating
+from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.board import Board, Guest
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
 from neurograft.core.passing import Seen
 
 
@@ -29,7 +28,7 @@ def task_energy(
 
     Args:
         model: the base.
-        change: a graft to look at the model under, or None.
+        change: a graft, grafts or a tuned model to look at instead, or None.
         batches: the task's inputs.
         k: directions.
 
@@ -45,18 +44,19 @@ def task_energy(
     sums: dict[str, list[Tensor]] = {}
 
     def visit(name: str, x: Tensor, seen: Seen) -> None:
-        rows = x.detach().double().reshape(-1, where[name].n).cpu()
+        kept = seen.mask("all")
+        rows = (x if kept is None else x[kept]).detach().double().reshape(-1, where[name].n).cpu()
         count, mean, square = sums.setdefault(
             name, [torch.zeros(()), torch.zeros(rows.shape[1]), torch.zeros(rows.shape[1], rows.shape[1])]
         )
         sums[name] = [count + len(rows), mean + rows.sum(0), square + rows.t() @ rows]
 
-    board, guest = Board.of(model), Guest(where, visit)
-    with change.on(model) if isinstance(change, Graft) else nullcontext(), evaluating(model), torch.no_grad():
+    with nullcontext(model) if change is None else as_change(model, change).on() as net, evaluating(net):
+        board, guest = Board.of(net), Guest(where, visit)
         board.join(guest)
         try:
             for batch in batches:
-                model(**batch)
+                net(**batch)
         finally:
             board.leave(guest)
     found = []

@@ -75,8 +75,11 @@ def value(
     scores, told = {}, {}
     first = torch.cat([torch.ones(1, dtype=torch.bool), following[:-1] < 0])
     target = torch.where(following < 0, rewards, torch.zeros(()))
-    number = first.cumsum(0) - 1
-    held = number % HELD == HELD - 1 if int(first.sum()) >= 2 * HELD else torch.zeros_like(first)
+    # One in five of either side, counted apart, so that both are asked about whatever their numbers.
+    good = rewards > 0.5
+    number = torch.where(good, (first & good).cumsum(0), (first & ~good).cumsum(0)) - 1
+    many = min(int((first & good).sum()), int((first & ~good).sum())) >= HELD
+    held = number % HELD == HELD - 1 if many else torch.zeros_like(first)
     fit = (~held).nonzero()[:, 0]
     inside = _renumbered(following, fit)
     asked = first & held if bool(held.any()) else first

@@ -86,11 +86,10 @@ def take(
 
 def split(scores: Scores, chosen: Tensor, rule: dict[str, Any]) -> Selection:
     """Return a selection from sorted unit numbers that count over all sites."""
-    ids, first = {}, 0
-    for name, site in scores.sites.items():
-        inside = (chosen >= first) & (chosen < first + site.n)
-        ids[name] = chosen[inside] - first
-        first += site.n
+    sizes = [site.n for site in scores.sites.values()]
+    ends = torch.tensor([0, *sizes]).cumsum(0)
+    at = torch.searchsorted(chosen, ends).tolist()
+    ids = {name: chosen[at[i] : at[i + 1]] - ends[i] for i, name in enumerate(scores.sites)}
     return Selection(dict(scores.sites), ids, {**rule, "scores": scores.digest, "located": dict(scores.card)})
 
 

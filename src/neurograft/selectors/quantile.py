@@ -22,9 +22,9 @@ def quantile(scores: Scores, *, q: float, per: str = "global") -> Selection:
     if not 0 <= q < 1:
         raise RequestError(f"q={q}", expected="at least 0, below 1", do="give q=0.95")
     key, group = joined(scores), groups(scores, per)
-    chosen = torch.zeros(len(key), dtype=torch.bool)
-    for g in group.unique():
-        mine = (group == g).nonzero().reshape(-1)
-        bar = key[mine].sort().values[min(len(mine) - 1, int(q * len(mine)))]
-        chosen[mine] = key[mine] >= bar
+    order = key.sort(stable=True).indices
+    order = order[group[order].sort(stable=True).indices]  # by group, then from the lowest
+    sizes = torch.bincount(group)
+    place = torch.minimum((q * sizes.double()).long(), (sizes - 1).clamp(min=0)) + sizes.cumsum(0) - sizes
+    chosen = key >= key[order[place.clamp(max=len(key) - 1)]][group]
     return split(scores, chosen.nonzero().reshape(-1), {"rule": "quantile", "q": q, "per": per})

@@ -28,10 +28,12 @@ def threshold(
         most: of those that pass, take so many of the highest scores; ties go to the lower unit number.
 
     Raises:
-        RequestError: no bar is given, or no unit passes.
+        RequestError: no bar is given, no unit passes, or most is below least or 1.
     """
     if above is None and below is None:
         raise RequestError("no bar", expected="above, below or both", do="give above=3.0")
+    if least < 0 or (most is not None and most < max(1, least)):
+        raise RequestError(f"least={least}, most={most}", expected="least from 0, most from least", do="leave them out")
     key = joined(scores)
     passing = (key > (-float("inf") if above is None else above)) & (key < (float("inf") if below is None else below))
     rule = {"rule": "threshold", "above": above, "below": below}
