@@ -199,7 +199,7 @@ def _only_lora(wrapped: Any, config: Any) -> bool:
 def _layers(
     wrapped: Any, source: Source, where: Coordinates, *, biases: bool
 ) -> tuple[dict[str, Delta], dict[str, str]]:
-    """Return a LoRA's changes by checkpoint tensor, the base's trained biases among them, and digests of the tensors."""
+    """Return a LoRA's changes by checkpoint tensor, trained biases of the base too, and digests of the tensors."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
