@@ -187,6 +187,8 @@ LORAS = {
         "llama",
         LoraConfig(r=2, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [9, 4]}),
     ),
+    "biases": ("gpt2", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")),
+    "its biases": ("qwen2", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], bias="lora_only")),
     "embedding": ("llama", LoraConfig(r=2, target_modules=["embed_tokens", "up_proj"])),
     "head": ("bert", LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])),
     "convolution": ("vit", LoraConfig(r=2, target_modules=["projection", "query"])),

@@ -51,28 +51,29 @@ class Memory:
         assert self.keys.layer is not None
         return self.keys.layer
 
-    def tensor(self, model: nn.Module) -> tuple[str, tuple[int, ...]]:
-        """Return the checkpoint's tensor of the matrix, and its shape.
-
-        Raises:
-            RequestError: the checkpoint cuts, joins or turns it.
-        """
-        shape = tuple(Parameters.of(model).by_name[self.weight].shape)
-        pieces = coordinates(model).to_checkpoint(self.weight, everything(shape, as_matrix(shape)))
-        if len(pieces) != 1 or pieces[0].region.shape != shape or pieces[0].order is not None:
-            raise RequestError(
-                f"an edit of {self.weight}, which lies in {len(pieces)} tensors of the checkpoint",
-                expected="a matrix that is one tensor there",
-                do="edit another layer or model",
-            )
-        return pieces[0].name, shape
-
     def change(self, model: nn.Module, answers: Tensor, residuals: Tensor) -> dict[str, LowRank]:
         """Return sum_i residual_i answer_i^T, one rank for each request, by checkpoint tensor."""
-        name, shape = self.tensor(model)
+        shape = tuple(Parameters.of(model).by_name[self.weight].shape)
         a, b = answers.detach().cpu().float(), residuals.detach().cpu().float()
         low = LowRank(shape, a, b.t().contiguous(), 1.0, self.transposed)
-        return {name: low}
+        return {tensor_of(model, self.weight): low}
+
+
+def tensor_of(model: nn.Module, weight: str) -> str:
+    """Return the checkpoint's tensor of a matrix.
+
+    Raises:
+        RequestError: the checkpoint cuts, joins or turns it.
+    """
+    shape = tuple(Parameters.of(model).by_name[weight].shape)
+    pieces = coordinates(model).to_checkpoint(weight, everything(shape, as_matrix(shape)))
+    if len(pieces) != 1 or pieces[0].region.shape != shape or pieces[0].order is not None:
+        raise RequestError(
+            f"an edit of {weight}, which lies in {len(pieces)} tensors of the checkpoint",
+            expected="a matrix that is one tensor there",
+            do="edit another layer or model",
+        )
+    return pieces[0].name
 
 
 def memories(context: Context, layers: Sequence[int] | None, share: tuple[float, float]) -> list[Memory]:
@@ -132,11 +133,12 @@ def picked(model: nn.Module, found: Mapping[str, Site], rows: Rows, at: Tensor) 
     """Return the activations of sites at one position of each row, float32 [r, units]."""
     taken: dict[str, list[Tensor]] = {name: [] for name in found}
     flags = torch.arange(rows.batch["input_ids"].shape[1], device=at.device) == at[:, None]
-    _read(model, found, rows, flags, lambda name, x: taken[name].append(x.float().clone()))
+    read(model, found, rows, flags, lambda name, x: taken[name].append(x.float().clone()))
     return {name: torch.cat(parts) for name, parts in taken.items()}
 
 
-def _read(model: nn.Module, found: Mapping[str, Site], rows: Rows, flags: Tensor, reader: Reader) -> None:
+@torch.no_grad()
+def read(model: nn.Module, found: Mapping[str, Site], rows: Rows, flags: Tensor, reader: Reader) -> None:
     """Call the reader with the activations at the flagged positions, some rows at a time: logits are large."""
     for i in range(0, len(flags), AT_ONCE):
         here = flags[i : i + AT_ONCE]
@@ -208,7 +210,7 @@ def covariances(context: Context, found: Sequence[Memory]) -> dict[str, Tensor]:
                 expected="keys whose values are to stay",
                 do="pass general=data",
             )
-        _read(context.model, where, rows, others, add)
+        read(context.model, where, rows, others, add)
     return {name: total / tokens[name] for name, total in sums.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -63,19 +63,27 @@ class Training:
             total = 0.0
             for i in range(0, len(shuffled), self.together):
                 batch = shuffled[i : i + self.together]
-                loss = self.loss(batch)
+                loss, gradient = self.traced(weight, batch)
                 total += float(loss.detach()) * len(batch)
                 if float(loss.detach()) < self.enough:
                     continue
-                (grad,) = torch.autograd.grad(loss, [weight])
-                master.grad = grad.float()
+                master.grad = gradient()
                 optimizer.step()
                 with torch.no_grad():
-                    weight.copy_(master)
+                    weight.copy_(self.laid(master))
             losses.append(total / len(requests))
             if losses[-1] < self.enough:
                 break
         return losses
+
+    def traced(self, weight: nn.Parameter, batch: Sequence[Request]) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Return the loss of a batch, and what returns its gradient by what is trained."""
+        loss = self.loss(batch)
+        return loss, lambda: torch.autograd.grad(loss, [weight])[0].float()
+
+    def laid(self, master: Tensor) -> Tensor:
+        """Return the matrix that what is trained makes."""
+        return master
 
     def loss(self, batch: Sequence[Request]) -> Tensor:
         """Return the mean over requests of the mean over their targets' tokens."""

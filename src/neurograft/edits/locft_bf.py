@@ -11,6 +11,7 @@ from neurograft.core.graft import Graft
 from neurograft.core.selection import Selection
 from neurograft.edits._places import MATRICES, places
 from neurograft.edits._ranges import least
+from neurograft.edits._separate import Separate
 from neurograft.edits._training import Training
 
 ORDERS = ("breadth", "depth")
@@ -22,7 +23,8 @@ ORDERS = ("breadth", "depth")
     departs="One matrix of an FFN is trained, never a whole layer (the paper's choice for Mistral). The sweep tries "
     "every layer and matrix on some of the requests and multiplies the share that is learned with the share of general "
     "predictions that stay; the paper names no formula. The order 'depth' starts a new Adam for every edit, as editing "
-    "one at a time does.",
+    "one at a time does. separate=True, with which single edits come off again, is ours: it trains a sum of parts in "
+    "the span of each request's own keys instead of the matrix.",
 )
 def locft_bf(
     context: Context,
@@ -37,6 +39,7 @@ def locft_bf(
     together: int = 64,
     enough: float = 1e-2,
     eos: bool = True,
+    separate: bool = False,
 ) -> Graft:
     """Train one matrix on the targets alone: their cross-entropy, averaged over each target, then over the batch.
 
@@ -53,9 +56,13 @@ def locft_bf(
         together: requests in a batch.
         enough: a batch whose loss lies below this makes no step; the mean of an epoch below it is the end.
         eos: append the token that ends an answer to every target.
+        separate: give every request ranks of its own, so that `rollback` can take it out alone; the matrix is changed
+            for what enters it where the answers are predicted, and moves less freely: see `_separate`. Edits of a
+            crowded matrix lean on each other: of 100 facts in 4,608 numbers .91 were said (whole: .97) and taking one
+            out cost .15 of the others; of 10 or 20 facts it cost .02.
 
     Returns:
-        The whole matrix's new values.
+        The whole matrix's new values; with `separate` a low-rank change, ranks one request after another.
 
     Raises:
         RequestError: no requests, a selection, more than one layer without a sweep.
@@ -72,7 +79,7 @@ def locft_bf(
             "a model and tokenizer without a token that ends an answer", expected="one", do="pass eos=False"
         )
     tries = _tries(context, layers, None if sweep else matrix)
-    train = Training(context, order, lr, epochs, together, enough, eos)
+    train = (Separate if separate else Training)(context, order, lr, epochs, together, enough, eos)
     table: dict[str, float] = {}
     if sweep:
         table = {f"{layer}.{name}": train.tried(w, context.requests[:sweep]) for (layer, name), w in tries.items()}
@@ -88,6 +95,8 @@ def locft_bf(
         losses = train.fit(weight, context.requests)
         deltas = train.deltas(tries[best])
     card = {"place": list(best), "sweep": table, "losses": losses}
+    if isinstance(train, Separate):
+        card["ranks"] = train.ranks(context.requests)
     return Graft.made(context.model, deltas, card=card)
 
 

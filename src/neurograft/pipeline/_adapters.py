@@ -94,7 +94,7 @@ def adapter_graft(
     if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "CARTRIDGE"):
         raise _no_weights(kind)
     if _only_lora(wrapped, config):
-        deltas, digests = _layers(wrapped, source, where)
+        deltas, digests = _layers(wrapped, source, where, biases=getattr(config, "bias", "none") != "none")
         return Graft(dict(sorted(deltas.items())), (), digests, card)
     numbers = model if folder is None else load_model(str(folder))
     merged = _merged(numbers, source_folder or tuned)
@@ -192,11 +192,14 @@ def _only_lora(wrapped: Any, config: Any) -> bool:
         raise RequestError("a merged PeftModel", expected="an unmerged one", do="call unmerge_adapter() first")
     plain = config.peft_type.value == "LORA" and getattr(config, "init_lora_weights", True) in PLAIN
     named = all(getattr(m, "lora_variant", None) in (None, {}) for m in layers)
+    plain = plain and not (getattr(config, "lora_bias", False) and config.bias != "none")  # two changes of one bias
     return plain and named and len(wrapped.peft_config) == 1 and not getattr(config, "alora_invocation_tokens", None)
 
 
-def _layers(wrapped: Any, source: Source, where: Coordinates) -> tuple[dict[str, Delta], dict[str, str]]:
-    """Return a LoRA's changes by checkpoint tensor, and digests of the tensors they change."""
+def _layers(
+    wrapped: Any, source: Source, where: Coordinates, *, biases: bool
+) -> tuple[dict[str, Delta], dict[str, str]]:
+    """Return a LoRA's changes by checkpoint tensor, trained biases of the base too, and digests of the tensors."""
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -214,6 +217,11 @@ def _layers(wrapped: Any, source: Source, where: Coordinates) -> tuple[dict[str,
         elif isinstance(layer, ModulesToSaveWrapper):
             for leaf, tensor in layer.modules_to_save[adapter].state_dict().items():
                 found |= _whole(f"{name}.{leaf}", tensor, source, where)
+    for path, parameter in wrapped.named_parameters() if biases else ():
+        name = path.removeprefix(ROOT)
+        own = not any(part in name for part in ("lora_", "modules_to_save", "original_module"))
+        if own and name.endswith(".bias") and not parameter.is_meta:  # what the file lacks is as in the base
+            found |= _whole(name.replace(".base_layer", ""), parameter.detach(), source, where)
     digests = {n: tensor_digest(source.known[n][0]()) for n, d in found.items() if not isinstance(d, New)}
     return found, digests
 

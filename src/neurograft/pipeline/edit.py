@@ -165,6 +165,8 @@ def _in_turn(chosen: Chosen, context: Context, where: Any, chunks: Sequence[Sequ
         total = total + graft
     asked = [r for g in made for r in g.card["requests"]]
     card = {k: v for k, v in total.card.items() if k != "sum_of"}
+    if "ranks" in card:
+        card["ranks"] = [r for g in made for r in g.card["ranks"]]
     return replace(total, card={**card, "requests": asked, "batches": [len(c) for c in chunks]})
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.context import IGNORE, shifts
+from neurograft.core.continued import continued, opened
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import generator
 from neurograft.pipeline.grouped import COLUMN
@@ -137,24 +138,6 @@ def _completion(
     tokens = torch.cat([head, tail])[:max_length]
     labels = torch.cat([torch.full_like(head, IGNORE), tail])[:max_length]
     return _checked({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}, index)
-
-
-def continued(tokenizer: Any, prompt: str, asked: Sequence[int], said: str) -> tuple[int, ...]:
-    """Return the tokens of a text as it stands behind a prompt, whose own tokens are `asked`.
-
-    On its own a text may get other tokens: tokenizers of the SentencePiece kind put a space before its first word.
-    Where prompt and text share a token there is no such place, and the text's own tokens are taken.
-    """
-    whole = opened(tokenizer(prompt + said)["input_ids"], tokenizer.eos_token_id)
-    alone = opened(tokenizer(prompt)["input_ids"], tokenizer.eos_token_id)
-    if len(alone) == len(asked) < len(whole) and whole[: len(asked)] == tuple(asked):
-        return whole[len(asked) :]
-    return tuple(tokenizer(said, add_special_tokens=False)["input_ids"])
-
-
-def opened(ids: Sequence[int], end: int | None) -> tuple[int, ...]:
-    """Return tokens without the end that some tokenizers close every text with."""
-    return tuple(ids[:-1] if len(ids) and ids[-1] == end else ids)
 
 
 def _chat(messages: Sequence[Mapping[str, str]], processor: Any, max_length: int, index: int) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from neurograft.core.continued import continued, opened
 from neurograft.core.errors import RequestError
 from neurograft.core.requests import Request
-from neurograft.pipeline.encode import continued, need, opened
+from neurograft.pipeline.encode import need
 from neurograft.pipeline.rows import read_rows
 
 KEYS = "prompt, target_new (+ subject, rephrase, locality)"

@@ -16,7 +16,8 @@ def rollback(graft: Graft | str | Path, edits: Sequence[int | str] | int | str) 
     """Return a graft without some of its edits; all others stay as they are, to the bit.
 
     Args:
-        graft: of `edit` with a method that gives every request numbers of its own (nmke), or its folder.
+        graft: of `edit` with a method that gives every request numbers of its own (nmke, or locft_bf with
+            separate=True), or its folder.
         edits: which to take back: their place on the card, from 0, or their prompt or subject.
 
     Raises:
@@ -79,7 +80,7 @@ def part(graft: Graft, keep: Iterable[int]) -> Graft:
     """Return the graft of some requests of an edit, by their place on its card.
 
     Args:
-        graft: of an edit that gives every request a rank of its own.
+        graft: of an edit that gives every request ranks of its own.
         keep: which requests, from 0.
 
     Raises:
@@ -93,12 +94,13 @@ def part(graft: Graft, keep: Iterable[int]) -> Graft:
             do="take it back in the graft it came with, and add that again",
         )
     chosen = sorted(set(keep))
-    odd = [n for n, d in graft.deltas.items() if not isinstance(d, LowRank) or len(d.A) != len(asked)]
+    ranks: list[int] = list(graft.card.get("ranks", [1] * len(asked)))
+    odd = [n for n, d in graft.deltas.items() if not isinstance(d, LowRank) or len(d.A) != sum(ranks)]
     if odd or graft.operations or not asked:
         raise RequestError(
             f"a part of a graft whose requests share {odd[0] if odd else 'its numbers'}",
-            expected="an edit with a rank for every request, as nmke gives it",
-            do="make one graft for each request, or edit again without the one",
+            expected="an edit with ranks for every request, as nmke gives it",
+            do="edit again without the one; by locft_bf with separate=True it could have been taken out",
         )
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(asked):
         raise RequestError(
@@ -106,11 +108,15 @@ def part(graft: Graft, keep: Iterable[int]) -> Graft:
             expected=f"some from 0 to {len(asked) - 1}",
             do="count them from 0, as on the card",
         )
+    owner = [i for i, rank in enumerate(ranks) for _ in range(rank)]
+    kept = [at for at, i in enumerate(owner) if i in set(chosen)]
     deltas = {
-        n: replace(d, A=d.A[chosen].clone(), B=d.B[:, chosen].clone())
+        n: replace(d, A=d.A[kept].clone(), B=d.B[:, kept].clone())
         for n, d in graft.deltas.items()
         if isinstance(d, LowRank)
     }
     measured_then = ("reliability", "rephrase", "locality", "batches", "neurons")
     card = {k: v for k, v in graft.card.items() if k not in measured_then}
+    if "ranks" in card:
+        card["ranks"] = [ranks[i] for i in chosen]
     return replace(graft, deltas=deltas, originals={}, card={**card, "requests": [asked[i] for i in chosen]})

@@ -24,6 +24,7 @@ def locft_bf(
     lr: float = 5e-4,
     epochs: int = 25,
     batch: int = 64,
+    separate: bool = False,
 ) -> Recipe:
     """Train one matrix on the targets of all requests, shuffled into batches, until they are said.
 
@@ -35,8 +36,9 @@ def locft_bf(
         lr: of Adam.
         epochs: at most so many.
         batch: requests in a batch.
+        separate: ranks of its own for every request, so that `ng.rollback` can take it out alone; not the paper's.
     """
-    options: dict[str, Any] = {"order": order, "matrix": matrix, "sweep": sweep}
+    options: dict[str, Any] = {"order": order, "matrix": matrix, "sweep": sweep, "separate": separate}
     options |= {"lr": lr, "epochs": epochs, "together": batch}
     options |= {} if layers is None else {"layers": list(layers)}
     return Recipe("locft_bf", ({"do": "edit", "by": ("locft_bf", options)},), paper="locft-bf")

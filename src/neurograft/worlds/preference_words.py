@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from neurograft.core.continued import continued, opened
 from neurograft.core.errors import RequestError
 from neurograft.worlds.preferences import LARGEST, Scenario
 
@@ -83,7 +84,13 @@ class Words:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def _first(self, mark: str) -> int | None:
-        found = self.tokenizer(mark, add_special_tokens=False)["input_ids"]
+        """Return the first token of a mark where an answer stands, which may not be the one it has alone."""
+        if self.chat:
+            asked, whole = self._tokens("x"), self._conversation([*self._messages("x"), _answer(mark)])
+            found = whole[len(asked) :] if whole[: len(asked)] == asked else []
+            found = found or self.tokenizer(mark, add_special_tokens=False)["input_ids"]
+        else:
+            found = list(continued(self.tokenizer, self._plain("x"), self._tokens("x"), mark))
         return int(found[0]) if found else None
 
     def _decide(self, scenario: Scenario, trial: Tensor) -> str:
@@ -96,7 +103,7 @@ class Words:
 
     def _row(self, text: str, answer: str) -> dict[str, Any]:
         if self.chat:
-            return {"messages": [*self._messages(text), {"role": "assistant", "content": answer}]}
+            return {"messages": [*self._messages(text), _answer(answer)]}
         return {"prompt": self._plain(text), "completion": answer}
 
     def _plain(self, text: str) -> str:
@@ -104,10 +111,12 @@ class Words:
 
     def _tokens(self, text: str) -> list[int]:
         if self.chat:
-            found = self.tokenizer.apply_chat_template(self._messages(text), tokenize=True, add_generation_prompt=True)
-            return list(found["input_ids"] if hasattr(found, "keys") else found)
-        tokens = list(self.tokenizer(self._plain(text))["input_ids"])
-        return tokens[:-1] if tokens and tokens[-1] == self.tokenizer.eos_token_id else tokens
+            return self._conversation(self._messages(text), add_generation_prompt=True)
+        return list(opened(self.tokenizer(self._plain(text))["input_ids"], self.tokenizer.eos_token_id))
+
+    def _conversation(self, messages: list[dict[str, str]], **how: Any) -> list[int]:
+        found = self.tokenizer.apply_chat_template(messages, tokenize=True, **how)
+        return list(found["input_ids"] if hasattr(found, "keys") else found)
 
     def _takes_a_system(self) -> bool:
         from jinja2 import TemplateError
@@ -117,6 +126,10 @@ class Words:
         except TemplateError:  # some templates know no such role
             return False
         return True
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def describe(scenario: Scenario, trial: Tensor, marks: tuple[str, str] = MARKS[0]) -> str:
