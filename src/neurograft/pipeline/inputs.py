@@ -205,7 +205,7 @@ def _stacked(name: str, values: list[Tensor], pad: int) -> Tensor:
 
 
 def check(example: Mapping[str, Any], model: nn.Module, index: int) -> None:
-    """Raise if numbers are not finite or tokens lie outside the vocabulary.
+    """Raise if numbers are not finite, tokens lie outside the vocabulary, or labels outside the classes.
 
     Raises:
         RequestError: naming the row.
@@ -219,12 +219,28 @@ def check(example: Mapping[str, Any], model: nn.Module, index: int) -> None:
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: None)()
     size = getattr(text, "vocab_size", None)
-    if isinstance(tokens, Tensor) and tokens.numel() and size and int(tokens.max()) >= size:
+    odd = _outside(tokens, size)
+    if odd is not None:
         raise RequestError(
-            f"token {int(tokens.max())} in row {index} for a vocabulary of {size}",
+            f"token {odd} in row {index} for a vocabulary of {size}",
             expected="this model's own tokenizer",
             do="encode with the tokenizer saved beside the model",
         )
+    classes = getattr(config, "num_labels", None) if type(model).__name__.endswith("Classification") else None
+    odd = _outside(example.get("labels"), classes if classes != 1 else None, IGNORE)
+    if odd is not None:
+        raise RequestError(
+            f"label {odd} in row {index} for {classes} classes",
+            expected=f"0 to {int(classes or 0) - 1}, or {IGNORE} for none",
+            do="number the classes from 0, or give the model a head with as many",
+        )
+
+
+def _outside(numbers: Any, count: int | None, *spared: int) -> int | None:
+    """Return the first of some whole numbers that is neither within 0 to count - 1 nor spared, if there is one."""
+    if not isinstance(numbers, Tensor) or numbers.is_floating_point() or not count:
+        return None
+    return next((int(n) for n in numbers[(numbers < 0) | (numbers >= count)] if int(n) not in spared), None)
 
 
 def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
