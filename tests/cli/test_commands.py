@@ -93,6 +93,18 @@ def test_cite_takes_a_slug_and_a_graft(spoiled, monkeypatch, capsys):
     assert (status, json.loads(out)) == (0, [])
 
 
+def test_audit_takes_a_tuned_model_and_names_with_commas(spoiled, monkeypatch, capsys):
+    """Positional words are names: `2024` is no number and `a,b` no list."""
+    monkeypatch.chdir(spoiled)
+    for name in ("2024", "a,b"):
+        shutil.copytree("other", name)
+        words = ("audit", "model", name, "--gain", "data.jsonl", "--probes", "none", "--limit", "8", "--json")
+        status, out, err = run(monkeypatch, capsys, *words)
+        assert status in (0, 3), err
+        assert json.loads(out)["provenance"]["change"]["kind"] != "graft"
+        assert run(monkeypatch, capsys, "anatomy", name)[0] == 0
+
+
 WRONG = {
     "unknown model": (("locate", "nowhere/at/all", "--by", "noise"), "no folder is"),
     "unknown kind": (("locate", "MODEL", "--by", "noise", "--units", "neurn"), "'neuron'"),

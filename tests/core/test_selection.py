@@ -65,6 +65,8 @@ def test_files_round_trip_and_refuse_each_other(tmp_path):
 
 
 def test_bad_scores_and_units_are_refused():
+    with pytest.raises(RequestError, match="no units"):
+        Scores({}, {}).top(count=1)
     with pytest.raises(RequestError, match="finite"):
         Scores({"a": SITES["a"]}, {"a": torch.tensor([float("nan")] * 10)})
     with pytest.raises(RequestError, match="one number"):

@@ -122,6 +122,10 @@ def test_merged_refuses_other_grafts_and_folders_in_use(tmp_path):
         graft.export(tmp_path / "c", to="merged")
     with pytest.raises(RequestError, match="export format 'lroa'"):
         graft.export(tmp_path / "c", to="lroa", model=model)
+    with pytest.raises(RequestError, match="did you mean 'shard'"):
+        graft.export(tmp_path / "c", to="merged", model=model, shards="1GB")
+    with pytest.raises(RequestError, match="a model of type str"):
+        graft.apply("model")
     net = nn.Linear(2, 2)
     plain = Graft.made(net, {"bias": Slice(Region.of((2,), "flat", [0]), torch.ones(1))})
     with pytest.raises(RequestError, match="save_pretrained"):

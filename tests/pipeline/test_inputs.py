@@ -101,6 +101,7 @@ BAD = {
     "foreign token": ([{"input_ids": [3, 999]}], "vocabulary of 64"),
     "negative token": ([{"input_ids": [3, -100]}], "token -100 in row 0"),
     "foreign label": ([{"input_ids": [3, 4], "labels": [-100, 64]}], "label 64 of row 0"),
+    "no text": ([{"text": "1"}, {"text": None}], "None, a NoneType, where text belongs"),
     "empty answer": ([{"prompt": "x" * 70, "completion": "y"}], "cut off"),
 }
 
@@ -112,6 +113,13 @@ def test_bad_data_is_named(case, llama):
         as_batches(data, llama, processing_class=T, max_length=64)
     assert error.value.expected
     assert error.value.do
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_outside_of_the_classes_is_named(label):
+    rows = [{"text": "1", "label": 0}, {"text": "2", "label": label}]
+    with pytest.raises(RequestError, match=f"label {label} in row 1 for 3 classes"):
+        as_batches(rows, pico("bert"), processing_class=T)
 
 
 def test_raw_data_without_a_tokenizer_and_broken_files(tmp_path, llama):

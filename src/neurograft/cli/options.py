@@ -163,8 +163,9 @@ def command_of(
     known = {n: str(p.annotation) for n, p in inspect.signature(function).parameters.items()}
 
     def command(**given: Any) -> None:
-        # what was not typed is left to the verb's own default
-        body({n: typed(n, v, known.get(n, "")) for n, v in given.items() if n in own or v not in (None, [])})
+        # what was not typed is left to the verb's own default; positional words are names, whatever they look like
+        said = {n: v for n, v in given.items() if n in own or v not in (None, [])}
+        body({n: v if n in arguments else typed(n, v, known.get(n, "")) for n, v in said.items()})
 
     command.__doc__ = (function.__doc__ or "").split("\n\n")[0]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.choose import check_options
 from neurograft.core.coordinates import coordinates, everything
 from neurograft.core.delta import Delta, LowRank, New, Shut, Slice, merged
 from neurograft.core.errors import RequestError, one_of
@@ -291,10 +292,15 @@ class Graft:
             to: the format.
             model: the base; without it the base named on the card is loaded.
             **options: what that format offers.
+
+        Raises:
+            RequestError: an unknown format or option, or a change that the format cannot hold.
         """
         one_of(to, EXPORTS, what="export format")
+        form = resolve(f"neurograft.export.{to}")
+        check_options(form, options, f"the export to {to!r}")
         whole = self.materialize(model)
-        written: Path = resolve(f"neurograft.export.{to}")(whole, Path(folder), model=model, **options)
+        written: Path = form(whole, Path(folder), model=model, **options)
         return written
 
 

@@ -53,7 +53,13 @@ class Stack:
 
     @staticmethod
     def of(model: nn.Module) -> Stack:
-        """Return the model's stack, an empty one if it has none."""
+        """Return the model's stack, an empty one if it has none.
+
+        Raises:
+            RequestError: it is no model.
+        """
+        if not isinstance(model, nn.Module):
+            raise RequestError(f"a model of type {type(model).__name__}", expected="a live model", do="load it first")
         found: Stack = model.__dict__.get(ATTRIBUTE) or Stack()
         return found
 

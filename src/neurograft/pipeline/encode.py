@@ -94,6 +94,10 @@ def _tensor(value: Any, name: str, index: int) -> Tensor:
 
 
 def _tokens(processor: Any, text: str, max_length: int, *, special: bool = True) -> dict[str, Tensor]:
+    if not isinstance(text, str):
+        raise RequestError(
+            f"{text!r}, a {type(text).__name__}, where text belongs", expected="text", do="clean that row of the data"
+        )
     tokenizer = getattr(processor, "tokenizer", processor)
     found = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=special)
     return {k: torch.tensor(v) for k, v in found.items() if k in ("input_ids", "attention_mask", "token_type_ids")}

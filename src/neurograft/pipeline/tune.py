@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -206,7 +207,8 @@ def _arguments(args: Any, scratch: str, seed: int) -> Any:
             raise RequestError(
                 f"the training argument {name!r}", expected="a field of TrainingArguments", do=near(name, known)
             )
-        if type(known[name]) in (int, float) and isinstance(value, str):
+        odd = isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value))
+        if type(known[name]) in (int, float) and odd:
             raise RequestError(f"{name}={value!r}", expected="a number", do=f"the default is {known[name]}")
     if "output_dir" not in given and given.get("save_strategy", "no") != "no":
         raise RequestError(

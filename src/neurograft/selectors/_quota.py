@@ -73,6 +73,8 @@ def take(
         per: the group.
         rule: provenance.
     """
+    if not len(key):
+        raise RequestError("scores of no units", expected="at least one site", do="locate again, on wider sites")
     group = groups(scores, per)
     order = key.sort(descending=True, stable=True).indices
     order = order[group[order].sort(stable=True).indices]  # by group, then by key, then by unit number
@@ -95,4 +97,5 @@ def split(scores: Scores, chosen: Tensor, rule: dict[str, Any]) -> Selection:
 
 def joined(scores: Scores) -> Tensor:
     """Return all scores, sites one after another, float32 [total]."""
-    return torch.cat([scores.values[name].float() for name in scores.sites])
+    found = [scores.values[name].float() for name in scores.sites]
+    return torch.cat(found) if found else torch.empty(0)
