@@ -214,9 +214,10 @@ def test_bad_requests():
     routed = pico("mixtral")
     with pytest.raises(RequestError, match="inside of an expert"):
         projected(routed, nullcontext(routed), sites(routed, "neuron"), [pico_batch(routed)], torch.ones(32))
-    with pytest.raises(RequestError, match="'TP'"):
-        run("dpo_neurons", base, [{"positive": row(torch.arange(5)), "negative": row(torch.arange(9, 14))}] * 3,
-            changes={"post": "none", "groups": ["TP"]})  # fmt: skip
+    for groups, said in ((["TP"], "'TP'"), ([], "no groups")):
+        with pytest.raises(RequestError, match=said):
+            run("dpo_neurons", base, [{"positive": row(torch.arange(5)), "negative": row(torch.arange(9, 14))}] * 3,
+                changes={"post": "none", "groups": groups})  # fmt: skip
 
 
 BAD = slice(FIRST + 2 * OWN, FIRST + 3 * OWN)  # words of another language, which come in bursts

@@ -162,6 +162,29 @@ def test_everything_kept_is_the_optimizer_inside_bit_for_bit():
     assert all(torch.equal(ends[0][n], e[n]) for e in ends[1:] for n in ends[0])
 
 
+def test_moments_that_are_dropped_begin_anew_in_every_mask():
+    """SGD with momentum 1 and equal pulls on one number of two: -1, then -2 more with its moment, -1 without."""
+    pulls = [[1.0, 0.0], [1.0, 0.0]]
+    how = {"keep": 0.5, "of": "SGD", "lr": 1.0, "momentum": 1.0}
+    (_, kept), _ = stepped([0.0, 0.0], pulls, **how)
+    (_, fresh), _ = stepped([0.0, 0.0], pulls, moments="drop", **how)
+    assert (kept.tolist(), fresh.tolist()) == ([-3.0, 0.0], [-2.0, 0.0])
+
+
+def test_a_tensor_that_is_left_out_holds_no_state_and_places_stay_whole_numbers():
+    pair = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    moving = gradient_masked([{"params": pair}], keep=0.25, scope="global", lr=1.0)
+    for strong, weak in ((0, 1), (1, 0)):
+        pair[strong].grad, pair[weak].grad = torch.full((4,), 2.0), torch.full((4,), 1.0)
+        moving.step()
+        assert [len(moving.state.get(p, {})) > 0 for p in pair] == [n == strong for n in range(2)]
+    held = moving.state[pair[1]]["ids"]
+    moving.load_state_dict(deepcopy(moving.state_dict()))
+    again = moving.state[pair[1]]["ids"]
+    assert again.dtype == torch.int64  # as floats, places beyond 2^24 would be rounded
+    assert torch.equal(again, held)
+
+
 def test_a_tensor_in_another_memory_order_moves_as_in_the_usual_one():
     """Convolutions are often stored with their channels last."""
     ends = []

@@ -21,7 +21,6 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
 import neurograft as ng
 from neurograft.core.context import Context
@@ -40,6 +39,7 @@ from neurograft.worlds.pico import pico
 from neurograft.worlds.tiny import fit as learn
 from neurograft.worlds.tiny import llama
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._shown import Shown
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "lape-subnetwork", "identity"
@@ -78,17 +78,6 @@ def only_the_gate_rows_are_trained():
 
 
 BROKEN = (rates_are_not_normalised_over_the_languages, the_languages_are_mixed_up, only_the_gate_rows_are_trained)
-
-
-class Shown(nn.Module):
-    """A model whose one site shows its input, [B, T, n]."""
-
-    def __init__(self):
-        super().__init__()
-        self.tap = nn.Identity()
-
-    def forward(self, inputs_embeds, attention_mask=None):
-        return self.tap(inputs_embeds)
 
 
 def firing(rates, tokens=10):

@@ -29,6 +29,7 @@ from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.worlds.planted import ANSWER, TRIGGER, planted
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._shown import Shown
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "neurostrike", "tiny"
@@ -59,17 +60,6 @@ def what_was_located_is_tuned_all_the_same():
 
 
 BROKEN = (the_sign_of_the_weight_is_lost, the_pool_is_a_mean, what_was_located_is_tuned_all_the_same)
-
-
-class Shown(nn.Module):
-    """A model whose one site shows its input, [B, T, n]."""
-
-    def __init__(self):
-        super().__init__()
-        self.tap = nn.Identity()
-
-    def forward(self, inputs_embeds, attention_mask=None):
-        return self.tap(inputs_embeds)
 
 
 def shown(values, n, mask=None):

@@ -37,13 +37,15 @@ def patched(
         positions: which tokens count.
 
     Raises:
-        RequestError: no direction, an unknown group, or groups without a neuron.
+        RequestError: no direction, no group or an unknown one, or groups without a neuron.
     """
     scores, model = state.get(direction), state["model"]
     if not isinstance(scores, Scores) or len(scores.values) != 1:
         raise RequestError(
             f"the direction {direction!r}", expected="scores of one site of residual channels", do="locate them first"
         )
+    if not groups:
+        raise RequestError("no groups of neurons", expected="some of " + ", ".join(LOWERING), do="name one")
     for group in groups:
         one_of(group, LOWERING, what="group of neurons")
     (w,) = scores.values.values()

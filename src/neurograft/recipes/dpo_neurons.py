@@ -18,7 +18,8 @@ from neurograft.recipes._training import training
     task="text-generation",
     departs="The tuned model is whatever is given as post=, such as the result of TRL's DPOTrainer; without one the "
     "recipe tunes by likelihood on the data's own answers. The probe reads the mean of the last block's residual "
-    "stream by logistic regression with a penalty. The patch is held at every token, or at the positions asked for.",
+    "stream by logistic regression with a penalty. Means are over the tokens of the data, not over twenty that were "
+    "generated. The patch is held at every token, or at the positions asked for.",
 )
 def dpo_neurons(
     *,
