@@ -136,6 +136,33 @@ def test_raw_data_without_a_tokenizer_and_broken_files(tmp_path, llama):
         read_rows(tmp_path / "o.npz")
 
 
+def test_tokens_alone_are_filled_up_with_the_padding_token():
+    model = pico("llama", pad_token_id=7)
+    columns = ("input_ids", "labels", "attention_mask", "completion_mask", "position_ids")
+    rows = [{k: torch.ones(n, dtype=torch.long) for k in columns} for n in (2, 3)]
+    (batch,) = as_batches(rows, model)
+    assert {k: int(v[0, 2]) for k, v in batch.items()} == {**dict.fromkeys(columns, 0), "input_ids": 7, "labels": -100}
+
+
+def test_an_answer_is_written_in_the_tokens_of_the_target():
+    """As tokenizers for translation do, whose two languages differ."""
+
+    class Two:
+        eos_token_id = 2
+
+        def __call__(self, text=None, text_target=None, **how):
+            return {"input_ids": [9, 2] if text is None else [5, 6, 2]}
+
+    for row in ({"source": "a", "target": "b"}, {"prompt": "a", "completion": "b"}):
+        (made,) = as_dataset([row], pico("t5"), processing_class=Two())
+        assert (made["input_ids"].tolist(), made["labels"].tolist()) == ([5, 6, 2], [9, 2])
+
+
+def test_labels_that_are_wide_numbers_are_brought_to_float32():
+    (made,) = as_dataset([{"text": "abc", "label": np.float64(1.5)}], pico("bert"), processing_class=T)
+    assert made["labels"].dtype == torch.float32
+
+
 def test_labels_are_classes_the_model_has_or_numbers():
     bert = pico("bert", num_labels=3)
     with pytest.raises(RequestError, match=r"label 3 of row 1; expected a number from 0 to 2"):

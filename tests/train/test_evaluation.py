@@ -40,3 +40,27 @@ def test_a_callable_objective_is_evaluated(llama, pick, examples):
         ng.tune(llama, rows, where, objective=objective, eval_dataset=kept, args=args, compute_metrics=score)
     assert seen[0].shape == (4, 8, 64)
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-5)
+
+
+def test_the_best_model_may_be_of_the_units_before_a_turn(llama, pick, examples, tmp_path):
+    """Four rows after the turn, three of each weight before it: the graft is what was live at step 2."""
+    gate, scores = "model.layers.0.mlp.gate_proj.weight", iter([0.1, 0.9, 0.3, 0.2])
+
+    def run(steps, **more):
+        args = {"per_device_train_batch_size": 4, "max_steps": steps, "lr_scheduler_type": "constant"}
+        return ng.tune(
+            llama,
+            examples(llama),
+            pick(llama),
+            schedule=("every", {"steps": 2}),
+            reselect=lambda net, step: pick(net, {gate: ("row", range(30, 34))}),
+            args={**args, **more.pop("args", {})},
+            **more,
+        )
+
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    best |= {"metric_for_best_model": "score", "load_best_model_at_end": True, "output_dir": str(tmp_path)}
+    found = run(4, args=best, eval_dataset=examples(llama, 3), compute_metrics=lambda _: {"score": next(scores)})
+    assert found.card["best"]["step"] == 2
+    assert found.card["moved"] == {"tensors": 1, "numbers": 4 * 32}
+    assert found.identity == run(2).identity

@@ -29,6 +29,8 @@ def test_a_run_resumed_at_its_end_makes_no_further_step(schedule, llama, pick, e
     assert resumed.identity == straight.identity
     assert resumed.card["steps"] == straight.card["steps"] == 5
     assert resumed.card["losses"] == straight.card["losses"]
+    if schedule is None:
+        assert resumed.card["moved"] == straight.card["moved"]
 
 
 @pytest.mark.parametrize("options", [{"of": "SGD", "momentum": 0.9}, {"moments": "drop"}, {"strict": False}])

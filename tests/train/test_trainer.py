@@ -147,6 +147,7 @@ class Scripted:
 def test_evaluation_and_the_best_model(llama, pick, examples, tmp_path):
     args = {**FAST, "output_dir": str(tmp_path), "eval_strategy": "steps", "save_strategy": "steps"}
     args |= {"eval_steps": 1, "save_steps": 1, "metric_for_best_model": "score", "load_best_model_at_end": True}
+    args |= {"save_total_limit": 1}  # the Trainer's rule: the best one alone is left in the end
     graft = ng.tune(
         llama,
         examples(llama),
@@ -156,6 +157,7 @@ def test_evaluation_and_the_best_model(llama, pick, examples, tmp_path):
         compute_metrics=Scripted([0.1, 0.9, 0.3, 0.2]),
     )
     assert graft.card["best"] == {"metric": 0.9, "step": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
     short = ng.tune(llama, examples(llama), pick(llama), args={**FAST, "lr_scheduler_type": "linear"})
     from neurograft.train.checkpoint import tensors
 
@@ -164,6 +166,24 @@ def test_evaluation_and_the_best_model(llama, pick, examples, tmp_path):
     assert not same(graft, short)
     assert len(graft.card["evaluations"]) == 4
     assert graft.card["evaluations"][0]["eval_loss"] > 0
+
+
+def test_an_anchor_sees_all_of_its_data_in_turn(llama, pick, examples):
+    """Over micro-batches and steps alike, and none of it in an evaluation."""
+    seen = []
+
+    def near(step):
+        seen.append(int(step.batch["input_ids"][0, 0]))
+        return step.mean(-step.log_probs)
+
+    rows = examples(llama, 3)
+    for i, row in enumerate(rows):
+        row["input_ids"] = torch.full_like(row["input_ids"], 10 + i)
+    own = [{k: v[None] for k, v in row.items()} for row in rows]
+    args = {**FAST, "gradient_accumulation_steps": 2, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    kept = examples(llama, 2)
+    ng.tune(llama, examples(llama), pick(llama), anchor=(near, {"data": own}), args=args, eval_dataset=kept)
+    assert sorted(seen[:3]) == sorted(seen[3:]) == [10, 11, 12]
 
 
 def settings(folder, **more):

@@ -58,8 +58,7 @@ def encode(
     if "prompt" in keys and "completion" in keys:
         return _completion(row["prompt"], row["completion"], model, processor, max_length, index)
     if "source" in keys and "target" in keys:
-        made = _tokens(processor, row["source"], max_length)
-        return {**made, "labels": _tokens(processor, row["target"], max_length)["input_ids"]}
+        return _translated(row["source"], row["target"], processor, max_length)
     if "text" in keys and "label" in keys:
         return _labelled(_tokens(processor, row["text"], max_length), row, model, index)
     if "text" in keys:
@@ -103,6 +102,13 @@ def _tokens(processor: Any, text: str, max_length: int, *, special: bool = True)
     return {k: torch.tensor(v) for k, v in found.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
 
 
+def _translated(source: str, target: str, processor: Any, max_length: int) -> dict[str, Tensor]:
+    """Encode a text for an encoder, and its answer as a decoder's, which some tokenizers write in other tokens."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    answer = tokenizer(text_target=target, truncation=True, max_length=max_length)["input_ids"]
+    return {**_tokens(processor, source, max_length), "labels": torch.tensor(answer)}
+
+
 def _labelled(made: dict[str, Tensor], row: Mapping[str, Any], model: nn.Module, index: int) -> dict[str, Tensor]:
     label = row.get("label")
     if label is None:
@@ -122,7 +128,7 @@ def _labelled(made: dict[str, Tensor], row: Mapping[str, Any], model: nn.Module,
                 do="give numbers, or set config.label2id",
             )
         label = int(names[label])
-    return {**made, "labels": torch.as_tensor(label)}
+    return {**made, "labels": _tensor(label, "label", index)}
 
 
 def _completion(
@@ -131,8 +137,7 @@ def _completion(
     if not isinstance(prompt, str):
         return _chat([*prompt, *completion], processor, max_length, index)
     if getattr(model.config, "is_encoder_decoder", False):
-        made = _tokens(processor, prompt, max_length)
-        return {**made, "labels": _tokens(processor, completion, max_length)["input_ids"]}
+        return _translated(prompt, completion, processor, max_length)
     tokenizer = getattr(processor, "tokenizer", processor)
     asked = opened(_tokens(processor, prompt, max_length)["input_ids"].tolist(), tokenizer.eos_token_id)
     head = torch.tensor(asked, dtype=torch.int64)

@@ -22,7 +22,6 @@ CLASSIFIERS = (
     "ForAudioClassification",
     "ForVideoClassification",
 )
-PADS = {"labels": IGNORE, "attention_mask": 0, "token_type_ids": 0, "decoder_attention_mask": 0}
 
 
 def processor_for(model: nn.Module, processing_class: Any = None) -> Any:
@@ -172,7 +171,7 @@ def _unbatched(batch: Row) -> list[Row]:
 def collator(
     model: nn.Module, processing_class: Any = None
 ) -> Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]:
-    """Return what joins encoded examples into a batch: texts padded on the right, labels with -100.
+    """Return what joins encoded examples into a batch: tokens padded on the right, labels with -100, the rest with 0.
 
     Args:
         model: its config names the padding token.
@@ -194,7 +193,8 @@ def collator(
                 expected="the same columns in every row",
                 do="fill the column in, or split the data",
             )
-        made = {k: _stacked(k, [e[k] for e in examples], PADS.get(k, pad)) for k in keys}
+        fill = {k: IGNORE if k == "labels" else pad if k.endswith("input_ids") else 0 for k in keys}
+        made = {k: _stacked(k, [e[k] for e in examples], fill[k]) for k in keys}
         if "input_ids" in made and "attention_mask" not in made and made["input_ids"].dim() == 2:
             lengths = torch.tensor([len(e["input_ids"]) for e in examples])
             made["attention_mask"] = (torch.arange(made["input_ids"].shape[1]) < lengths[:, None]).long()

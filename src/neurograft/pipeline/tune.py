@@ -104,7 +104,8 @@ def tune(
         revision: of a Hub id.
         dtype: load the weights so.
         device_map: as for `from_pretrained`.
-        seed: root of every random number: order, dropout, adapters' starts, anchors' draws.
+        seed: root of every random number: order, dropout, adapters' starts, anchors' draws. A `seed` in `args`, as a
+            TrainingArguments always has one, names order and dropout instead.
 
     Returns:
         The graft; its card holds what was asked, of which data and units, with which losses.

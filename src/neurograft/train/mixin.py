@@ -139,13 +139,14 @@ class GraftTrainerMixin(Losses, Files):
         for name, why in skipped.items():
             warnings.warn(f"skipped {name}: {why}; resuming from {found}", stacklevel=2)
         self.resumed = {"from": None if found is None else found.name, "skipped": skipped}
+        self.moved = None
         try:
             with exposed(heads(trainer.model) if is_trl(self) else ()):
                 out = super().train(str(found) if found else None, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.conductor.end()
-        nothing_left = found is not None and not self.witness.awake  # resumed at the end of a run that had turned
-        self.moved = {"tensors": 0, "numbers": 0} if nothing_left else self.witness.check()
+        if self.moved is None:
+            self.moved = self._moved()
         return out
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

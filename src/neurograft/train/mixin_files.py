@@ -22,6 +22,8 @@ class Files:
     mount: Mount
     conductor: Conductor
     witness: Witness
+    resumed: dict[str, Any]
+    moved: dict[str, Any] | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         trainer: Any = self
@@ -106,4 +108,10 @@ class Files:
         why = checkpoint.fault(best)
         if why is not None:
             raise RunError(f"the best model's checkpoint {best} cannot be loaded: {why}")
+        self.moved = self._moved()  # of the training; the best may be of the units before a turn
         self.mount.load_state_dict(checkpoint.tensors(best))
+
+    def _moved(self) -> dict[str, Any]:
+        if self.resumed["from"] is not None and not self.witness.awake:  # at the end of a run that had turned
+            return {"tensors": 0, "numbers": 0}
+        return self.witness.check()
