@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurograft.core.choose import Chosen, choose, option_names
+from neurograft.core.choose import Choice, Chosen, choose, option_names
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, near
 from neurograft.core.graft import Graft
@@ -48,12 +48,12 @@ def tune(
     data: Any,
     where: Where = None,
     *,
-    adapter: Any = "slice",
-    objective: Any = "auto",
-    anchor: Any = None,
-    schedule: Any = None,
+    adapter: Choice = "slice",
+    objective: Choice = "auto",
+    anchor: Choice | Sequence[Choice] = None,
+    schedule: Choice = None,
     reselect: Reselect = None,
-    optimizer: Any = None,
+    optimizer: Choice = None,
     protect: Where = None,
     eval_dataset: Any = None,
     processing_class: Any = None,
@@ -201,6 +201,14 @@ def _arguments(args: Any, scratch: str, seed: int) -> Any:
         given.setdefault("dataloader_pin_memory", False)
     if "gradient_checkpointing" in given and "activation_checkpointing" not in given:
         given["activation_checkpointing"] = given.pop("gradient_checkpointing")
+    usual = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    for name, value in given.items():
+        if isinstance(value, str) and type(usual[name]) in (int, float):
+            raise RequestError(
+                f"the training argument {name}={value!r}",
+                expected="a number",
+                do=f"give one, as in {name}={usual[name]}",
+            )
     return TrainingArguments(**{**DEFAULTS, "output_dir": scratch, "seed": seed, **given})
 
 
