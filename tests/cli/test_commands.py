@@ -285,6 +285,74 @@ def test_cite_names_papers_of_a_slug_or_a_graft_s_folder_or_says_there_are_none(
     assert (status, "no paper" in out) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("select", "SCORES", "--fraction", "3"), "give --fraction 0.01"),
+        (("tune", "MODEL", "DATA", "--where", "SCORES"), "neurograft select FILE"),
+        (("tune", "MODEL", "DATA", "--args", "max_steps=three"), "give one, as in max_steps=-1"),
+        (("audit", "MODEL", "MODEL"), "give --gain FILE"),
+        (("audit", "MODEL", "MODEL", "--keep", "a.jsonl"), "NAME=FILE"),
+        (("anatomy",), "a model, or --all"),
+        (("locate", "MODEL", "DATA", "--batch-size", "0"), "give --batch-size 8"),
+        (("papers", "sft2"), "or 's2ft'"),
+    ],
+)
+def test_advice_is_in_the_words_of_the_command_line(words, expected, folder, monkeypatch, capsys):
+    scores = folder / "advice.safetensors"
+    run(monkeypatch, capsys, "locate", folder / "model", "--by", "noise", "-o", scores)
+    paths = {"MODEL": folder / "model", "DATA": folder / "data.jsonl", "SCORES": scores}
+    status, _, err = run(monkeypatch, capsys, *[paths.get(w, w) for w in words])
+    assert status == 2
+    assert expected in err
+
+
+def test_help_names_the_methods_and_says_what_options_take(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = run(monkeypatch, capsys, "tune", "--help")
+    said = " ".join(out.split())
+    assert "--adapter NAME[:KEY=VALUE,...] in what shape the change is trained: " in said
+    assert "slice" in said.split("is trained: ")[1].split("--objective")[0]
+    assert "--args NAME=VALUE" in said
+    _, out, _ = run(monkeypatch, capsys, "--help")
+    assert "..." not in out.split("Commands:")[1]
+    assert out.index("  locate ") < out.index("  tune ") < out.index("  audit ") < out.index("  export ")
+
+
+def test_methods_of_tune_take_options(folder, monkeypatch, capsys):
+    where = folder / "tw.safetensors"
+    run(monkeypatch, capsys, "locate", folder / "model", "--by", "noise", "--json", "-o", folder / "ts.safetensors")
+    run(monkeypatch, capsys, "select", folder / "ts.safetensors", "--count", 2, "-o", where)
+    words = ("--where", where, "--args", "max_steps=2", "--anchor", f"kl:weight=0.5,data={folder / 'data.jsonl'}")
+    made = ("tune", folder / "model", folder / "data.jsonl", *words, "-o", folder / "tg")
+    status, out, err = run(monkeypatch, capsys, *made, "--adapter", "slice:tie=site")
+    assert status == 0, err
+    assert "2 steps, loss" in out
+    card = json.loads((folder / "tg" / "graft.json").read_text())["card"]
+    assert card["adapter"]["options"] == {"tie": "site"}
+    assert json.loads(run(monkeypatch, capsys, "plan", folder / "model", where, "--json")[1])["units"]["chosen"] == 2
+
+
+def test_trim_says_what_it_left_out(folder, monkeypatch, capsys):
+    words = ("tune", folder / "model", folder / "data.jsonl", "--args", "max_steps=2", "-o", folder / "whole")
+    run(monkeypatch, capsys, *words)
+    rules = ("--gain", folder / "data.jsonl", "--keep", f"same={folder / 'data.jsonl'}", "-o", folder / "trimmed")
+    status, out, err = run(monkeypatch, capsys, "trim", folder / "model", folder / "whole", *rules)
+    assert status == 0, err
+    assert "left out: nothing" in out
+    assert "after: task +" in out
+
+
+def test_papers_are_found_by_slug_or_word(monkeypatch, capsys):
+    _, out, _ = run(monkeypatch, capsys, "papers", "s2ft")
+    assert "title: S2FT" in out
+    assert "options: fraction=0.03" in out
+    assert "run: neurograft run s2ft MODEL DATA" in out
+    found = json.loads(run(monkeypatch, capsys, "papers", "Sparse", "--json")[1])
+    assert 1 < len(found) < 60
+    assert all("sparse" in f"{row['slug']} {row['title']} {row['room']}".lower() for row in found)
+
+
 def test_plan_names_routes_and_bytes(folder, monkeypatch, capsys):
     status, out, err = run(monkeypatch, capsys, "plan", folder / "model", "s2ft", "--json")
     assert status == 0, err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from neurograft import __version__
+from neurograft.cli import arguments as arg
 from neurograft.cli import locating, results, unit_page
 from neurograft.cli.options import command_of, value
 from neurograft.cli.recipe_help import recipe_help
@@ -27,37 +29,43 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Find the units of a network that matter, change only those, ship the change as a file, say what it cost.",
 )
-Model = Annotated[str, typer.Argument(help="A model folder, a Hub id, or a shipped model.")]
-Data = Annotated[str, typer.Argument(help="A JSONL, JSON, parquet, npz or safetensors file, or a Hub id.")]
-Requests = Annotated[str, typer.Argument(help="A JSONL file: prompt, subject, target_new (+ rephrase, locality).")]
-MaybeData = Annotated[str | None, typer.Argument(help="As DATA; not needed by methods that only read weights.")]
-File = Annotated[str, typer.Argument(help="A file that an earlier command wrote.")]
-MaybeModel = Annotated[str | None, typer.Argument(help="A model folder, a Hub id, or a shipped model.")]
-Source = Annotated[str, typer.Argument(help="A graft's folder, a recipe's name or a paper's slug.")]
-Words = Annotated[list[str], typer.Argument(help="Several, in order.")]
+
 
 # verb: (dotted function, its words, default of -o, how the result is shown)
 Row = tuple[str, Mapping[str, Any], str | None, Callable[[Any, Path | None, Shown], None]]
 VERBS: Mapping[str, Row] = {
-    "locate": ("neurograft.pipeline.locate", {"model": Model, "data": MaybeData}, "scores.safetensors", results.scores),
-    "select": ("neurograft.pipeline.locate.select", {"scores": File}, "where.safetensors", results.selection),
-    "evidence": (
-        "neurograft.pipeline.evidence", {"model": Model, "where": File, "data": Data}, None, results.evidence,
+    "locate": (
+        "neurograft.pipeline.locate", {"model": arg.MODEL, "data": arg.MAYBE_DATA}, "scores.safetensors",
+        results.scores,
     ),
-    "tune": ("neurograft.pipeline.tune", {"model": Model, "data": Data}, "graft", results.graft),
-    "edit": ("neurograft.pipeline.edit", {"model": Model, "requests": Requests}, "graft", results.edit),
-    "diff": ("neurograft.pipeline.diff", {"base": Model, "tuned": Model}, "graft", results.graft),
-    "audit": ("neurograft.pipeline.audit", {"model": Model, "graft": Model}, None, results.report),
-    "apply": ("neurograft.pipeline.apply", {"base": Model, "grafts": Words}, None, results.path),
-    "neuron": ("neurograft.pipeline.neuron", {"model": Model, "unit": File, "data": MaybeData}, None, unit_page.page),
-    "rollback": ("neurograft.pipeline.rollback", {"graft": File, "edits": Words}, "graft", results.graft),
-    "trim": ("neurograft.pipeline.trim", {"model": Model, "graft": File}, "trimmed", results.graft),
-    "plan": ("neurograft.pipeline.plan", {"model": Model, "recipe": File}, None, results.plan),
-    "anatomy": ("neurograft.pipeline.anatomy", {"model": MaybeModel}, None, results.anatomy),
-    "papers": ("neurograft.pipeline.papers", {}, None, results.papers),
-    "cite": ("neurograft.pipeline.papers.cite", {"source": Source}, None, results.citations),
+    "select": (
+        "neurograft.pipeline.locate.select", {"scores": arg.SCORES}, "where.safetensors", results.selection,
+    ),
+    "evidence": (
+        "neurograft.pipeline.evidence", {"model": arg.MODEL, "where": arg.SELECTION, "data": arg.DATA}, None,
+        results.evidence,
+    ),
+    "tune": ("neurograft.pipeline.tune", {"model": arg.MODEL, "data": arg.DATA}, "graft", results.tuned),
+    "edit": ("neurograft.pipeline.edit", {"model": arg.MODEL, "requests": arg.REQUESTS}, "graft", results.edit),
+    "diff": ("neurograft.pipeline.diff", {"base": arg.BASE, "tuned": arg.TUNED}, "graft", results.graft),
+    "audit": ("neurograft.pipeline.audit", {"model": arg.MODEL, "graft": arg.TUNED}, None, results.report),
+    "apply": ("neurograft.pipeline.apply", {"base": arg.BASE, "grafts": arg.GRAFTS}, None, results.path),
+    "neuron": (
+        "neurograft.pipeline.neuron", {"model": arg.MODEL, "unit": arg.UNIT, "data": arg.MAYBE_DATA}, None,
+        unit_page.page,
+    ),
+    "rollback": ("neurograft.pipeline.rollback", {"graft": arg.GRAFT, "edits": arg.EDITS}, "graft", results.edit),
+    "trim": ("neurograft.pipeline.trim", {"model": arg.MODEL, "graft": arg.GRAFT}, "trimmed", results.trimmed),
+    "plan": ("neurograft.pipeline.plan", {"model": arg.MODEL, "recipe": arg.RECIPE}, None, results.plan),
+    "anatomy": ("neurograft.pipeline.anatomy", {"model": arg.MAYBE_MODEL}, None, results.anatomy),
+    "papers": ("neurograft.pipeline.papers", {"about": arg.ABOUT}, None, results.papers),
+    "cite": ("neurograft.pipeline.papers.cite", {"source": arg.SOURCE}, None, results.citations),
     "demo": ("neurograft.pipeline.demo", {}, None, results.demo),
 }  # fmt: skip
+ORDER = (
+    *("demo", "anatomy", "locate", "select", "evidence", "neuron", "tune", "edit", "run", "plan", "audit", "trim"),
+    *("rollback", "diff", "apply", "export", "papers", "cite"),
+)  # of the list of commands: as one would use them
 LATER = ("merge", "data", "init", "view")
 
 
@@ -65,7 +73,7 @@ def _extra(output: str | None) -> list[inspect.Parameter]:
     def keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
-    path = Annotated[str | None, typer.Option("-o", "--output", help="Where to write.")]
+    path = Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")]
     text = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
     return [keyword("output", path, output), keyword("as_json", text, False)]
 
@@ -93,7 +101,8 @@ def _verb(row: Row) -> Callable[..., None]:
 
 
 def quiet() -> None:
-    """Leave progress bars of libraries to people who watch."""
+    """Leave progress bars of libraries to people who watch, and their notes to programmers to programmers."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\b")
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
@@ -118,19 +127,21 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Hold what every command shares."""
 
 
 @app.command("run")
 def run(
-    words: Annotated[list[str], typer.Argument(help="RECIPE [MODEL] [DATA] key=value ...")],
+    words: arg.RUN,
     seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Of a Hub id.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Load the weights so.")] = None,
-    device: Annotated[str | None, typer.Option(help="As device_map of from_pretrained.")] = None,
-    output: Annotated[str | None, typer.Option("-o", "--output", help="Where to write the graft.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="TEXT", help="Of a Hub id.")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="TEXT", help="Load the weights so.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="TEXT", help="As device_map of from_pretrained.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Carry out a recipe: a name, or a YAML or JSON file that may name model, data and options too."""
@@ -146,11 +157,13 @@ def run(
 
 @app.command("export")
 def export(
-    graft: File,
-    output: Annotated[str, typer.Option("-o", "--output", help="Where to write.")],
-    to: Annotated[str, typer.Option(help="lora, supertuning, merged or patch.")] = "lora",
-    model: Annotated[str | None, typer.Option(help="The base; the one the graft names if left out.")] = None,
-    options: Annotated[list[str] | None, typer.Option("--option", help="key=value, may be repeated.")] = None,
+    graft: arg.GRAFT,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")],
+    to: Annotated[str, typer.Option(metavar="NAME", help="lora, supertuning, merged or patch.")] = "lora",
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="The base, if not where the graft says.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Of the format; may be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Write a graft in another tool's format."""
@@ -159,6 +172,7 @@ def export(
     from neurograft.pipeline.models import load_model
 
     keep_inputs(output, {"graft": graft, "model": model or ""})
+    quiet()
     found = Graft.load(graft)
     base = load_model(model) if model else None
     written = found.export(output, to=to, model=base, **pairs("option", options or []))
@@ -194,6 +208,9 @@ def filled(words: list[str]) -> typer.Typer:
             _placeholder(name, summary, hidden=False)
     for name in LATER:
         _placeholder(name, "Not in this version.", hidden=True)
+    for made in app.registered_commands:
+        made.short_help = made.short_help or ((made.callback and made.callback.__doc__) or "").split("\n\n")[0]
+    app.registered_commands.sort(key=lambda made: ORDER.index(made.name) if made.name in ORDER else len(ORDER))
     return app
 
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from neurograft.cli.wording import PAIRS, arguments_of, as_typed, metavar, with_choices
 from neurograft.core.errors import RequestError
 
 RENAMED = {"device_map": "device"}
 CALLABLES = ("callbacks", "data_collator", "compute_metrics", "progress")
-PAIRS = ("args", "keep", "changes", "rules")
 
 
 def options_of(function: Callable[..., Any], *, skip: Iterable[str] = ()) -> list[inspect.Parameter]:
@@ -36,11 +36,14 @@ def options_of(function: Callable[..., Any], *, skip: Iterable[str] = ()) -> lis
             kind, default = bool, p.default
         elif isinstance(p.default, (int, float)):
             kind, default = type(p.default), p.default
+        elif str(p.annotation).startswith(("int |", "float |")):
+            kind, default = (int if str(p.annotation).startswith("int") else float) | None, p.default
         elif name in PAIRS:
             kind, default, text = list[str], [], f"{text} NAME=VALUE, may be repeated."
         else:
             kind, default = str | None, typed_back(p.default)
-        option = typer.Option(flag, help=text, show_default=default not in (None, []))
+        text = with_choices(text)
+        option = typer.Option(flag, help=text, show_default=default not in (None, []), metavar=metavar(name, p))
         made.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
         )
@@ -52,26 +55,6 @@ def typed_back(default: Any) -> str | None:
     if default is None or default is inspect.Parameter.empty or default == ():
         return None
     return default if isinstance(default, str) else ",".join(map(str, default))
-
-
-def arguments_of(docstring: str) -> dict[str, str]:
-    """Read the descriptions of a docstring's Args section.
-
-    Example:
-        >>> arguments_of("Do.\\n\\n    Args:\\n        a: first\\n            thing.\\n        b: second.\\n")
-        {'a': 'first thing.', 'b': 'second.'}
-    """
-    found: dict[str, str] = {}
-    inside, name = False, ""
-    for line in inspect.cleandoc(docstring).splitlines():
-        if re.fullmatch(r"\w+:", line):
-            inside, name = line == "Args:", ""
-        elif inside and (head := re.match(r" {4}\*{0,2}(\w+): ?(.*)", line)):
-            name = head[1]
-            found[name] = head[2]
-        elif inside and name and line.strip():
-            found[name] += " " + line.strip()
-    return found
 
 
 def typed(name: str, text: Any, annotation: str) -> Any:
@@ -93,7 +76,9 @@ def typed(name: str, text: Any, annotation: str) -> Any:
         return text if several and "Mapping" not in annotation else pairs(name, text)
     if not isinstance(text, str):
         return text
-    if annotation.startswith("Choice"):
+    if annotation.startswith("Probes") and "," in text and ":" not in text:
+        return text.split(",")
+    if annotation.startswith(("Choice", "Probes")):
         head, colon, tail = text.partition(":")
         return (head, pairs(name, tail.split(","))) if colon and not text.startswith("{") else text
     if annotation.startswith("str"):
@@ -114,7 +99,8 @@ def pairs(name: str, texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, sign, rest = text.partition("=")
         if not sign or not key:
-            raise RequestError(f"{text!r} for {name}", expected="key=value", do=f"write {name} as key=value")
+            what = "NAME=FILE" if name == "keep" else "key=value"
+            raise RequestError(f"{text!r} for {name}", expected=what, do=f"write it as {what}")
         found[key.strip()] = value(rest)
     return found
 
@@ -162,10 +148,16 @@ def command_of(
     own = {p.name for p in (*words, *extra)}
     known = {n: str(p.annotation) for n, p in inspect.signature(function).parameters.items()}
 
+    flags = {p.name: "--" + RENAMED.get(p.name, p.name).replace("_", "-") for p in parameters if p not in words}
+
     def command(**given: Any) -> None:
-        # what was not typed is left to the verb's own default; positional words are names, whatever they look like
-        said = {n: v for n, v in given.items() if n in own or v not in (None, [])}
-        body({n: v if n in arguments else typed(n, v, known.get(n, "")) for n, v in said.items()})
+        try:
+            # what was not typed is left to the verb's own default; positional words are names, whatever they look like
+            said = {n: v for n, v in given.items() if n in own or v not in (None, [])}
+            body({n: v if n in arguments else typed(n, v, known.get(n, "")) for n, v in said.items()})
+        except RequestError as error:
+            came, expected, do = (as_typed(text, flags) for text in (error.came, error.expected, error.do))
+            raise RequestError(came, expected=expected, do=do) from error
 
     command.__doc__ = (function.__doc__ or "").split("\n\n")[0]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

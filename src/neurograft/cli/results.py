@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import typer
 
 from neurograft.cli.show import Shown, dump, human, plain, size, table_of
+from neurograft.core.resolve import resolve
 
 
 def scores(found: Any, target: Path | None, shown: Shown, *, proof: Any = None, reason: str = "") -> None:
@@ -62,12 +64,38 @@ def evidence(found: Any, target: Path | None, shown: Shown) -> None:
     shown.result(facts, lines=[str(getattr(found, "sentence", ""))], table=table_of(rows))
 
 
-def graft(found: Any, target: Path | None, shown: Shown) -> None:
-    """Write a graft and say what it holds."""
+def graft(found: Any, target: Path | None, shown: Shown, more: Sequence[str] = ()) -> None:
+    """Write a graft and say what it holds, then `more`."""
     written = found.save(target or Path("graft"))
     facts = {"path": str(written), "numbers": found.numel, "tensors": len(found.deltas), "identity": found.identity}
     facts["base"] = plain(found.card.get("base"))
-    shown.result(facts, lines=[f"{found.numel} numbers in {len(found.deltas)} tensors, {size(written)}: {written}"])
+    shown.result(
+        facts, lines=[f"{found.numel} numbers in {len(found.deltas)} tensors, {size(written)}: {written}", *more]
+    )
+
+
+def tuned(found: Any, target: Path | None, shown: Shown) -> None:
+    """Write a trained graft and say what it holds and how the loss went."""
+    losses, steps = found.card.get("losses") or [], found.card.get("steps")
+    graft(
+        found,
+        target,
+        shown,
+        [f"{steps} steps, loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last"] if losses else [],
+    )
+
+
+def trimmed(found: Any, target: Path | None, shown: Shown) -> None:
+    """Write a trimmed graft and say what was left out and what that changed."""
+    cut = found.card["trim"]
+    what = ", ".join(cut["left_out"]) or "nothing: every kept domain was within its tolerance"
+    lines = [f"left out: {what}"]
+    if not cut["reached"]:
+        lines.append("some kept domain still loses more than its tolerance")
+    for when in ("before", "after") if cut["left_out"] else ("after",):
+        kept = ", ".join(f"{name} {-lost:+.4g}" for name, lost in cut[when]["losses"].items())
+        lines.append(f"{when}: task {cut[when]['gain']:+.4g}, {kept} nats per place")
+    graft(found, target, shown, lines)
 
 
 def edit(found: Any, target: Path | None, shown: Shown) -> None:
@@ -138,12 +166,34 @@ def anatomy(found: Any, target: Path | None, shown: Shown) -> None:
 
 
 def papers(found: Sequence[Mapping[str, Any]], target: Path | None, shown: Shown) -> None:
-    """Show every paper, working ones first."""
-    rows = [{k: row[k] for k in ("slug", "room", "working", "scale", "recipe")} for row in found]
-    rows.sort(key=lambda row: not row["working"])
-    working = sum(bool(row["working"]) for row in rows)
-    rows = [{**row, "working": "yes" if row["working"] else None} for row in rows]
-    shown.result(list(found), lines=[f"{working} of {len(rows)} papers work in this version"], table=table_of(rows))
+    """Show papers, working ones first; one alone with what there is to know of it."""
+    if len(found) == 1:
+        shown.result(list(found), lines=[f"{k}: {_said(v)}" for k, v in _one_paper(found[0]).items() if v])
+        return
+    working = sum(bool(row["working"]) for row in found)
+    rows = [
+        {"name": row["recipe"] or row["slug"], "room": row["room"], "proof": _standing(row), "title": row["title"]}
+        for row in sorted(found, key=lambda row: (not row["working"], row["recipe"] is None))
+    ]
+    lines = [f"{working} of {len(rows)} papers work in this version; neurograft papers NAME tells of one"]
+    shown.result(list(found), lines=lines, table=table_of(rows))
+
+
+def _standing(row: Mapping[str, Any]) -> str | None:
+    return row["scale"] if row["working"] else row["proof"] if row["recipe"] else None
+
+
+def _one_paper(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a paper's row with how its recipe is run and which options that has."""
+    if row["recipe"] is None:
+        return {**row, "working": "not in this version"}
+    options = inspect.signature(resolve(f"neurograft.recipes.{row['recipe']}")).parameters.values()
+    shown = [f"{p.name}={p.default}" for p in options if p.default is not inspect.Parameter.empty]
+    return {**row, "run": f"neurograft run {row['recipe']} MODEL DATA", "options": " ".join(shown)}
+
+
+def _said(value: Any) -> str:
+    return "yes" if value is True else str(value)
 
 
 def citations(found: Sequence[str], target: Path | None, shown: Shown) -> None:
@@ -162,7 +212,7 @@ def demo(found: Any, target: Path | None, shown: Shown) -> None:
 def outcome(found: Any, target: Path, shown: Shown) -> None:
     """Write what a recipe made."""
     if found.state.get("graft") is not None:
-        graft(found.graft, target, shown)
+        tuned(found.graft, target, shown)
     elif found.state.get("report") is not None:
         report(found.report, target, shown)
     else:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -69,7 +70,7 @@ class Shown:
 def table_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, title: str = "") -> Table:
     """Return rows of plain data as a table."""
     columns = columns or (list(rows[0]) if rows else [])
-    made = Table(title=title or None, title_justify="left", pad_edge=False)
+    made = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         number = bool(rows) and all(isinstance(r.get(name), (int, float)) for r in rows)
         made.add_column(name, justify="right" if number else "left", overflow="fold")

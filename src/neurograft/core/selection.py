@@ -319,7 +319,9 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Site], dict[str, Tensor], di
         raise RequestError(
             f"{path}, a {meta.get('kind') or 'foreign'} file",
             expected=f"a {kind} file",
-            do=f"give a file written by {kind}.save",
+            do="take units by their scores first: `neurograft select FILE`, or scores.top(fraction=0.01)"
+            if (meta.get("kind"), kind) == ("scores", "selection")
+            else f"give a file written by {kind}.save",
         )
     try:
         sites = [Site.from_dict(s) for s in meta["sites"]]

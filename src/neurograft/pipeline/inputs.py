@@ -119,8 +119,10 @@ def as_batches(
         seed: names the masks of masked language modelling.
 
     Raises:
-        RequestError: as `as_dataset`.
+        RequestError: as `as_dataset`, or batches of no example.
     """
+    if batch_size < 1:
+        raise RequestError(f"batch_size={batch_size}", expected="at least 1", do="give batch_size=8")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rows = read_rows(data, limit=None if _maybe_batches(data) else limit)
     if all(is_batch(row) for row in rows):

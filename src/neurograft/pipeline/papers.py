@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neurograft.core.card import Card
-from neurograft.core.errors import one_of
+from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline import _proofs
@@ -24,8 +24,15 @@ def known() -> Mapping[str, Mapping[str, str]]:
     return {row["slug"]: row for row in csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)}
 
 
-def papers() -> list[dict[str, Any]]:
+def papers(about: str | None = None) -> list[dict[str, Any]]:
     """Return what stands of every paper, by slug.
+
+    Args:
+        about: only the paper of this slug or recipe, or those that have this word in slug, title or room; None for
+            all.
+
+    Raises:
+        RequestError: no paper has it.
 
     Returns:
         One dict for each: `slug`, `title`, `arxiv` (None if not known), `room` that holds its new answer, `recipe`
@@ -39,7 +46,7 @@ def papers() -> list[dict[str, Any]]:
     """
     records, here = _proofs.read(), set(recipes())
     found = []
-    for slug, row in known().items():
+    for slug, row in _about(about).items():
         name = slug.replace("-", "_")
         record = records.get(slug)
         state = _proofs.standing(record)
@@ -55,6 +62,22 @@ def papers() -> list[dict[str, Any]]:
                 "scale": record["scale"] if record else None,
                 "departs": card(name).departs if name in here else "",
             }
+        )
+    return found
+
+
+def _about(word: str | None) -> Mapping[str, Mapping[str, str]]:
+    every = known()
+    if word is None:
+        return every
+    slug = word.lower().replace("_", "-")
+    if slug in every:
+        return {slug: every[slug]}
+    said = {s: f"{s} {row['title']} {row['room']}".lower() for s, row in every.items()}
+    found = {s: every[s] for s, text in said.items() if word.lower() in text}
+    if not found:
+        raise RequestError(
+            f"papers about {word!r}, of which there are none", expected="a slug or a word", do=near(slug, every)
         )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ VALUE = 4  # bytes of a trained value, its gradient and each moment: all float32
 
 def plan(
     model: Model,
-    recipe: Recipe | str | Selection,
+    recipe: Recipe | str | Path | Selection,
     *,
     changes: Mapping[str, Any] | None = None,
     tied: str = "refuse",
@@ -44,7 +45,7 @@ def plan(
 
     Args:
         model: a module, a folder, a Hub id or a shipped model.
-        recipe: a recipe, its name, or a selection.
+        recipe: a recipe, its name, a selection, or the path of a saved one.
         changes: as for `run`.
         tied: as for the adapters.
         revision: of a Hub id.
@@ -58,7 +59,13 @@ def plan(
     Raises:
         RequestError: as for `run`.
     """
-    made = None if isinstance(recipe, Selection) else changed(recipe, changes or {})
+    if isinstance(recipe, (str, Path)) and Path(recipe).suffix == ".safetensors":
+        recipe = Selection.load(recipe)
+    made = (
+        None
+        if isinstance(recipe, Selection)
+        else changed(str(recipe) if isinstance(recipe, Path) else recipe, changes or {})
+    )
     net = load_model(model if made is None else network(model, made), revision=revision, dtype=dtype)
     steps = [] if made is None else [dict(s) for s in made.steps]
     where: Selection | None = recipe if isinstance(recipe, Selection) else None

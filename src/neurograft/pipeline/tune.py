@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurograft.core.choose import Chosen, choose, option_names
+from neurograft.core.choose import Choice, Chosen, choose, option_names
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, near
 from neurograft.core.graft import Graft
@@ -50,12 +50,12 @@ def tune(
     data: Any,
     where: Where = None,
     *,
-    adapter: Any = "slice",
-    objective: Any = "auto",
-    anchor: Any = None,
-    schedule: Any = None,
+    adapter: Choice = "slice",
+    objective: Choice = "auto",
+    anchor: Choice | Sequence[Choice] = None,
+    schedule: Choice = None,
     reselect: Reselect = None,
-    optimizer: Any = None,
+    optimizer: Choice = None,
     protect: Where = None,
     eval_dataset: Any = None,
     processing_class: Any = None,
