@@ -54,6 +54,12 @@ def test_changes_that_land_on_nothing_are_named(key):
         changed(recipe, {key: 1})
 
 
+@pytest.mark.parametrize(("name", "option"), [("milan", "ship"), ("sct", "place"), ("cones", "layers")])
+def test_words_that_only_a_recipe_reads_are_refused_before_anything_runs(name, option):
+    with pytest.raises(ng.RequestError, match="nonsense"):
+        ng.recipe(name, **{option: "nonsense"})
+
+
 def test_few_shot_takes_no_more_rows_than_it_is_told_to_ready_ones_too():
     rows = [{"input_ids": [5, 6, i], "labels": [-100, -100, i]} for i in range(30)]
     state = {"data": rows, "common": {"seed": 0}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neurograft.core.card import method
+from neurograft.core.errors import one_of
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -44,7 +45,7 @@ def sct(
         warmup: share of the steps.
         decay: weight decay.
     """
-    behind = place == "mlp"
+    behind = one_of(place, ("attention", "mlp"), what="place") == "mlp"
     salient = ("salient", {"skip": skip})
     by = salient if behind else ("within", {"by": salient, "roles": "attention"})
     return Recipe(
