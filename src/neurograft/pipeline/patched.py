@@ -9,6 +9,7 @@ from typing import Any
 from neurograft.audits.decompose_change import along, table
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.projection import LOWERING
+from neurograft.core.ranges import least
 from neurograft.core.selection import Scores
 from neurograft.pipeline.inputs import as_batches
 from neurograft.pipeline.models import load_model
@@ -44,6 +45,7 @@ def patched(
         raise RequestError(
             f"the direction {direction!r}", expected="scores of one site of residual channels", do="locate them first"
         )
+    least(groups=(len(groups), 1))
     for group in groups:
         one_of(group, LOWERING, what="group of neurons")
     (w,) = scores.values.values()
