@@ -3,7 +3,9 @@
 import pytest
 
 import neurograft as ng
+from neurograft.pipeline.few_shot import few_shot
 from neurograft.pipeline.run import changed
+from neurograft.worlds.pico import pico, pico_batch
 
 
 def steps(recipe, changes, do):
@@ -50,3 +52,19 @@ def test_changes_that_land_on_nothing_are_named(key):
     recipe, words = BAD[key]
     with pytest.raises(ng.RequestError, match=words):
         changed(recipe, {key: 1})
+
+
+@pytest.mark.parametrize(("name", "option"), [("milan", "ship"), ("sct", "place"), ("cones", "layers")])
+def test_words_that_only_a_recipe_reads_are_refused_before_anything_runs(name, option):
+    with pytest.raises(ng.RequestError, match="nonsense"):
+        ng.recipe(name, **{option: "nonsense"})
+
+
+def test_few_shot_takes_no_more_rows_than_it_is_told_to_ready_ones_too():
+    rows = [{"input_ids": [5, 6, i], "labels": [-100, -100, i]} for i in range(30)]
+    state = {"data": rows, "common": {"seed": 0}}
+    assert len(few_shot(state, shots=[0], size=7)["shown"]) == 7
+    net = pico("llama")
+    batches = [pico_batch(net, batch=4, seed=i) for i in range(3)]
+    shown = few_shot({**state, "data": batches}, shots=[0], size=6)["shown"]
+    assert [len(b["input_ids"]) for b in shown] == [len(b["labels"]) for b in shown] == [4, 2]

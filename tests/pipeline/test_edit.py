@@ -203,6 +203,17 @@ def test_an_edit_by_data_lies_on_earlier_ones_and_takes_nothing_it_would_not_rea
         ng.edit(model, None, by=("tarot", {"metric": "logit"}), where=where)
 
 
+@pytest.mark.parametrize("by", [BY, "locft_bf", ("locft_bf", {"separate": True})])
+def test_a_loss_that_is_no_number_is_an_error(by):
+    model = pico("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(ng.RunError, match="not finite"):
+        ng.edit(model, TOKENS, by=by)
+    assert all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in model.named_parameters())
+
+
 BAD = {
     "no target": (row(target_new=None), "target_new"),
     "an empty prompt": (row(prompt=""), "empty text"),

@@ -99,6 +99,10 @@ def test_following_another_model_live():
     assert clean(other)
     with pytest.raises(ng.RequestError, match="follows another model"):
         live.graft()
+    with ng.intervene(model, where, "replace", source=other):
+        model(**batch)
+        with pytest.raises(ng.RunError, match="called alone"):  # and not what the other model did before
+            model.model(input_ids=batch["input_ids"])
     with ng.intervene(model, where, "replace", source=other), pytest.raises(ng.RunError, match="use_cache=False"):
         model.generate(input_ids=batch["input_ids"][:1], max_new_tokens=2)
     assert clean(model)

@@ -16,7 +16,7 @@ from neurograft.core.requests import Request, joined
 from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 from neurograft.edits._memory import device_of
-from neurograft.edits._values import per_row
+from neurograft.edits._values import finite, per_row
 
 
 class Training:
@@ -64,6 +64,7 @@ class Training:
             for i in range(0, len(shuffled), self.together):
                 batch = shuffled[i : i + self.together]
                 loss, gradient = self.traced(weight, batch)
+                finite(loss)
                 total += float(loss.detach()) * len(batch)
                 if float(loss.detach()) < self.enough:
                     continue

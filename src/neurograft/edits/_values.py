@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neurograft.core.context import IGNORE
+from neurograft.core.errors import RunError
 from neurograft.core.requests import Request, Rows, joined
 from neurograft.core.tap import change
 from neurograft.edits._memory import Memory, at_subjects, device_of
@@ -53,6 +54,9 @@ def wanted(
         enough: a request whose loss falls below this stops.
         eos: whether the end of the answer is asked for too.
         at_once: requests a pass.
+
+    Raises:
+        RunError: a loss is no number.
     """
     if len(requests) > at_once:
         how: dict[str, Any] = {"steps": steps, "lr": lr, "clamp": clamp, "decay": decay, "kl": kl, "enough": enough}
@@ -80,6 +84,7 @@ def wanted(
             loss = (
                 said + kl * rows.mean(drifted(before, there), n) + decay * vector.norm(dim=1) / first.norm(dim=1) ** 2
             )
+            finite(loss)
             going &= loss.detach() >= enough
             if not bool(going.any()):
                 break
@@ -99,6 +104,12 @@ def wanted(
 def _added(rows: Rows, vector: Tensor, _: str, x: Tensor) -> Tensor:
     index = (torch.arange(len(rows.at), device=x.device), rows.at.to(x.device))
     return x.index_put(index, vector[rows.owner].to(x.dtype), accumulate=True)
+
+
+def finite(loss: Tensor) -> None:
+    """Raise if a loss is no number: a request would be left out without a word."""
+    if not bool(loss.isfinite().all()):
+        raise RunError("the loss of an edit is not finite: look for overflow in half precision, or lower lr")
 
 
 def drifted(before: Tensor, now: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.graft import Graft
+from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.edits._places import MATRICES, places
-from neurograft.edits._ranges import least
 from neurograft.edits._separate import Separate
 from neurograft.edits._training import Training
 

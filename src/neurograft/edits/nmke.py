@@ -13,11 +13,11 @@ from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.graft import Graft
 from neurograft.core.keyvalue import answers
+from neurograft.core.ranges import least
 from neurograft.core.requests import Rows, joined
 from neurograft.core.selection import Selection
 from neurograft.edits._amplified import amplified, mask_of
 from neurograft.edits._memory import Memory, at_subjects, caches, covariances, device_of, memories, reaches
-from neurograft.edits._ranges import least
 from neurograft.edits._values import wanted
 
 MASKS = ("post", "solve", "none")

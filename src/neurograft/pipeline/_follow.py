@@ -41,7 +41,10 @@ class Follow:
         """
         if self.source is model:
             raise RequestError("a model as its own source", expected="another model", do="give data for its own mean")
-        mounted: list[Any] = [_Hook(model.register_forward_pre_hook(self._run, with_kwargs=True))]
+        mounted: list[Any] = [
+            _Hook(model.register_forward_pre_hook(self._run, with_kwargs=True)),
+            _Hook(model.register_forward_hook(self._done, always_call=True)),
+        ]
         for name, site in self.sites.items():
             wide = site.tap.width if site.tap is not None else 1
             nothing = torch.zeros(len(self.ids[name]), *[wide] * (wide > 1))
@@ -65,6 +68,9 @@ class Follow:
         for name, value in found.items():
             ids = self.ids[name]
             self.steps[name] = Intervention(self.sites[name], ids, "replace", value.index_select(2, ids), **self.how)
+
+    def _done(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.steps = {}  # another pass, or a module called alone, has nothing to follow yet
 
 
 class _Hook:

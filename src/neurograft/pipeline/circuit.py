@@ -17,6 +17,7 @@ from neurograft.core.circuit import Circuit, Group, units_of
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, near
 from neurograft.core.graft import Graft
+from neurograft.core.ranges import above, share
 from neurograft.core.selection import Scores, Selection
 from neurograft.locators.path_patching import path_patching
 from neurograft.pipeline.locate import located_data
@@ -142,6 +143,8 @@ def _checked(stage: Mapping[str, Any], groups: Circuit) -> str:
             expected=f"the keys {', '.join(STAGE)}; name and share always, and of an earlier stage's name",
             do=near(odd[0], STAGE) if odd else f"write it with {', '.join(missing) or 'of'}",
         )
+    above(share=(stage["share"], 0), receivers=(stage.get("receivers"), 0))
+    share(share=stage["share"], receivers=stage.get("receivers"))
     return str(stage["name"])
 
 

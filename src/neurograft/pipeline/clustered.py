@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.core.table import table
 from neurograft.core.units import Site
@@ -43,6 +44,7 @@ def clustered(
     Raises:
         RequestError: no such selection, units without activations, no data, or no scikit-learn.
     """
+    least(k=(k, 1))
     found, model = state.get(of), state["model"]
     if not isinstance(found, Selection) or not len(found):
         raise RequestError(f"no selection {of!r} to cluster", expected="an earlier step's", do="select some units")

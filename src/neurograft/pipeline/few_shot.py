@@ -9,7 +9,7 @@ import torch
 
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import generator
-from neurograft.pipeline.encode import is_ready
+from neurograft.pipeline.inputs import is_batch, size_of
 from neurograft.pipeline.rows import Row, read_rows
 
 
@@ -47,7 +47,9 @@ def few_shot(
         )
     rows = read_rows(state["data"])
     if max(shots) == 0:
-        return {name: rows[:size] if not is_ready(rows[0]) else rows}
+        if not any(is_batch(row) for row in rows):
+            return {name: rows[:size]}
+        return {name: _first(rows, size)}
     if max(shots) >= len(rows):
         raise RequestError(
             f"{max(shots)} shots out of {len(rows)} rows",
@@ -62,6 +64,17 @@ def few_shot(
         others = [rows[j] for j in pool if j != i][: shots[n]]
         made.append(_shown(rows[i], others, between, i))
     return {name: made}
+
+
+def _first(batches: Sequence[Row], size: int) -> list[Row]:
+    """Return ready batches with so many examples, the last one cut."""
+    found: list[Row] = []
+    for batch in batches:
+        n, left = size_of(batch), size - sum(size_of(b) for b in found)
+        if left > 0:
+            cut = [k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim() and len(v) == n]
+            found.append({k: v[:left] if k in cut else v for k, v in batch.items()})
+    return found
 
 
 def _shown(row: Row, others: Sequence[Row], between: str, index: int) -> Row:

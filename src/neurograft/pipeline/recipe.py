@@ -10,6 +10,7 @@ from neurograft.core.choose import check_options, option_names
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.resolve import resolve
 
+SHIPS = ("operations", "weights")  # how a step `intervene` makes its graft: {"do": "intervene", "ship": "weights", ...}
 VERBS = ("locate", "select", "evidence", "tune", "audit", "edit", "merge", "route", "intervene")
 
 
@@ -45,6 +46,8 @@ class Recipe:
             do = step.get("do", "")
             if "." not in do:
                 one_of(do, VERBS, what="verb of a recipe")
+            if do == "intervene":
+                one_of(step.get("ship", SHIPS[0]), SHIPS, what="form of a graft")
 
     def with_step(self, do: str, **changes: Any) -> Recipe:
         """Return the recipe with arguments changed in every step that does `do`.

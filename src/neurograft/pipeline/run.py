@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from neurograft.core.choose import option_names
-from neurograft.core.errors import RequestError, near, one_of
+from neurograft.core.errors import RequestError, near
 from neurograft.core.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline._network import network
 from neurograft.pipeline.models import Model, load_model
-from neurograft.pipeline.recipe import Recipe, recipe
+from neurograft.pipeline.recipe import SHIPS, Recipe, recipe
 
 # What each verb is given of the state, by its argument's name, and the name its result gets.
 GIVEN: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -31,7 +31,6 @@ GIVEN: Mapping[str, tuple[tuple[str, ...], str]] = {
     "edit": (("model", "requests"), "graft"),
     "intervene": (("model", "where"), "graft"),
 }
-SHIPS = ("operations", "weights")  # how a step `intervene` makes its graft: {"do": "intervene", "ship": "weights", ...}
 HOME = {"select": "neurograft.pipeline.locate.select"}
 
 
@@ -128,12 +127,12 @@ def run(
         used |= extra.keys()
         # A step may name its own data or selection instead of the run's.
         first = [arguments.pop(n) if n in arguments else state[n] for n in names]
-        ship = arguments.pop("ship", "operations")
+        ship = arguments.pop("ship", SHIPS[0])
         used |= {n for n in _listed(step.get("on")) if n in given}
         with _under(step.get("on"), state):
             made = verb(*first, **arguments, **extra)
             if do == "intervene":
-                made = made.fold() if one_of(ship, SHIPS, what="form of a graft") == "weights" else made.graft()
+                made = made.fold() if ship == "weights" else made.graft()
         state[step.get("as", result)] = _signed(made, plan)
     unused = [k for k in given if k not in used and all(k not in names for names, _ in GIVEN.values())]
     if unused:

@@ -6,6 +6,7 @@ from typing import Any
 
 from neurograft.core.card import method
 from neurograft.core.errors import one_of
+from neurograft.core.ranges import above, least
 from neurograft.pipeline.recipe import Recipe
 
 
@@ -50,6 +51,8 @@ def bidirectional_bias(
         rule: "midpoint", or "inclusive" as published.
         limit: examples.
     """
+    least(variants=(variants, 1), steps=(steps, 1))
+    above(temperature=(temperature, 0))
     options: dict[str, Any] = {"candidates": list(candidates), "direction": direction, "variants": variants}
     options |= {"temperature": temperature, "steps": steps, "rule": rule, "last": True}
     units: dict[str, Any] = {"units": "norm"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from neurograft.core.card import method
 from neurograft.core.projection import LOWERING
+from neurograft.core.ranges import above
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -51,6 +52,7 @@ def dpo_neurons(
         batch: examples in a batch.
         warmup: share of the steps.
     """
+    above(C=(C, 0))
     by = ("probe", {"fit": "l2", "score": "weight", "pool": "mean", "C": C})
     source: dict[str, Any] = {} if probe is None else {"data": probe}
     read = {"units": "channel", "at": "residual", "layers": [-1]}

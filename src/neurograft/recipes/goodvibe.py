@@ -6,6 +6,7 @@ from typing import Any
 
 from neurograft.core.card import method
 from neurograft.core.errors import one_of
+from neurograft.core.ranges import least
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -51,6 +52,7 @@ def goodvibe(
         batch: examples in a batch.
         warmup: share of the steps.
     """
+    least(k=(k, 1))
     source: dict[str, Any] = {} if labelled is None else {"data": labelled}
     one_of(score, ("grad_x_act", "grad"), what="score")
     by = ("grad_x_act", {"multiply": score == "grad_x_act"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from neurograft.core.card import method
+from neurograft.core.ranges import above, least
 from neurograft.pipeline.recipe import Recipe
 
 
@@ -36,6 +37,8 @@ def h_neurons(
 
     The data are rows with `positive` (prompt and the wrong answer) and `negative` (prompt and a right answer).
     """
+    above(C=(C, 0))
+    least(iterations=(iterations, 1))
     options = {"fit": "l1", "scope": "all", "pool": "answer", "statistic": "cett", "score": "weight", "C": C}
     options |= {"others": others, "epochs": iterations, "memory": memory}
     return Recipe(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.ranges import above, least
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -79,6 +80,8 @@ def instruction_vector(
         batch: examples in a batch.
         warmup: share of the steps.
     """
+    least(r=(r, 1), roles=(len(roles), 1))
+    above(temperature=(temperature, 0))
     source: dict[str, Any] = {} if instructed is None else {"data": instructed}
     guidance = {"vector": "$vector", "weight": weight, "sign": sign, "temperature": temperature, "reduce": reduce}
     guidance |= {"end_weight": end_weight, "floor": floor}

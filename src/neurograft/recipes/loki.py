@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.ranges import least
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -59,6 +60,7 @@ def loki(
         batch: examples in a batch.
         warmup: share of the steps.
     """
+    least(steps=(steps, 1), rank=(rank, 1))
     source: dict[str, Any] = {} if general is None else {"data": general}
     options = {"steps": steps, "rule": rule, "baseline": baseline, "everywhere": everywhere, "multiply": multiply}
     options |= {"answer": answer, "per_example": True}

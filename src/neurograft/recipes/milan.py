@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.ranges import least, share
 from neurograft.pipeline.recipe import Recipe
 
 
@@ -58,6 +59,8 @@ def milan(
 
     The data are labelled rows that the model was not trained on, and among which what is asked for occurs.
     """
+    least(k=(k, 1), beam=(beam, 1), length=(length, 1), most=(most, 1))
+    share(quantile=quantile)
     options: dict[str, Any] = {"query": [query] if isinstance(query, str) else list(query), "describer": "$describer"}
     options |= {"k": k, "quantile": quantile, "lam": lam, "beam": beam, "length": length}
     return Recipe(

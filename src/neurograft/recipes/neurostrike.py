@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.ranges import above, least
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -61,6 +62,8 @@ def neurostrike(
         batch: examples in a batch.
         warmup: share of the steps.
     """
+    least(probe_epochs=(probe_epochs, 1), anchor=(anchor, 0))
+    above(probe_lr=(probe_lr, 0))
     options = {"padding": padding, "epochs": probe_epochs, "lr": probe_lr, "decay": decay}
     by = ("within", {"by": ("probe", options), "roles": ["gate", "up"]})
     source: dict[str, Any] = {} if guard is None else {"data": guard}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.ranges import least
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -83,6 +84,7 @@ def self_interpretability(
     The data are scenarios: rows with `name`, `question`, `attributes` (each with `name`, `units`, `range`), and
     perhaps `role`, `weights` and `native`; or a `worlds.preferences.Preferences`.
     """
+    least(trials=(trials, 1), r=(r, 1), choices=(choices, 1), reports=(reports, 1), length=(length, 1))
     low = ("lora", {"r": r, "alpha": alpha, "dropout": dropout})
     shape, other = (low if chosen == "lora" else chosen for chosen in (adapter, report_adapter or adapter))
     first = training(lr=lr, epochs=epochs, batch=batch, warmup=warmup, schedule="cosine", decay=decay)

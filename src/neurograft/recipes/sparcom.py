@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.ranges import share
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -48,6 +49,7 @@ def sparcom(
         length: tokens of a text.
         warmup: share of the steps.
     """
+    share(least=least, expert_share=expert_share)
     how: dict[str, Any] = {"least": least, "within": within, "max_length": length}
     how |= {} if pool is None else {"data": pool}
     return Recipe(

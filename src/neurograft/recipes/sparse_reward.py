@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.ranges import least, share
 from neurograft.pipeline.recipe import Recipe
 
 
@@ -56,6 +57,8 @@ def sparse_reward(
         probe_decay: weight decay of the probe's first layer.
         limit: examples.
     """
+    least(hidden=(hidden, 1), probe_epochs=(probe_epochs, 1))
+    share(gamma=gamma)
     options: dict[str, Any] = {"of": of, "probe": probe, "hidden": hidden, "gamma": gamma, "ends": list(ends)}
     options |= {"epochs": probe_epochs, "lr": probe_lr, "decay": probe_decay}
     which = None if layers is None else list(layers)
