@@ -28,6 +28,7 @@ from neurograft.core.selection import Selection
 from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Untie, Untied
+from neurograft.core.values import check_free
 
 
 class Mount(ABC):
@@ -39,9 +40,13 @@ class Mount(ABC):
         model: the model.
         new: parameters the base's checkpoint lacks (name patterns), trained whole; or name -> number of rows
             the base has, for tokens appended to an embedding.
+
+    Raises:
+        RunError: the model is being trained by another attachment.
     """
 
     def __init__(self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
+        check_free(model)  # before the other attachment's tensors are frozen with the rest
         self.model, self.attached = model, True
         self.declared = True  # False if nobody said what to train, so that a part may stay unreached
         self.ties: Untied | None = None

@@ -94,15 +94,24 @@ def register_values(model: nn.Module, entries: Sequence[Entry]) -> None:
     Raises:
         RunError: the model carries such tensors already.
     """
-    if any(isinstance(getattr(model, CHILD + suffix, None), LiveValues) for suffix in ("", "_norm")):
-        raise RunError(
-            "this model is being trained by another attachment; leave that block first, or attach both at once"
-        )
+    check_free(model)
     norm = {e.name for e in entries if isinstance(model.get_submodule(e.name.rpartition(".")[0]), nn.LayerNorm)}
     for kind, suffix, wanted in ((LiveValues, "", False), (LiveNormValues, "_norm", True)):
         mine = [e for e in entries if (e.name in norm) is wanted]
         if mine:
             model.add_module(CHILD + suffix, kind(mine))
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise if a model carries trainable tensors of an attachment.
+
+    Raises:
+        RunError: it does.
+    """
+    if any(isinstance(getattr(model, CHILD + suffix, None), LiveValues) for suffix in ("", "_norm")):
+        raise RunError(
+            "this model is being trained by another attachment; leave that block first, or attach both at once"
+        )
 
 
 def unregister_values(model: nn.Module) -> None:
