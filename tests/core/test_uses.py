@@ -42,6 +42,8 @@ OPERATIONS = {
     "linear": ((R, C), lambda w: F.linear(X, w)),
     "linear by keyword": ((R, C), lambda w: F.linear(input=X, weight=w)),
     "linear of a transpose": ((C, R), lambda w: F.linear(X, w.t())),
+    "linear with one input": ((R, 1), lambda w: F.linear(X[..., :1], w)),
+    "linear with one output": ((1, C), lambda w: F.linear(X, w)),
     "addmm": ((C, R), lambda w: torch.addmm(rand(R), X.view(-1, C), w)),
     "matmul": ((C, R), lambda w: X @ w),
     "matmul of T": ((R, C), lambda w: X @ w.T),
@@ -74,7 +76,7 @@ def regions(name):
     found = [Region.of(shape, "all", matrix=matrix)]
     for layout in ("rows", "cols", "flat"):
         total = Region.of(shape, layout, matrix=matrix).total
-        found.append(Region.of(shape, layout, {0, 1, total // 2, total - 1}, matrix=matrix))
+        found.append(Region.of(shape, layout, {0, min(1, total - 1), total // 2, total - 1}, matrix=matrix))
     if matrix[0] == 1 and len(shape) == 2 and shape[0] % 2 == shape[1] % 2 == 0:
         found.append(Region.of(shape, "block", [0, 5], matrix=matrix, block=(2, 2)))
     return found
@@ -134,6 +136,8 @@ def test_an_unknown_operation_is_named_and_may_be_accepted():
     weight, live = made("linear", Region.of((R, C), "rows", [1]))
     with pytest.raises(RunError, match=r"w meets the operation .*einsum.*allow_dense=True"):
         torch.einsum("nc,rc->nr", X[0], weight)
+    with pytest.raises(RunError, match="matmul"):
+        weight @ X[0, 0]
     with pytest.raises(RunError, match="setitem"):
         torch.zeros(R, C)[:] = weight
     with pytest.raises(RunError, match="transpose"):
@@ -192,6 +196,28 @@ def test_a_weight_may_begin_inside_a_shared_storage():
             tag(live)
             run(weight).sum().backward()
             torch.testing.assert_close(live.theta.grad, region.read(twin.grad), rtol=0, atol=1e-10)
+
+
+PIECES = {
+    "half of the rows": ((R, C), lambda w: F.linear(X, w[: R // 2])),
+    "some columns": ((R, C), lambda w: F.linear(X[..., 1:], w[:, 1:])),
+    "half of an expert": ((E, R, C), lambda w: F.linear(X, w[1, R // 2 :])),
+    "a window over two rows": ((E, R, C), lambda w: F.linear(X, w.view(-1)[1:][: R * C].view(R, C))),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_of_a_matrix_have_a_dense_gradient_or_none(name, monkeypatch):
+    monkeypatch.setitem(OPERATIONS, name, PIECES[name])
+    for region in regions(name):
+        weight, live = made(name, region)
+        with pytest.raises(RunError, match="allow_dense=True"):
+            OPERATIONS[name][1](weight)
+        live.allow_dense = True
+        OPERATIONS[name][1](weight).square().sum().backward()
+        twin, _ = made(name)
+        OPERATIONS[name][1](twin).square().sum().backward()
+        torch.testing.assert_close(live.theta.grad, region.read(twin.grad), rtol=0, atol=1e-10)
 
 
 def test_half_of_every_expert_is_no_bank():

@@ -10,8 +10,10 @@ import torch._dynamo.testing
 from _compact import bits, dense_gradients, loss_of, regions, same_bits, some_of
 from transformers import AutoModelForCausalLM
 
+from neurograft.adapters._in_place import InPlaceMount
 from neurograft.adapters.slice import slice as compact
 from neurograft.anatomy.sites import sites
+from neurograft.core.choose import choose
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.selection import Selection
 from neurograft.core.uses import LiveWeight
@@ -190,6 +192,35 @@ def test_a_refused_attachment_does_not_freeze_the_first():
     before = other.mount.state_dict()
     other.step()
     assert not any(torch.equal(v, before[n]) for n, v in other.mount.state_dict().items())
+
+
+def test_a_refused_attachment_leaves_the_first_one_training():
+    made = Live(match="up_proj")
+    for adapter in ("slice", "dense", "lora"):
+        with pytest.raises(RunError, match="another attachment"):
+            choose("adapters", adapter)(made.model, some_of(made.model, ("all",), match="down_proj"))
+    before = made.mount.mark()
+    made.step()
+    assert not any(torch.equal(p, before[n]) for n, p in made.mount.named_parameters().items())
+
+
+def test_a_failed_attachment_leaves_no_trace(monkeypatch):
+    model, failing = pico("llama"), "model.layers.1.mlp.up_proj.weight"
+    before = bits(model)
+    plain = InPlaceMount._prepare
+
+    def prepare(self, live):
+        if live.name == failing:
+            raise MemoryError
+        plain(self, live)
+
+    monkeypatch.setattr(InPlaceMount, "_prepare", prepare)
+    with pytest.raises(MemoryError):
+        compact(model, some_of(model, match="proj"))
+    assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in model.parameters())
+    assert not any("neurograft" in n for n, _ in model.named_modules())
+    assert not model._forward_pre_hooks
+    assert same_bits(bits(model), before)
 
 
 def test_unfreezing_is_refused_aloud(live):

@@ -31,20 +31,29 @@ class InPlaceMount(Mount):
         new: Iterable[str] | Mapping[str, int] = (),
         allow_dense: bool = False,
     ) -> None:
-        names = {n: self._checked(n, dict(model.named_parameters(remove_duplicate=False))[n]) for n in regions}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        weights = {n: self._checked(n, named[n]) for n in regions}
         super().__init__(model, new=new)
-        self.allow_dense = allow_dense
-        self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in (torch.bfloat16, torch.float16)]
-        self.lives = [self._live(n, names[n], r) for n, r in regions.items() if n not in self.whole()]
-        self.start = {}
-        for live in self.lives:
+        self.allow_dense, self.lives, self.start, self.handles = allow_dense, list[Live](), {}, list[Any]()
+        self.heads: list[Live] = []
+        try:
+            narrow = (torch.bfloat16, torch.float16)
+            self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in narrow]
+            self._attach([self._live(n, weights[n], r) for n, r in regions.items() if n not in self.whole()])
+        except BaseException:  # out of memory, say: the model is not left half attached
+            self.detach()
+            raise
+
+    def _attach(self, lives: list[Live]) -> None:
+        self.lives = lives
+        for live in lives:
             if live.name in self.stack.ledgers:
                 self.start[live.name] = self.stack.unrounded(live.name, live.weight, live.region)
                 live.theta.data.copy_(self.start[live.name])
         self._tag(self.lives)
         self.handles = [
             register_optimizer_step_post_hook(self._stepped),
-            model.register_forward_pre_hook(_Guard(self)),
+            self.model.register_forward_pre_hook(_Guard(self)),
         ]
 
     def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
@@ -166,7 +175,8 @@ class InPlaceMount(Mount):
             handle.remove()
         for live in (*self.lives, *self.heads):
             live.restore()
-            untag(live)
+            if isinstance(live.weight, LiveWeight):
+                untag(live)
         unregister_values(self.model)
 
     def check(self) -> None:

@@ -40,6 +40,9 @@ class Mount(ABC):
         model: the model.
         new: parameters the base's checkpoint lacks (name patterns), trained whole; or name -> number of rows
             the base has, for tokens appended to an embedding.
+
+    Raises:
+        RunError: the model is being trained by another attachment.
     """
 
     def __init__(self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
