@@ -24,6 +24,13 @@ def test_what_is_no_choice_is_refused(choice, words):
         choose("selectors", choice)
 
 
+def test_more_options_of_a_chosen_method_are_checked_too():
+    chosen = choose("selectors", "top")
+    assert choose("selectors", chosen, count=3).options == {"count": 3}
+    with pytest.raises(RequestError, match="'fraction'"):
+        choose("selectors", chosen, fractoin=0.1)
+
+
 def test_rooms_whose_name_is_no_plural():
     with pytest.raises(RequestError, match="a method of data 'reservoor'"):
         choose("data", "reservoor")

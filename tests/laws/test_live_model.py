@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from _compact import bits, dense_gradients, loss_of, regions, same_bits, some_of
 from transformers import AutoModelForCausalLM
 
+import neurograft as ng
 from neurograft.adapters.slice import slice as compact
 from neurograft.anatomy.sites import sites
 from neurograft.core.errors import RequestError, RunError
@@ -178,6 +179,15 @@ def test_a_refused_attachment_does_not_freeze_the_first():
     before = other.mount.state_dict()
     other.step()
     assert not any(torch.equal(v, before[n]) for n, v in other.mount.state_dict().items())
+
+
+def test_a_model_with_lora_layers_takes_no_second_ones():
+    model = pico("llama")
+    with ng.attach(model, adapter="lora") as first:
+        with pytest.raises(RequestError, match="LoRA layers"):
+            ng.attach(model, adapter="lora")
+        assert all(p.requires_grad for p in first.parameters())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_unfreezing_is_refused_aloud(live):

@@ -100,6 +100,7 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
         {'fraction': 0.01}
     """
     if isinstance(choice, Chosen):
+        check_options(choice.function, options, choice.name)
         return Chosen(choice.function, {**choice.options, **options}, choice.name)
     if isinstance(choice, (tuple, list)) and len(choice) == 2:
         choice, given = choice

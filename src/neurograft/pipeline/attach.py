@@ -59,7 +59,13 @@ def attach(
     if where is None and adapter == "slice":
         adapter = "dense"
     made = choose("adapters", adapter, **options)
-    mount: Mount = made(model, where, new=new, protect=protect)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        mount: Mount = made(model, where, new=new, protect=protect)
+    except BaseException:  # a mount freezes the model before it knows whether all of it can be had
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
     return mount
 
 
