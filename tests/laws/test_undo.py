@@ -323,6 +323,31 @@ def test_an_interrupted_apply_leaves_nothing_behind(monkeypatch):
     assert ATTRIBUTE not in model.__dict__
 
 
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_an_interrupted_remove_is_ended_by_another(at, monkeypatch):
+    model = pico("llama")
+    base, (first, second) = bits(model), (overlapping(model, seed=i)[0] for i in (0, 1))
+    with second.on(model):
+        wanted = bits(model)
+    first.apply(second.apply(model))
+    written, original = [], Region.write_
+
+    def failing(self, weight, values):
+        written.append(weight)
+        if len(written) == at:
+            raise KeyboardInterrupt
+        original(self, weight, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Region, "write_", failing)
+        with pytest.raises(KeyboardInterrupt):
+            first.remove(model)
+    first.remove(model)
+    assert equal(bits(model), wanted)
+    second.remove(model)
+    assert equal(bits(model), base)
+
+
 def test_every_permutation_of_three():
     # float32: a narrower dtype would round the order of a sum away
     model = pico("llama", num_hidden_layers=1)
