@@ -255,6 +255,17 @@ def test_grafts_that_untie_share_the_untying_and_clash_with_grafts_of_the_tied_w
         first.apply(pico("llama"))
 
 
+def test_rows_appended_to_weights_that_were_untied_first():
+    model = pico("gpt2")
+    base, names = bits(model), ("transformer.wte.weight", "lm_head.weight")
+    rows = {name: New(torch.full((2, 32), float(i)), 64) for i, name in enumerate(names)}
+    with Graft(rows, (Untie(names[1:]),)).on(model):
+        assert [len(model.get_parameter(n)) for n in names] == [66, 66]
+        assert model.lm_head.weight is not model.transformer.wte.weight
+    assert equal(bits(model), base)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
 def test_appended_rows_and_changes_of_the_same_weight_refuse_each_other():
     model = pico("llama")
     base, name = bits(model), "model.embed_tokens.weight"
