@@ -18,6 +18,7 @@ from neurograft.core.intervene import Intervention
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
 from neurograft.core.untie import Untie
+from neurograft.pipeline.models import load_model
 from neurograft.worlds.pico import pico, pico_batch
 
 
@@ -106,6 +107,18 @@ def test_merged_has_the_strength_asked_for_whatever_strength_is_on(tmp_path):
         folder = half.export(tmp_path / "half", to="merged", model=model)
         assert bool((model.get_parameter(name)[1] == 1).all()), "the model keeps the strength it had"
     assert torch.equal(type(model).from_pretrained(folder).get_parameter(name), wanted)
+
+
+def test_the_base_a_graft_names_is_not_read_from_a_pickle(tmp_path):
+    pico("llama").save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    graft = everywhere(model)
+    assert (graft.export(tmp_path / "a", to="patch") / "patch.safetensors").is_file()
+    torch.save(model.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(RequestError, match="pickled weights are never read"):
+        graft.export(tmp_path / "b", to="patch")
+    assert not (tmp_path / "b").exists()
 
 
 def test_merged_refuses_other_grafts_and_folders_in_use(tmp_path):

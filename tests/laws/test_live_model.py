@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from _compact import bits, dense_gradients, loss_of, regions, same_bits, some_of
 from transformers import AutoModelForCausalLM
 
+import neurograft as ng
 from neurograft.adapters._in_place import InPlaceMount
 from neurograft.adapters.slice import slice as compact
 from neurograft.anatomy.sites import sites
@@ -221,6 +222,15 @@ def test_a_failed_attachment_leaves_no_trace(monkeypatch):
     assert not any("neurograft" in n for n, _ in model.named_modules())
     assert not model._forward_pre_hooks
     assert same_bits(bits(model), before)
+
+
+def test_a_model_with_lora_layers_takes_no_second_ones():
+    model = pico("llama")
+    with ng.attach(model, adapter="lora") as first:
+        with pytest.raises(RequestError, match="LoRA layers"):
+            ng.attach(model, adapter="lora")
+        assert all(p.requires_grad for p in first.parameters())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_unfreezing_is_refused_aloud(live):

@@ -255,6 +255,17 @@ def test_grafts_that_untie_share_the_untying_and_clash_with_grafts_of_the_tied_w
         first.apply(pico("llama"))
 
 
+def test_rows_appended_to_weights_that_were_untied_first():
+    model = pico("gpt2")
+    base, names = bits(model), ("transformer.wte.weight", "lm_head.weight")
+    rows = {name: New(torch.full((2, 32), float(i)), 64) for i, name in enumerate(names)}
+    with Graft(rows, (Untie(names[1:]),)).on(model):
+        assert [len(model.get_parameter(n)) for n in names] == [66, 66]
+        assert model.lm_head.weight is not model.transformer.wte.weight
+    assert equal(bits(model), base)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
 def test_appended_rows_and_changes_of_the_same_weight_refuse_each_other():
     model = pico("llama")
     base, name = bits(model), "model.embed_tokens.weight"
@@ -321,6 +332,31 @@ def test_an_interrupted_apply_leaves_nothing_behind(monkeypatch):
         graft.apply(model)
     assert equal(bits(model), base)
     assert ATTRIBUTE not in model.__dict__
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_an_interrupted_remove_is_ended_by_another(at, monkeypatch):
+    model = pico("llama")
+    base, (first, second) = bits(model), (overlapping(model, seed=i)[0] for i in (0, 1))
+    with second.on(model):
+        wanted = bits(model)
+    first.apply(second.apply(model))
+    written, original = [], Region.write_
+
+    def failing(self, weight, values):
+        written.append(weight)
+        if len(written) == at:
+            raise KeyboardInterrupt
+        original(self, weight, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Region, "write_", failing)
+        with pytest.raises(KeyboardInterrupt):
+            first.remove(model)
+    first.remove(model)
+    assert equal(bits(model), wanted)
+    second.remove(model)
+    assert equal(bits(model), base)
 
 
 def test_every_permutation_of_three():

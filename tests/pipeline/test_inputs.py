@@ -218,6 +218,8 @@ def test_models_that_cannot_be_had_are_named(tmp_path, llama):
         load_model(tmp_path / "model", dtype="int7")
     with pytest.raises(RequestError, match="live model"):
         load_model(llama, revision="main")
+    with pytest.raises(RequestError, match="revision 'main' of the folder"):
+        load_model(tmp_path / "model", revision="main")
     with pytest.raises(RequestError, match="SequenceClassification"):
         load_model(tmp_path / "model", head="SequenceClasification")
     made = load_model(tmp_path / "model", head="SequenceClassification", num_labels=5)

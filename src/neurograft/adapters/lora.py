@@ -134,6 +134,12 @@ def _targets(
     protect: Selection | None,
     new: Iterable[str] | Mapping[str, int],
 ) -> list[str]:
+    if any(hasattr(m, "lora_A") for m in model.modules()):
+        raise RequestError(
+            "a model with LoRA layers in it",
+            expected="plain linear layers",
+            do="leave the other attachment first, or merge the adapter into a base of its own",
+        )
     found = Parameters.of(model)
     linear = {n for n, m in model.named_modules() if _is_linear(m)}
     get: Any = getattr(model, "get_output_embeddings", None)

@@ -56,7 +56,19 @@ class Chosen:
         return found
 
     def __call__(self, *args: Any, **more: Any) -> Any:
-        return self.function(*args, **{**self.options, **more})
+        given = {**self.options, **more}
+        try:
+            return self.function(*args, **given)
+        except TypeError as error:
+            lacking = [n for n, p in option_names(self.function).items() if p.default is p.empty and n not in given]
+            if not lacking:
+                raise
+            short = self.name.rpartition(".")[2]
+            raise RequestError(
+                f"{short} without {', '.join(lacking)}",
+                expected="these options",
+                do=f'("{short}", {{"{lacking[0]}": ...}})',
+            ) from error
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for recipes and cards."""

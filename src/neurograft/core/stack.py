@@ -188,18 +188,17 @@ class Stack:
                     f"{name} was resized or replaced while the graft {graft.identity[:12]} was on; its originals "
                     "no longer fit. Load the base again, and remove grafts before such changes"
                 )
-        handles = self.mounted.pop(graft.identity)
-        for name, ledger in touched.items():
+        for name, ledger in touched.items():  # interrupted anywhere, a second call ends it
             ledger.region.write_(weights[name], ledger.original)
-            del ledger.members[graft.identity]
-            if ledger.members:
-                region = union(change.region for changes in ledger.members.values() for change, _ in changes)
-                ledger.original = region.read(weights[name]).cpu()
-                ledger.region = region
-                region.write_(weights[name], ledger.numbers())
+            members = {identity: held for identity, held in ledger.members.items() if identity != graft.identity}
+            if members:
+                region = union(change.region for changes in members.values() for change, _ in changes)
+                left = Ledger(region, region.read(weights[name]).cpu(), members)
+                region.write_(weights[name], left.numbers())
+                self.ledgers[name] = left
             else:
                 del self.ledgers[name]
-        for handle in reversed(handles):
+        for handle in reversed(self.mounted.pop(graft.identity)):
             handle.remove()
         del self.grafts[graft.identity]
         if not self.grafts:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from neurograft.core.coordinates import Coordinates, coordinates, holders
@@ -89,11 +90,13 @@ def base_model(graft: Graft, model: nn.Module | None) -> nn.Module:
     dtype = getattr(torch, origin.get("dtype") or "float32")
     loader = resolve(f"transformers.{origin['class']}")
     try:
-        loaded: nn.Module = loader.from_pretrained(origin["name"], revision=origin.get("revision"), dtype=dtype)
-    except (OSError, ValueError) as error:
+        loaded: nn.Module = loader.from_pretrained(
+            origin["name"], revision=origin.get("revision"), dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise RequestError(
             f"the base {origin['name']!r} (revision {origin.get('revision') or 'main'}), which cannot be loaded",
-            expected="the model the graft was made on",
+            expected="the model the graft was made on, in safetensors files; pickled weights are never read",
             do="pass model=, the base loaded from where it lies now",
         ) from error
     return loaded

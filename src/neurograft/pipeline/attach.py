@@ -66,7 +66,13 @@ def attach(
             expected="the units to train",
             do="pass a selection, or leave adapter out to train everything",
         )
-    mount: Mount = made(model, where, new=new, protect=protect)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        mount: Mount = made(model, where, new=new, protect=protect)
+    except BaseException:  # a mount freezes the model before it knows whether all of it can be had
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
     return mount
 
 

@@ -56,6 +56,12 @@ def load_model(
     name = str(model)
     if name in SHIPPED and not Path(name).exists():
         name = str(resolve(SHIPPED[name])())
+    if revision is not None and Path(name).is_dir():
+        raise RequestError(
+            f"revision {revision!r} of the folder {name}",
+            expected="a Hub id with it",
+            do="leave it out",
+        )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     config = config_of(name, options)
     if isinstance(config, dict):
