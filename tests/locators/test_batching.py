@@ -7,8 +7,10 @@ from torch import nn
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose, methods, option_names
 from neurograft.core.context import Context, Step
+from neurograft.core.errors import RequestError
 from neurograft.core.units import Site, Tap
 from neurograft.locators._common import per_example
+from neurograft.locators.activation import activation
 from neurograft.locators.fisher import fisher
 from neurograft.locators.grad_x_act import grad_x_act
 from neurograft.worlds.pico import pico, pico_batch
@@ -102,6 +104,18 @@ def test_the_loss_a_model_returns_is_the_mean_of_its_rows_alone(family):
 
 def test_an_expert_without_a_token_adds_nothing():
     assert per_example(torch.empty(0, 3), torch.empty(0, dtype=torch.long), 2).tolist() == [[0.0] * 3] * 2
+
+
+def test_an_expert_that_does_not_tell_whose_tokens_it_got_is_no_ground_for_scores_by_example():
+    model, auto = pico("switch_transformers"), choose("objectives", "auto")
+    where = {n: s for n, s in sites(model, "neuron").items() if "experts" in n}
+    given = Context(model, where, [pico_batch(model, batch=4)], asked=auto)
+    with pytest.raises(RequestError, match="whose tokens"):
+        grad_x_act(given)
+    with pytest.raises(RequestError, match="whose tokens"):
+        activation(given, pool="max")
+    for found in (grad_x_act(given, over="data"), grad_x_act(given, over="token"), activation(given)):
+        assert any(bool(v.any()) for v in found.values.values())
 
 
 class Twice(nn.Module):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.board import Board, Guest
-from neurograft.core.errors import RunError
+from neurograft.core.errors import RequestError, RunError
 from neurograft.core.passing import Pass, Positions, Seen
 from neurograft.core.units import Site
 
@@ -46,11 +46,22 @@ class Watch:
     tokens: Counter[str] = field(default_factory=Counter)
     seen: Seen | None = None
     kept: Tensor | None = None
+    lost: str = ""
 
     def place(self) -> tuple[Tensor, Tensor]:
-        """Return the batch row and the position of the tokens that are being read, int64 [tokens] each."""
+        """Return the batch row and the position of the tokens that are being read, int64 [tokens] each.
+
+        Raises:
+            RequestError: the tokens are those sent to an expert that does not say which they are.
+        """
         if self.seen is None:
             raise RunError("place() was asked for outside of a reader")
+        if self.lost:
+            raise RequestError(
+                f"activations at {self.lost!r}, an expert that does not tell whose tokens it got",
+                expected="units of which every token's example is known",
+                do="leave experts out (match=), or do not ask by example (over='data', pool='token')",
+            )
         rows, at = (p.reshape(-1) for p in self.seen.place())
         if self.kept is None:
             return rows, at
@@ -97,7 +108,7 @@ def watch(
         found.fired[name] += 1
         found.tokens[name] += len(flat)
         if len(flat):
-            found.seen, found.kept = seen, kept
+            found.seen, found.kept, found.lost = seen, kept, name if _lost(sites[name], seen) else ""
             with torch.no_grad():
                 reader(name, flat)
             found.seen = None
@@ -156,7 +167,8 @@ def gradients(
         model: the root that will be called.
         sites: what to read; each needs a tap.
         reader: gets activations and the gradient of the scalar with respect to them, both [tokens, n] or
-            [tokens, n, w], and the batch row of each token, int64 [tokens]; tokens outside of the mask have g = 0.
+            [tokens, n, w], and the batch row of each token, int64 [tokens], -1 inside an expert that does not tell
+            whose tokens it got; tokens outside of the mask have g = 0.
         mask: which tokens count, as for `watch`.
 
     Raises:
@@ -171,6 +183,7 @@ def gradients(
         if not torch.is_grad_enabled():
             return None
         kept, rows = seen.mask(mask or "all"), seen.place()[0].reshape(-1)
+        rows = torch.full_like(rows, -1) if _lost(sites[name], seen) else rows
         wide = len(seen.lead)
 
         def tell(x: Tensor, g: Tensor) -> None:
@@ -232,6 +245,11 @@ def _seated(board: Board, guest: Guest, found: Watch, why: str = "") -> Iterator
     empty = [n for n in guest.sites if not found.tokens[n] and not routed(guest.sites[n])]
     if empty:
         raise RunError(f"the tap of {empty[0]} saw no token ({len(empty)} sites): every position was masked")
+
+
+def _lost(site: Site, seen: Seen) -> bool:
+    """Say whether tokens are some that were sent to an expert, and nobody knows which."""
+    return routed(site) and seen.tokens is None and len(seen.lead) == 1
 
 
 def routed(site: Site) -> bool:

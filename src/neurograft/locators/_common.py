@@ -34,10 +34,19 @@ def need_batches(context: Context) -> None:
 def per_example(tokens: Tensor, rows: Tensor, examples: int) -> Tensor:
     """Sum [tokens, n] over the tokens of each example, [examples, n].
 
+    Raises:
+        RequestError: it is not known whose tokens they are, row -1.
+
     Example:
         >>> per_example(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([0, 0, 1]), 2).tolist()
         [[3.0], [4.0]]
     """
+    if len(rows) and int(rows[0]) < 0:
+        raise RequestError(
+            "scores by example of an expert that does not tell whose tokens it got",
+            expected="units of which every token's example is known",
+            do="leave experts out (match=), or take over='data' or 'token'",
+        )
     length = len(tokens) // examples
     if length and length * examples == len(rows):
         grid = torch.arange(examples, device=rows.device).repeat_interleave(length)
