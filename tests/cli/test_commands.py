@@ -121,7 +121,7 @@ WRONG = {
     "unknown training argument": (("tune", "MODEL", "DATA", "--args", "learning_rat=1", "-o", "OUT"), "learning_rate"),
     "unknown recipe": (("run", "s2tf", "MODEL", "DATA"), "s2ft"),
     "a recipe option that is no number": (("run", "s2ft", "MODEL", "DATA", "fraction=much"), "a number"),
-    "a fraction that is no number": (("select", "SCORES", "--fraction", "nan"), "a number"),
+    "a fraction that is no number": (("select", "SCORES", "--fraction", "nan"), "more than 0"),
     "a recipe without a model": (("run", "s2ft"), "a model"),
     "unknown key of a recipe": (("run", "s2ft", "MODEL", "DATA", "fractoin=0.1"), "fraction"),
     "writing over its input": (("select", "SCORES", "-o", "SCORES"), "one of the inputs"),
@@ -290,7 +290,7 @@ def test_cite_names_papers_of_a_slug_or_a_graft_s_folder_or_says_there_are_none(
     [
         (("select", "SCORES", "--fraction", "3"), "give --fraction 0.01"),
         (("tune", "MODEL", "DATA", "--where", "SCORES"), "neurograft select FILE"),
-        (("tune", "MODEL", "DATA", "--args", "max_steps=three"), "give one, as in max_steps=-1"),
+        (("tune", "MODEL", "DATA", "--args", "max_steps=three"), "the default is -1"),
         (("audit", "MODEL", "MODEL"), "give --gain FILE"),
         (("audit", "MODEL", "MODEL", "--keep", "a.jsonl"), "NAME=FILE"),
         (("anatomy",), "a model, or --all"),

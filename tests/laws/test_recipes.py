@@ -103,7 +103,9 @@ def test_a_recipe_is_plain_data_of_a_known_paper(name):
 
 @pytest.mark.parametrize("name", [n for n in recipes() if card(n).paper])
 def test_the_proof_has_not_seen_these_families(name):
-    text = (Path(__file__).parents[1] / "proofs" / f"test_{name}.py").read_text()
+    file = Path(__file__).parents[1] / "proofs" / f"test_{name}.py"
+    assert file.is_file(), f"{name} names a paper, so it needs a proof: write tests/proofs/{file.name}"
+    text = file.read_text()
     assert not any(f'"{family}"' in text for family in FAMILIES.get(card(name).task, ()))
 
 

@@ -118,7 +118,7 @@ def test_bad_data_is_named(case, llama):
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_label_outside_of_the_classes_is_named(label):
     rows = [{"text": "1", "label": 0}, {"text": "2", "label": label}]
-    with pytest.raises(RequestError, match=f"label {label} in row 1 for 3 classes"):
+    with pytest.raises(RequestError, match=f"label {label} of row 1"):
         as_batches(rows, pico("bert"), processing_class=T)
 
 

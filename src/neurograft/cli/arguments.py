@@ -35,6 +35,6 @@ ABOUT = word("[ABOUT]", "A slug, or a word of title, slug or room.", str | None)
 SOURCE = word("SOURCE", "A graft's folder, a recipe's name or a paper's slug.")
 RUN = word(
     "RECIPE [MODEL] [DATA] [KEY=VALUE...]",
-    "A recipe, what it runs on, and changes to its options; `neurograft papers RECIPE` names them.",
+    "A recipe, what it runs on, and changes to its options; `neurograft run RECIPE --help` lists them.",
     list[str],
 )
