@@ -290,7 +290,7 @@ def test_cite_names_papers_of_a_slug_or_a_graft_s_folder_or_says_there_are_none(
     [
         (("select", "SCORES", "--fraction", "3"), "give --fraction 0.01"),
         (("tune", "MODEL", "DATA", "--where", "SCORES"), "neurograft select FILE"),
-        (("tune", "MODEL", "DATA", "--args", "max_steps=three"), "the default is -1"),
+        (("tune", "MODEL", "DATA", "--args", "max_steps=three"), "give one, as in max_steps=-1"),
         (("audit", "MODEL", "MODEL"), "give --gain FILE"),
         (("audit", "MODEL", "MODEL", "--keep", "a.jsonl"), "NAME=FILE"),
         (("anatomy",), "a model, or --all"),

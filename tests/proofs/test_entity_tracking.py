@@ -518,7 +518,7 @@ def test_the_locators_answer_at_the_front_door():
         assert again.digest == scores.digest
         assert receivers.digest in json.dumps(again.card)
     with pytest.raises(RequestError, match="a causal language model"):
-        ng.locate(pico("bert"), pair, by="dcm", units="head")
+        ng.locate(pico("t5"), pair, by="dcm", units="head")
 
 
 def test_bad_requests():

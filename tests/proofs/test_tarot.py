@@ -299,10 +299,10 @@ def test_the_graft_reaches_the_metric_on_its_card_in_both_forms():
     ):
         changes = {"form": form, "units": units, "metric": metric, "iterations": 4, "size": 6, "shots": [0, 2]}
         graft = ng.run("tarot", model, rows, changes=changes, **given).graft
-        assert graft.card["after"] > graft.card["before"]
+        assert graft.card["metric_after"] > graft.card["metric_before"]
         assert graft.card["tries"] == 9
         assert sorted(graft.card["incumbents"]) == graft.card["incumbents"]
-        assert graft.card["incumbents"][0] == pytest.approx(graft.card["before"], abs=1e-6)
+        assert graft.card["incumbents"][0] == pytest.approx(graft.card["metric_before"], abs=1e-6)
         assert {o.site.layer for o in graft.operations} == {0}  # the lower half of two blocks
         if form == "rotary":
             continue

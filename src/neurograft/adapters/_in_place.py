@@ -34,8 +34,9 @@ class InPlaceMount(Mount):
         named = dict(model.named_parameters(remove_duplicate=False))
         weights = {n: self._checked(n, named[n]) for n in regions}
         super().__init__(model, new=new)
-        self.allow_dense, self.lives, self.start, self.handles = allow_dense, list[Live](), {}, list[Any]()
+        self.allow_dense, self.lives, self.handles = allow_dense, list[Live](), list[Any]()
         self.heads: list[Live] = []
+        self.start: dict[str, Any] = {}
         try:
             narrow = (torch.bfloat16, torch.float16)
             self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in narrow]

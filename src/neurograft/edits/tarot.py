@@ -81,7 +81,7 @@ def tarot(
         >>> heads = sites(net, "head")
         >>> where = Selection.of(heads, {next(iter(heads)): [0, 2]})
         >>> graft = tarot(Context(net, heads, [pico_batch(net)]), where, optimizer="random", iterations=9)
-        >>> graft.card["angles"], graft.card["tries"], graft.card["after"] > graft.card["before"]
+        >>> graft.card["angles"], graft.card["tries"], graft.card["metric_after"] > graft.card["metric_before"]
         (8, 14, True)
     """
     one_of(form, FORMS, what="form of rotation")
@@ -120,7 +120,7 @@ def tarot(
         )
     made = turned(found.best)
     card: dict[str, Any] = {"edit": "tarot", "form": form, "metric": metric, "angles": total, "tries": found.tries}
-    card |= {"before": before, "after": after, "incumbents": found.incumbents.tolist()}
+    card |= {"metric_before": before, "metric_after": after, "incumbents": found.incumbents.tolist()}
     if ship == "weights":
         return Graft.made(context.model, as_deltas(context.model, made), card=card)
     return Graft.made(context.model, {}, operations=tuple(made), card=card)

@@ -210,7 +210,7 @@ def _arguments(args: Any, scratch: str, seed: int) -> Any:
             )
         odd = isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value))
         if type(known[name]) in (int, float) and odd:
-            raise RequestError(f"{name}={value!r}", expected="a number", do=f"the default is {known[name]}")
+            raise RequestError(f"{name}={value!r}", expected="a number", do=f"give one, as in {name}={known[name]}")
     if "output_dir" not in given and given.get("save_strategy", "no") != "no":
         raise RequestError(
             "checkpoints without a place for them", expected="output_dir among args", do="args={'output_dir': ...}"
