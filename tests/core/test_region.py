@@ -79,6 +79,8 @@ def test_flattened_keeps_track_of_the_order():
         (Part.entries("w", 48), [5, 40], "flat"),
         (Part.whole("w", 48), [0], "all"),
         (Part("w", ((2, 2),), repeat=3, run=2, repeat_stride=8), [1], "flat"),  # half-high columns
+        (Part("w", ((2, 8),), run=8, start=4), [1], "flat"),  # windows over two rows
+        (Part("w", ((3, 16), (2, 4)), repeat=2, run=2, repeat_stride=8), [3], "flat"),  # every other block
     ],
 )
 def test_the_narrowest_layout_holds_exactly_the_units_entries(part, ids, layout):
