@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neurograft.core.errors import RequestError
+from neurograft.core.mount import minus
 from neurograft.core.region import Region, as_matrix, positions, region_of, union
 from neurograft.core.units import Part
 
@@ -59,6 +60,17 @@ def test_union_and_positions_find_every_value_again(shape):
             assert both.numel == len(torch.cat([a.flat(), b.flat()]).unique())
             assert both.contains(a)
             assert both.contains(b)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_minus_leaves_the_entries_of_the_first_alone(shape):
+    found = regions(shape)
+    if len(shape) == 2:
+        found.append(Region.of(shape, "block", [0, 1], block=(3, 2)))
+    for a in found:
+        for b in found:
+            left = minus(a, b)
+            assert set(left.flat().tolist()) == set(a.flat().tolist()) - set(b.flat().tolist())
 
 
 def test_flattened_keeps_track_of_the_order():
