@@ -33,7 +33,8 @@ class InPlaceMount(Mount):
         named = dict(model.named_parameters(remove_duplicate=False))
         weights = {n: self._checked(n, named[n]) for n in regions}
         super().__init__(model, new=new)
-        self.allow_dense, self.lives, self.start, self.handles = allow_dense, list[Live](), {}, list[Any]()
+        self.allow_dense, self.lives, self.handles = allow_dense, list[Live](), list[Any]()
+        self.start: dict[str, torch.Tensor] = {}
         try:
             self._attach([self._live(n, weights[n], r) for n, r in regions.items() if n not in self.whole])
         except BaseException:  # out of memory, say: the model is not left half attached
