@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neurograft.core.errors import RequestError
+from neurograft.core.mount import minus
 from neurograft.core.region import Region, as_matrix, positions, region_of, union
 from neurograft.core.units import Part
 
@@ -61,6 +62,17 @@ def test_union_and_positions_find_every_value_again(shape):
             assert both.contains(b)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_minus_leaves_the_entries_of_the_first_alone(shape):
+    found = regions(shape)
+    if len(shape) == 2:
+        found.append(Region.of(shape, "block", [0, 1], block=(3, 2)))
+    for a in found:
+        for b in found:
+            left = minus(a, b)
+            assert set(left.flat().tolist()) == set(a.flat().tolist()) - set(b.flat().tolist())
+
+
 def test_flattened_keeps_track_of_the_order():
     weight = torch.randn(6, 8)
     region = Region.of((6, 8), "cols", [1, 5])
@@ -79,6 +91,8 @@ def test_flattened_keeps_track_of_the_order():
         (Part.entries("w", 48), [5, 40], "flat"),
         (Part.whole("w", 48), [0], "all"),
         (Part("w", ((2, 2),), repeat=3, run=2, repeat_stride=8), [1], "flat"),  # half-high columns
+        (Part("w", ((2, 8),), run=8, start=4), [1], "flat"),  # windows over two rows
+        (Part("w", ((3, 16), (2, 4)), repeat=2, run=2, repeat_stride=8), [3], "flat"),  # every other block
     ],
 )
 def test_the_narrowest_layout_holds_exactly_the_units_entries(part, ids, layout):

@@ -63,6 +63,7 @@ OPERATIONS = {
     "conv2d": ((6, 4, 3, 3), lambda w: F.conv2d(IMAGE, w, None, 2, 1, 1)),
     "grouped conv2d": ((6, 2, 3, 3), lambda w: F.conv2d(IMAGE, w, padding=1, groups=2)),
     "depthwise conv1d": ((4, 1, 3), lambda w: torch.conv1d(LINE, w, groups=4, padding=2, dilation=2)),
+    "many filters in groups": ((80, 1, 3), lambda w: F.conv1d(LINE, w, groups=4)),
     "added": ((N, C), lambda w: X + w),
     "added in place": ((N, C), lambda w: (X * 1.0).add_(w)),
     "multiplied": ((N, C), lambda w: w * X),
@@ -72,7 +73,7 @@ OPERATIONS = {
 def regions(name):
     """Every layout that fits, with entries at both ends and in the middle."""
     shape = OPERATIONS[name][0]
-    matrix = as_matrix(shape, bank=not name.startswith(("conv", "depthwise", "grouped conv", "squeezed")))
+    matrix = as_matrix(shape, bank=not name.startswith(("conv", "depthwise", "grouped conv", "many", "squeezed")))
     found = [Region.of(shape, "all", matrix=matrix)]
     for layout in ("rows", "cols", "flat"):
         total = Region.of(shape, layout, matrix=matrix).total
@@ -138,6 +139,10 @@ def test_an_unknown_operation_is_named_and_may_be_accepted():
         torch.einsum("nc,rc->nr", X[0], weight)
     with pytest.raises(RunError, match="matmul"):
         weight @ X[0, 0]
+    filters = nn.Parameter(rand(6, 4, 3), requires_grad=False)
+    tag(Live("f", filters, Region.of((6, 4, 3), "rows", [1], matrix=(1, 6, 12))))
+    with pytest.raises(RunError, match="conv1d"):
+        F.conv1d(LINE[0], filters)  # an example alone
     with pytest.raises(RunError, match="setitem"):
         torch.zeros(R, C)[:] = weight
     with pytest.raises(RunError, match="transpose"):

@@ -36,7 +36,7 @@ class InPlaceMount(Mount):
         super().__init__(model, new=new)
         self.allow_dense, self.lives, self.handles = allow_dense, list[Live](), list[Any]()
         self.heads: list[Live] = []
-        self.start: dict[str, Any] = {}
+        self.start: dict[str, torch.Tensor] = {}
         try:
             narrow = (torch.bfloat16, torch.float16)
             self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in narrow]
