@@ -227,6 +227,23 @@ def test_a_selection_moves_alone_and_its_log_replays_too(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_training_that_turned_to_other_units_ships_its_numbers(method):
+    """A log on the base says where the last units went, not where they began after the turn."""
+    model = pico("llama")
+    before, first = bits(model), some(model)
+    moved = {n: ids + 1 for n, ids in first.ids.items()}
+    other = Selection.of(first.sites, {n: ids[ids < first.sites[n].n] for n, ids in moved.items()})
+    with attach(model, first) as live:
+        fit(live, [pico_batch(model)], steps=2, lr=1e-3, optimizer=quick(method), objective=loss,
+            schedule=("every", {"steps": 1}), reselect=lambda net, step: other)  # fmt: skip
+        graft, ended = live.graft(), bits(model)
+    assert not graft.logged
+    with graft.on(model):
+        assert equal(bits(model), ended)
+    assert equal(bits(model), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_what_sleeps_is_neither_shifted_nor_moved(method):
     model = pico("llama")
     before = bits(model)

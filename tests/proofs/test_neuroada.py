@@ -16,6 +16,7 @@ from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.planted_delta import planted_delta
 from tests.proofs import effect, note, patched
+from tests.proofs._selective import chosen, entries_of, rows_of
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "neuroada", "tiny"
@@ -74,11 +75,6 @@ def located(model, *, k, per="row"):
     return choose("selectors", select["by"], count=select["count"], per=select["per"])(scores)
 
 
-def rows_of(model, count=8):
-    batch = pico_batch(model, batch=count)
-    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
-
-
 def test_exactly_the_k_largest_entries_of_every_row_move():
     model = pico("llama")
     before = snapshot(model)
@@ -94,6 +90,24 @@ def test_exactly_the_k_largest_entries_of_every_row_move():
         assert torch.equal(changed[name], best.reshape(-1).sort().values)
     graft.remove(model)
     assert not moved(before, model)
+
+
+def test_the_ablations_take_the_smallest_a_random_or_the_most_pulled_entry_of_every_row():
+    model = pico("llama")
+    rows, weight = rows_of(model), "model.layers.0.mlp.up_proj.weight"
+    values = model.get_parameter(weight).detach()
+    model(**pico_batch(model, batch=8)).loss.backward()
+    pull = model.get_parameter(weight).grad.abs()
+    model.zero_grad()
+    found = {}
+    for name, options in {"smallest": {"smallest": True}, "random": {"score": "random"},
+                          "gradient": {"score": "gradient"}}.items():  # fmt: skip
+        flat = entries_of(chosen("neuroada", model, rows, k=1, **options))[weight]
+        assert torch.equal(flat // values.shape[1], torch.arange(len(values))), "one of every row"
+        found[name] = flat % values.shape[1]
+    assert torch.equal(found["smallest"], values.abs().argmin(1))
+    assert torch.equal(found["gradient"], pull.argmax(1))
+    assert len({tuple(columns.tolist()) for columns in found.values()}) == 3
 
 
 def test_compact_gradients_are_the_dense_ones_gathered():

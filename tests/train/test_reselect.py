@@ -190,6 +190,25 @@ def test_after_a_turn_to_as_many_units_a_resume_watches_the_ones_trained_now(pic
             run.witness.check()
 
 
+def test_what_is_protected_or_tied_is_so_after_a_turn_too(pick):
+    model = pico("llama")
+    with ng.attach(model, pick(model, TURNS[0]), protect=pick(model, {GATE: ("row", [9])})) as live:
+        live.reselect(lambda: pick(model, {GATE: ("row", [5, 9])}))
+        assert live.regions()[GATE].ids.tolist() == [5]
+        with pytest.raises(ng.RequestError, match="protected"):
+            live.reselect(lambda: pick(model, {GATE: ("row", [9])}))
+    tied, name = pico("gpt2", tie_word_embeddings=True), "transformer.wte.weight"
+    for rule in ("refuse", "both"):
+        first = {"transformer.h.0.attn.c_proj.weight": ("row", [1])}
+        with ng.attach(tied, pick(tied, first), tied=rule) as live:
+            if rule == "refuse":
+                with pytest.raises(ng.RequestError, match="tied"):
+                    live.reselect(lambda: pick(tied, {name: ("row", [3])}))
+            else:
+                live.reselect(lambda: pick(tied, {name: ("row", [3])}))
+                assert list(live.regions()) == [name]
+
+
 def test_a_rewound_turn_starts_from_the_base(pick, examples, unmoved):
     """What was trained before names the units and is then taken back; a checkpoint holds it."""
     model = pico("llama")
