@@ -269,6 +269,13 @@ def test_what_did_not_happen_is_said(llama, pick, examples):
         fit(live, batches, steps=1, optimizer="LBFGS")
 
 
+def test_rates_by_hand():
+    from neurograft.train.loop import _factor
+
+    assert [_factor(s, 6, 2, "linear") for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [_factor(s, 6, 2, "constant") for s in range(6)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
 class Product(torch.autograd.Function):
     """x W' in a kernel of its own, as fused heads compute it."""
 
