@@ -365,3 +365,25 @@ def test_what_was_remembered_is_heard_beside_the_inputs_too():
     alone = choose("objectives", "remembered")(Step(TableForCausalLM(table), batch))
     assert torch.equal(inside, beside)
     assert float(inside - alone) > 0.1
+
+
+def softened(table, temperature):
+    """Log-probabilities, one by one."""
+    return [[v / temperature - math.log(sum(math.exp(w / temperature) for w in row)) for v in row] for row in table]
+
+
+@pytest.mark.parametrize("name", ["kl", "remembered"])
+def test_temperatures_soften_both_and_the_square_makes_up_for_it(name):
+    """Of two labelled tokens among four; the last position predicts nothing."""
+    rng = torch.Generator().manual_seed(3)
+    base, table = torch.randn(2, 5, 5, generator=rng, dtype=torch.float64)
+    tokens, labels = torch.tensor([[1, 3, 0, 2]]), torch.tensor([[-100, -100, 0, 2]])
+    model = TableForCausalLM(table)
+    model.base = base
+    batch = {"input_ids": tokens, "labels": labels}
+    step = Step(model, batch, reference=lambda run: _at(model, base, run), extra={"remembered": base[tokens]})
+    found = choose("objectives", name, temperature=2.0)(step)
+    then, now = softened(base.tolist(), 2.0), softened(table.tolist(), 2.0)
+    apart = [sum(math.exp(p) * (p - q) for p, q in zip(then[t], now[t])) for t in (3, 0)]
+    plain = float(choose("objectives", "likelihood")(Step(model, batch))) if name == "remembered" else 0.0
+    assert float(found) == pytest.approx(plain + 4.0 * sum(apart) / 2, abs=1e-6)

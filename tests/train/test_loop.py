@@ -249,12 +249,19 @@ def test_protected_units_do_not_move(llama, pick, only, examples):
         only(llama, before, left)
 
 
+def finite_over_an_infinite_slope(model, batch):
+    out = model(**batch)
+    return out.loss + (out.logits * 0).sum().sqrt()
+
+
 def test_what_did_not_happen_is_said(llama, pick, examples):
     batches = [collator(llama)(examples(llama)[:4])]
     with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="did not move"):
         fit(live, batches, steps=1, lr=0.0)
     with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="loss is nan at step 1"):
         fit(live, batches, steps=1, objective=lambda model, batch: model(**batch).loss * float("nan"))
+    with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="not finite after training"):
+        fit(live, batches, steps=1, objective=finite_over_an_infinite_slope)
     with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="no gradient reached"):
         fit(live, batches, steps=1, objective=lambda model, batch: model.lm_head.weight.sum().requires_grad_())
     with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="steps"):
@@ -263,6 +270,13 @@ def test_what_did_not_happen_is_said(llama, pick, examples):
         fit(live, batches, steps=1, decay="cosine")
     with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="LBFGS"):
         fit(live, batches, steps=1, optimizer="LBFGS")
+
+
+def test_rates_by_hand():
+    from neurograft.train.loop import _factor
+
+    assert [_factor(s, 6, 2, "linear") for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [_factor(s, 6, 2, "constant") for s in range(6)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 class Product(torch.autograd.Function):

@@ -168,6 +168,18 @@ def test_evaluation_and_the_best_model(llama, pick, examples, tmp_path):
     assert graft.card["evaluations"][0]["eval_loss"] > 0
 
 
+def test_losses_that_count_no_labels_are_averaged_over_the_batches_there_are(llama, pick, examples):
+    """Three batches an epoch in windows of two: the second window holds one."""
+
+    def one(model, batch):
+        loss = model(**batch).loss
+        return 1 + loss - loss.detach()
+
+    args = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    graft = ng.tune(llama, examples(llama, 11), pick(llama), objective=one, args=args)
+    assert graft.card["losses"] == [1.0, 1.0]
+
+
 def test_an_anchor_sees_all_of_its_data_in_turn(llama, pick, examples):
     """Over micro-batches and steps alike, and none of it in an evaluation."""
     seen = []
