@@ -1,5 +1,6 @@
 """Neuron pages in the report: the units a change touches most, by hand, and their cards."""
 
+import copy
 import json
 from xml.etree import ElementTree
 
@@ -10,6 +11,7 @@ import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.audits._changes import as_change
 from neurograft.core.delta import Slice
+from neurograft.core.errors import RunError
 from neurograft.core.graft import Graft
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
@@ -71,7 +73,7 @@ def test_a_card_says_what_was_found(report):
     root = ElementTree.fromstring(card(page).replace("&nbsp;", " "))
     names = [e.text for e in root.iter("dt")]
     assert names[0] == "change of its numbers"
-    assert {"active", "moves with", "when silenced", "its weights raised", "its activity lowered"} <= set(names)
+    assert {"active", "moves with", "when silenced", "its weights raise", "its activity lowers"} <= set(names)
     assert root.find("p").text == page["description"][0]["text"]
     best = page["exemplars"][0]
     marked = [m for m in root.iter("mark") if m.get("class") == "m4"]
@@ -112,3 +114,43 @@ def test_a_planted_neurons_description_is_its_token():
         batch["input_ids"][batch["input_ids"] == 60] = 6
         batch["input_ids"][::2, 4] = 60
     assert neuron(model, f"{LAYER}/neuron:9", batches, controls=2)["description"][0]["text"] == "60"
+
+
+def test_three_brief_pages_come_unasked_and_none_where_none_is_wanted():
+    model = pico("llama")
+    how = {"gain": [pico_batch(model, batch=9, seed=1)], "probes": "none", "rules": {"draws": 50, "nulls": 0}}
+    found = ng.audit(model, changed(model), **how)
+    assert [p["unit"]["id"] for p in found.data["neurons"]] == [7, 2]
+    assert {len(p["exemplars"]) for p in found.data["neurons"]} == {2}
+    assert all(p["silence"] is None for p in found.data["neurons"])
+    assert "on a few examples" in found.html()
+    assert "when silenced" not in found.html()
+    assert "neurons" not in ng.audit(model, changed(model), neurons=0, **how).data
+
+
+def test_a_model_whose_units_cannot_be_read_is_audited_all_the_same():
+    model = pico("mamba")
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.backbone.layers[0].mixer.conv1d.weight.mul_(1.5)
+    how = {"gain": [pico_batch(model, batch=3)], "probes": "none", "rules": {"draws": 50, "nulls": 0}}
+    found = ng.audit(model, tuned, **how)
+    assert found.data["neurons"] == []
+    assert "never fired" in found.data["no_neurons"]
+    assert "There is no page of a neuron: the tap of" in found.html()
+    with pytest.raises(RunError, match="never fired"):
+        ng.audit(model, tuned, neurons=1, **how)
+
+
+def test_the_numbers_of_a_bank_are_laid_out_once_for_all_its_experts(monkeypatch):
+    model = pico("mixtral")
+    tuned = copy.deepcopy(model)
+    bank = tuned.model.layers[0].mlp.experts.down_proj
+    with torch.no_grad():
+        bank[2, :, 5] += 3.0
+    wholes, real = [], Region.write_
+    monkeypatch.setattr(Region, "write_", lambda self, *args: (wholes.append(self.shape), real(self, *args))[1])
+    found = touched(model, as_change(model, tuned), count=2)
+    assert [unit.rpartition(":")[2] for unit, _ in found] == ["5"]
+    assert found[0][1] == pytest.approx(3.0 * bank.shape[1] ** 0.5, rel=1e-4)
+    assert wholes == [tuple(bank.shape)]

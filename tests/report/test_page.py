@@ -123,7 +123,8 @@ def test_the_same_data_give_the_same_bytes(report, tmp_path):
 
 def test_the_json_keeps_its_keys(report):
     data = json.loads(json.dumps(report.as_dict(), allow_nan=False))
-    assert list(data) == ["format", "kind", "verdict", "rules", "gain", "task", "domains", "whole", "provenance"]
+    keys = ["format", "kind", "verdict", "rules", "gain", "task", "domains", "whole", "neurons", "provenance"]
+    assert list(data) == keys
     assert (data["format"], data["kind"]) == (1, "neurograft-audit")
     assert {"verdict", "sentence", "exit_status", "reasons", "gain", "domains"} == set(data["verdict"])
     domain = data["domains"]["plain"]
@@ -163,3 +164,16 @@ def test_ticks_are_round_and_inside():
         found = ticks(low, high)
         assert 2 <= len(found) <= 7
         assert all(low - 1e-15 <= t <= high + 1e-9 * abs(high) for t in found)
+
+
+def test_no_path_of_this_machine_stands_on_the_page(report, tmp_path):
+    data = json.loads(json.dumps(report.as_dict()))
+    data["provenance"]["base"]["name"] = "/home/somebody/models/base-1b"
+    data["provenance"]["change"]["grafts"][0]["card"]["selection"] = {
+        "rule": "top",
+        "located": {"model": {"name": "/home/somebody/models/base-1b"}, "examples": ["0123456789abcdef"] * 50},
+    }
+    html = Report(data).html()
+    assert "base-1b" in html
+    assert "/home/somebody" not in html
+    assert "rule top, located (model (name base-1b), examples 50)" in html

@@ -153,3 +153,11 @@ def test_numbers_in_words():
     shown = [number(v) for v in (0.0, 0.012345, 12.345, 999.9, 123456.0, 1e-7, math.inf, None)]
     assert shown == ["0", "0.0123", "12.3", "1000", "123,456", "1e\N{MINUS SIGN}7", "∞", "\N{EN DASH}"]
     assert (listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])) == ("a", "a and b", "a, b and c")
+
+
+def test_of_several_lost_domains_the_worst_is_told_first():
+    found = judged(GOOD, mild=measure(0.05), worst=measure(0.9), kept=measure(0.0))
+    assert found["sentence"].startswith("Do not ship: “worst” lost 0.9 ")
+    assert found["reasons"][1].startswith("“mild” lost")
+    capped = judged(GOOD, {"tolerances": {"worst": 0.88}}, mild=measure(0.05), worst=measure(0.9))
+    assert capped["sentence"].startswith("Do not ship: “mild” lost 0.05 ")

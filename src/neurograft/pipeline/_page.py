@@ -78,7 +78,9 @@ def active(
     assert isinstance(best, Exemplars)
     rows = [one for batch in batches for one in singles(batch)]
     strongest = [rows[e] for e in best.places[:, 0, 0].tolist() if e >= 0]
-    exemplars = [_exemplar(model, one, site.name, row, words) for row in strongest]
+    pairs = [(row, _exemplar(model, one, site.name, row, words)) for row in strongest]
+    # An expert may get no token of an example that runs alone.
+    strongest, exemplars = [r for r, e in pairs if e is not None], [e for _, e in pairs if e is not None]
     return {
         "activity": {
             "tokens": moments.count,
@@ -95,8 +97,8 @@ def active(
     }
 
 
-def _exemplar(model: nn.Module, one: Mapping[str, Site], name: str, row: Batch, words: Words) -> dict[str, Any]:
-    """Return one example's tokens with the unit's activation at each, and where it peaks."""
+def _exemplar(model: nn.Module, one: Mapping[str, Site], name: str, row: Batch, words: Words) -> dict[str, Any] | None:
+    """Return one example's tokens with the unit's activation at each, and where it peaks; None if it gets no token."""
     places: list[int] = []
     values: list[float] = []
 
@@ -107,6 +109,8 @@ def _exemplar(model: nn.Module, one: Mapping[str, Site], name: str, row: Batch, 
 
     with watch(model, one, read) as found, torch.no_grad():
         model(**row)
+    if not places:
+        return None
     at = sorted(range(len(places)), key=lambda i: places[i])
     ids = row.get("input_ids")
     ids = ids[0].tolist() if isinstance(ids, Tensor) and ids.shape[1] > max(places) else None

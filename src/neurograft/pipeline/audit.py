@@ -19,7 +19,7 @@ from neurograft.audits.gain import gain as measure_gain
 from neurograft.audits.loss import loss as measure_loss
 from neurograft.core.choose import Choice, Chosen, choose, methods
 from neurograft.core.context import Batch
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, RunError
 from neurograft.core.graft import Graft, describe
 from neurograft.pipeline.inputs import as_batches, data_digest, size_of
 from neurograft.pipeline.models import Model, load_model
@@ -29,6 +29,7 @@ from neurograft.report.report import Report
 from neurograft.report.rules import Rules, rules_of
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+BRIEF = 3  # pages of neurons that nobody asked for
 Probes = str | Sequence[Choice]
 
 
@@ -40,7 +41,7 @@ def audit(
     keep: Mapping[str, Any] | None = None,
     metrics: Metrics = None,
     probes: Probes = "all",
-    neurons: int = 0,
+    neurons: int | None = None,
     processing_class: Any = None,
     rules: Rules = None,
     batch_size: int = 8,
@@ -68,7 +69,8 @@ def audit(
             domain's outputs are no classes.
         probes: "all", "none", or methods of `neurograft.audits`, to be measured beside gain and loss.
         neurons: pages of so many of the neurons that the change touches most, on the first 64 examples of `gain`, or
-            of the first domain; each costs about twenty passes over these.
+            of the first domain; each costs about twenty passes over these. None: three brief ones, on 16 examples and
+            without what their silence costs.
         processing_class: tokenizer or processor for raw data; the one saved with the model if None.
         rules: changes to `neurograft.report.rules.DEFAULT`, or a YAML or JSON file of them.
         batch_size: examples in a batch.
@@ -106,12 +108,24 @@ def audit(
         for probe in asked:
             if not _by_domain(probe):
                 measured["whole"][_short(probe)] = probe(net, change)
-        if neurons:
+        if neurons is None or neurons > 0:
             shown = task if task is not None else next(iter(domains.values()))
             how: dict[str, Any] = {"processing_class": processing_class, "seed": seed, "progress": progress}
-            measured["neurons"] = pages(net, change, shown, count=neurons, **how)
+            measured |= _pages(net, change, shown, neurons, how)
         measured["provenance"] = _provenance(net, change, task, domains, seed)
     return Report.of(measured, chosen)
+
+
+def _pages(
+    model: nn.Module, change: Change, batches: list[Batch], neurons: int | None, how: dict[str, Any]
+) -> dict[str, Any]:
+    """Return neuron pages; those nobody asked for give way to the reason why there are none."""
+    if neurons is not None:
+        return {"neurons": pages(model, change, batches, count=neurons, **how)}
+    try:
+        return {"neurons": pages(model, change, batches, count=BRIEF, brief=True, **how)}
+    except (RequestError, RunError) as error:
+        return {"neurons": [], "no_neurons": str(error)}
 
 
 def _probes(probes: Probes) -> list[Chosen]:

@@ -51,7 +51,8 @@ def neuron(
         data: examples; without them only what the weights say.
         top: examples with the highest activation, one place of each, and tokens at either end of the logits.
         partners: units of the site with the largest correlation over tokens.
-        controls: single random, and equally active, units of the site to compare its silence with.
+        controls: single random, and equally active, units of the site to compare its silence with; 0 to leave the
+            silence out, which takes most of the time.
         describer: what puts it into words: a describer, the folder of a saved one, "tokens", "words" or "captions";
             None for tokens where the data are texts and words taught on synthetic scenes where they are images.
         limit: use at most so many examples.
@@ -68,7 +69,7 @@ def neuron(
         where the vector does not have the head's width); and with data `activity`, `exemplars` (tokens with their
         activations), `description` (texts by weighted information, best first; None for data that are neither texts nor
         images), `silenced_logits` (mean change at its strongest places when it is silenced), `partners`,
-        `silence` (as `ng.evidence` measures; None without labels).
+        `silence` (as `ng.evidence` measures; None without labels or controls).
 
     Raises:
         RequestError: no such site or unit.
@@ -91,7 +92,7 @@ def neuron(
             found["description"] = _said(net, site, number, batches, describer, words.processor, seed)
         labelled = shifts(net) or all(b.get("labels") is not None for b in batches)
         where = Selection.of({site.name: site}, {site.name: [number]})
-        effect = evidence(net, where, batches, controls=controls, seed=seed) if labelled else None
+        effect = evidence(net, where, batches, controls=controls, seed=seed) if labelled and controls else None
         keep = ("effect", "families", "base_loss", "examples", "verdict", "sentence")
         found["silence"] = None if effect is None else {k: effect[k] for k in keep}
         found["data"] = data_digest(batches)

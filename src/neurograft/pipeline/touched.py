@@ -12,11 +12,12 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits._changes import Change
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
-from neurograft.core.units import Parameters, Site
+from neurograft.core.units import Parameters, Part, Site
 from neurograft.pipeline.neuron import neuron
 
 KINDS = ("neuron", "channel")
 EXAMPLES, CONTROLS, TOP = 64, 5, 3
+BRIEF = 16  # examples of a page without silence
 
 
 def touched(model: nn.Module, change: Change, *, count: int) -> list[tuple[str, float]]:
@@ -35,14 +36,16 @@ def touched(model: nn.Module, change: Change, *, count: int) -> list[tuple[str, 
     alias, weights = Parameters.of(model).alias, {}
     for param, found in change.weights.items():
         weights[alias.get(param, param)] = found
+    owned: dict[str, list[tuple[str, Part]]] = {}
     for name, site in known.items():
         for part in site.parts:
-            mine = weights.get(alias.get(part.param, part.param))
-            if mine is None:
-                continue
-            whole = torch.zeros(mine.region.shape)
+            owned.setdefault(alias.get(part.param, part.param), []).append((name, part))
+    for param, mine in weights.items():
+        if param in owned:
+            whole = torch.zeros(mine.region.shape)  # once for all experts of a bank
             mine.region.write_(whole, mine.delta.float())
-            squares[name] += part.read(whole).double().square().sum(1)
+            for name, part in owned[param]:
+                squares[name] += part.read(whole).double().square().sum(1)
     first = _operated(change, known)
     norms = [(name, i, float(v)) for name, sums in squares.items() for i, v in enumerate(sums.sqrt().tolist())]
     moved = [(n, i, v) for n, i, v in norms if v > 0 or (n, i) in first]
@@ -76,6 +79,7 @@ def pages(
     batches: Sequence[Batch],
     *,
     count: int,
+    brief: bool = False,
     processing_class: Any = None,
     seed: int = 0,
     progress: Any = None,
@@ -87,6 +91,7 @@ def pages(
         change: what is audited.
         batches: examples; the first 64 are used, which bounds the time.
         count: pages.
+        brief: take 16 examples, show two of them, and leave out what silence costs.
         processing_class: tokenizer or processor.
         seed: root of every random number.
         progress: (items, what) -> items, to show a bar.
@@ -95,6 +100,7 @@ def pages(
     made = []
     for unit, norm in progress(listed, "neurons") if progress else listed:
         options: dict[str, Any] = {"top": TOP, "controls": CONTROLS, "limit": EXAMPLES, "seed": seed}
+        options |= {"top": TOP - 1, "controls": 0, "limit": BRIEF} if brief else {}
         page = neuron(model, unit, batches, processing_class=processing_class, **options)
         made.append({**page, "changed_by": norm})
     return made

@@ -44,7 +44,8 @@ def tradeoff(gain: Data, domains: Data, judged: Data) -> str:
     body = [rect(left, allowed, right - left, bottom - allowed, "allowed")]
     body += y_axis(at_y, *ys, left, right)
     body += x_axis(at_x, *xs, bottom, top, f"gain: {measure['unit']} →", middle=(left + right) / 2)
-    body += [words(12, (top + bottom) / 2, "loss: nats →", "t s up", anchor="middle")]
+    unit = next(iter(losses.values()))["unit"].partition(" per ")[0]
+    body += [words(12, (top + bottom) / 2, f"loss: {unit} →", "t s up", anchor="middle")]
     for m in losses.values():
         body += [dot(at_x(a), at_y(b), 2.5, "null") for a, b in zip(nulls, m["noise_floor"]["nulls"])]
     for name, m in losses.items():
@@ -100,19 +101,21 @@ def distribution(found: Data, unit: str) -> str:
 
 def reliability(found: Data) -> str:
     """Draw accuracy against confidence for base and change; the diagonal is perfect calibration."""
-    left, right, top, bottom = 40, 240, 8, 208
+    left, right, top, bottom = 48, 248, 8, 208
     at_x, at_y = scale(0, 1, left, right), scale(0, 1, bottom, top)
     body = [*y_axis(at_y, 0, 1, left, right), *x_axis(at_x, 0, 1, bottom, top, "confidence", middle=(left + right) / 2)]
+    body += [words(10, (top + bottom) / 2, "accuracy", "t s up", anchor="middle")]
     body += [line(at_x(0), at_y(0), at_x(1), at_y(1), "curve floor")]
     for which, kind in (("base", "null"), ("new", "change")):
         bins = found["reliability"][which]
         total = sum(bins["places"]) or 1
         shown = [(c, a, n) for c, a, n in zip(bins["confidence"], bins["accuracy"], bins["places"]) if n]
-        body.append(path([(at_x(c), at_y(a)) for c, a, _ in shown], f"curve {kind}"))
+        # Faint, since a line gives a bin of one place the weight of one of a thousand; dots are as large as their bins.
+        body.append(path([(at_x(c), at_y(a)) for c, a, _ in shown], f"curve faint {kind}"))
         for c, a, n in shown:
             told = f"confidence {number(c)}, accuracy {number(a)}, {n:.0f} places"
-            body.append(dot(at_x(c), at_y(a), 2 + 5 * math.sqrt(n / total), f"mark {kind}", title=told))
+            body.append(dot(at_x(c), at_y(a), 1.5 + 6.5 * math.sqrt(n / total), f"mark {kind}", title=told))
     ece = found["measures"]["ece"]
-    body += [words(252, 30, "base", "t s null"), words(252, 44, f"ECE {number(ece['base'])}", "t s")]
-    body += [words(252, 70, "changed", "t s change"), words(252, 84, f"ECE {number(ece['changed'])}", "t s")]
+    body += [words(260, 30, "base", "t s null"), words(260, 44, f"ECE {number(ece['base'])}", "t s")]
+    body += [words(260, 70, "changed", "t s change"), words(260, 84, f"ECE {number(ece['changed'])}", "t s")]
     return drawing(body, 240, title=f"Accuracy against confidence in {found['bins']} bins")

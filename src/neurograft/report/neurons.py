@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from neurograft.report.words import number
+from neurograft.report.words import MINUS, number
 
 Data = Mapping[str, Any]
 AROUND, LISTED, SHADES = 10, 5, 4
@@ -34,17 +35,18 @@ def _facts(found: Data, said: Sequence[Data]) -> list[tuple[str, str]]:
     activity = found.get("activity")
     if activity:
         rows.append(("active", f"above 0 at {100 * activity['rate_above_0']:.1f} % of {activity['tokens']:,} places"))
-    for key, name in (("writes", "its weights"), ("silenced_logits", "its activity")):
+    for key, name, s in (("writes", "its weights", ""), ("silenced_logits", "its activity", "s")):
         effect = found.get(key)
         if effect:
-            rows += [(f"{name} {way}", _tokens(effect[way])) for way in ("raised", "lowered") if effect[way]]
+            ways = (("raised", "raise"), ("lowered", "lower"))
+            rows += [(f"{name} {verb}{s}", _tokens(effect[way])) for way, verb in ways if effect[way]]
     partners = found.get("partners")
     if partners:
         told = [f"{p['id']} ({number(p['correlation'], sign=True)})" for p in partners[:LISTED]]
         rows.append(("moves with", escape(", ".join(told))))
     silence = found.get("silence")
     if silence:
-        rows.append(("when silenced", escape(silence["sentence"])))
+        rows.append(("when silenced", escape(re.sub(r"(?<!\w)-(?=\d)", MINUS, silence["sentence"]))))
     return rows
 
 

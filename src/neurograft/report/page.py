@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from pathlib import PurePath
 from typing import Any
 
 from neurograft.report import charts, maps
 from neurograft.report.neurons import card
 from neurograft.report.tables import decided_table, facts, gain_table, loss_table, prediction_table, tiles
-from neurograft.report.words import number
+from neurograft.report.words import number, told
 
 Data = Mapping[str, Any]
 
@@ -37,8 +36,7 @@ def _head(data: Data) -> str:
     more = "".join(f"<p>{escape(reason[:1].upper() + reason[1:])}.</p>" for reason in verdict["reasons"][1:])
     grafts = [g["identity"][:12] for g in data["provenance"]["change"]["grafts"]]
     change = f"graft {', '.join(grafts)}" if grafts else "a tuned model"
-    name = str(base.get("name") or base["class"])
-    name = PurePath(name).name if PurePath(name).is_absolute() else name
+    name = told(base.get("name") or base["class"])
     return (
         f'<header>\n<div class="verdict {kind}"><h1><b>{escape(first)}:</b>{escape(rest)}</h1>{more}</div>\n'
         f'<p class="over" style="margin-top:14px">neurograft audit of {escape(change)} on {escape(name)}</p>\n'
@@ -118,12 +116,19 @@ def _lines_key(names: Sequence[str]) -> str:
 
 
 def _neurons(data: Data) -> str:
+    found = data.get("neurons") or ()
+    costs = (
+        ", what resembles them, and what their silence costs"
+        if any(n.get("silence") for n in found)
+        else (" and what resembles them, on a few examples")
+    )
     lead = (
         "The units whose numbers the change moved furthest, as they are in the base: what they are active at, what "
-        "they write, what resembles them, and what their silence costs. Stronger colour: more active."
+        f"they write{costs}. Stronger colour: more active."
     )
-    cards = [card(one) for one in data.get("neurons") or ()]
-    return section("Neurons", lead, f'<div class="units">\n{"".join(cards)}</div>\n' if cards else "")
+    cards = [card(one) for one in found]
+    none = f"<p>There is no page of a neuron: {escape(data['no_neurons'])}.</p>\n" if "no_neurons" in data else ""
+    return section("Neurons", lead, f'<div class="units">\n{"".join(cards)}</div>\n' if cards else none)
 
 
 def _predictions(data: Data) -> str:
@@ -157,12 +162,12 @@ def _decided(data: Data) -> str:
 def _made(data: Data) -> str:
     made = data["provenance"]
     base, change = made["base"], made["change"]
-    rows: list[tuple[str, str]] = [("base", ", ".join(f"{k} {v}" for k, v in base.items() if v is not None))]
+    rows: list[tuple[str, str]] = [("base", told(base))]
     for graft in change["grafts"]:
         rows.append(("graft", f"{graft['identity']}: {graft['numbers']:,} numbers in {graft['tensors']} tensors"))
         rows.append(("strength", number(graft["strength"])))
         card: Callable[[str], Any] = graft["card"].get
-        rows += [(key, str(card(key))) for key in ("recipe", "selection", "objective", "adapter") if card(key)]
+        rows += [(key, told(card(key))) for key in ("recipe", "selection", "objective", "adapter") if card(key)]
     rows += [(f"data: {n}", f"{d['items']} items, digest {d['digest'][:16]}") for n, d in made["data"].items()]
     rows.append(("seed", str(made["seed"])))
     rows.append(("machine", f"{made['device']}, {made['threads']} threads"))

@@ -30,7 +30,9 @@ def verdict(data: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str, Any]
     """
     gain = _gain(data.get("gain"), rules)
     domains = _domains(data.get("domains", {}), rules)
-    lost = [name for name, found in domains.items() if found["status"] == LOST]
+    lost = sorted(
+        (name for name, found in domains.items() if found["status"] == LOST), key=lambda n: -_excess(domains[n])
+    )
     unsure = [name for name, found in domains.items() if found["status"] == UNSURE]
     if lost or (gain and gain["status"] == WORSE):
         decided = STOP
@@ -88,6 +90,12 @@ def _domains(measured: Mapping[str, Any], rules: Mapping[str, Any]) -> dict[str,
         states = [test["status"] for test in one["tests"].values()]
         one["status"] = LOST if LOST in states else UNSURE if UNSURE in states else KEPT
     return found
+
+
+def _excess(domain: Mapping[str, Any]) -> float:
+    """Return how far a lost domain lies beyond its limit, of the test that is told first: the worst is said first."""
+    test = next(t for t in domain["tests"].values() if t["status"] == LOST)
+    return float(test["change"]["value"] - test["limit"])
 
 
 def _tolerance(domain: str, rules: Mapping[str, Any]) -> float:

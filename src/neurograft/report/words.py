@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
+FEW = 8
+HEX = re.compile(r"[0-9a-f]{16,}")
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
@@ -50,6 +54,26 @@ def interval(found: Mapping[str, Any], *, sign: bool = True) -> str:
 def signed_interval(found: Mapping[str, Any], unit: str, level: str, *, sign: bool = True) -> str:
     """Return a value with its unit and interval."""
     return f"{number(found['value'], sign=sign)} {unit} ({level} interval {interval(found, sign=sign)})"
+
+
+def told(value: Any) -> str:
+    """Return plain data in words: digests cut, paths by their last part, long lists as their length, no empty values.
+
+    Example:
+        >>> told({"rule": "top", "count": None, "scores": "0123456789abcdef01", "of": {"n": 3, "ids": [1] * 9}})
+        'rule top, scores 0123456789ab, of (n 3, ids 9)'
+        >>> told("/home/me/base"), told([1, 2])
+        ('base', '1, 2')
+    """
+    if isinstance(value, Mapping):
+        parts = ((k, f"({told(v)})" if isinstance(v, Mapping) else told(v)) for k, v in value.items())
+        return ", ".join(f"{k} {v}" for k, v in parts if v not in ("", "()"))
+    if isinstance(value, (list, tuple)):
+        return ", ".join(told(v) for v in value) if len(value) <= FEW else str(len(value))
+    text = "" if value is None else str(value)
+    if HEX.fullmatch(text):
+        return text[:12]
+    return PurePath(text).name if PurePath(text).is_absolute() else text
 
 
 def listed(names: Sequence[str]) -> str:
