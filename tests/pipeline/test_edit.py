@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,14 @@ def test_requests_become_tokens_with_the_subjects_last_one():
     assert as_request({"prompt": [7, 8, 9], "subject": [8], "target_new": [4]}, model, None, 0).at == (1,)
     again = Request.from_dict(json.loads(json.dumps(first.as_dict())))
     assert (again.prompts, again.at, again.target) == (first.prompts[:1], first.at[:1], first.target)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, tuple, lambda ids: [np.int64(i) for i in ids]])
+def test_tokens_may_come_in_any_series_and_the_card_stays_plain(kind, tmp_path):
+    row = {"prompt": kind([5, 6, 7]), "subject": kind([6]), "target_new": kind([9]), "locality": [kind([8]), kind([9])]}
+    graft = ng.edit(pico("llama"), [row], by=BY)
+    assert graft.card["requests"][0]["prompt"] == [5, 6, 7]
+    assert ng.Graft.load(graft.save(tmp_path / "edit")).card["requests"] == graft.card["requests"]
 
 
 def test_a_subject_in_a_context_is_not_the_prompts():
@@ -222,6 +231,7 @@ BAD = {
     "a number": (row(target_new=1984), "1984.*in quotes"),
     "text and tokens": ({"prompt": [5, 6], "target_new": "x"}, "all of them"),
     "a negative token": ({"prompt": [5, -6], "target_new": [4]}, "token -6"),
+    "words among tokens": ({"prompt": [5, 6], "subject": "b", "target_new": [4]}, "subject 'b'.*tokens that stand"),
     "an empty subject": (row(subject=" "), "words of the prompt"),
     "a scattered subject": ({"prompt": [5, 6, 7], "subject": [5, 7], "target_new": [4]}, "side by side"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from neurograft.core.continued import continued, opened
 from neurograft.core.errors import RequestError
@@ -44,6 +44,7 @@ def as_request(
     row: Mapping[str, Any], model: nn.Module, processor: Any, index: int, *, contexts: Sequence[str] = ()
 ) -> Request:
     """Return one request as tokens; see `as_requests`."""
+    row = {k: _plain(v) for k, v in row.items()}  # it goes onto the card
     prompt: Any = row.get("prompt")
     target, subject = target_of(row), row.get("subject")
     end = _end(model, processor)
@@ -58,7 +59,7 @@ def as_request(
         asked, said = _ids(prompt), _ids(target)
         if contexts:
             raise RequestError("contexts= with prompts of tokens", expected="texts", do="leave contexts out")
-        at = len(asked) - 1 if subject is None else _place(asked, _ids(subject), index)
+        at = len(asked) - 1 if subject is None else _place(asked, subject, index)
         made = Request((asked,), (at,), said, end, dict(row))
     else:
         need(processor, row, index)
@@ -76,11 +77,18 @@ def target_of(row: Mapping[str, Any]) -> Any:
     return row["completion"] if row.get("target_new") is None and "completion" in row else row.get("target_new")
 
 
+def _plain(value: Any) -> Any:
+    """Return tensors, arrays and their numbers as plain lists and numbers."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _kind(value: Any, index: int) -> str:
     """Return "text" or "tokens", "" for an empty one, "nothing" for None."""
     if value is None:
         return "nothing"
-    if not isinstance(value, (str, list, tuple, Tensor)):
+    if not isinstance(value, (str, list)):
         raise RequestError(
             f"{value!r} in request {index}, of type {type(value).__name__}",
             expected="a text, or a list of tokens",
@@ -120,12 +128,13 @@ def _where(text: str, subject: str, start: int) -> int:
     return first
 
 
-def _place(asked: tuple[int, ...], subject: tuple[int, ...], index: int) -> int:
+def _place(asked: tuple[int, ...], given: Any, index: int) -> int:
+    subject = _ids(given) if _kind(given, index) == "tokens" else ()
     for i in range(len(asked) - len(subject) + 1):
         if subject and asked[i : i + len(subject)] == subject:
             return i + len(subject) - 1
     raise RequestError(
-        f"the subject {list(subject)} of request {index}, whose prompt is {list(asked)[:12]}",
+        f"the subject {given!r} of request {index}, whose prompt is {list(asked)[:12]}",
         expected="tokens that stand in the prompt side by side",
         do="give the subject's own tokens",
     )
@@ -150,5 +159,4 @@ def _end(model: nn.Module, processor: Any) -> int | None:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    found = value.tolist() if isinstance(value, Tensor) else list(value)
-    return tuple(int(t) for t in found)
+    return tuple(int(t) for t in value)
