@@ -27,6 +27,7 @@ SIGNATURES = {
     "run": "recipe model data",
     "plan": "model recipe",
     "papers": "",
+    "neuron": "model unit data",
 }
 
 
@@ -56,6 +57,14 @@ def test_importing_it_brings_nothing_heavy():
     code = f"import sys, neurograft, neurograft.cli; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_verbs_of_later_versions_say_so_and_misspelt_ones_are_plain_errors():
+    with pytest.raises(AttributeError, match="merge comes with a later version"):
+        _ = ng.merge
+    with pytest.raises(AttributeError, match=r"no attribute 'locte'$"):
+        _ = ng.locte
+    assert not hasattr(ng, "__wrapped__")
 
 
 def test_the_list_of_commands_needs_no_torch():

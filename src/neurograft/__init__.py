@@ -12,6 +12,7 @@ Nothing heavy is imported until a verb is used.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from neurograft.pipeline.evidence import evidence
     from neurograft.pipeline.intervene import intervene
     from neurograft.pipeline.locate import locate, select
+    from neurograft.pipeline.neuron import neuron
     from neurograft.pipeline.papers import cite, papers
     from neurograft.pipeline.plan import plan
     from neurograft.pipeline.recipe import Recipe, recipe
@@ -54,6 +56,7 @@ _HOME = {
     "evidence": "neurograft.pipeline.evidence",
     "intervene": "neurograft.pipeline.intervene",
     "locate": "neurograft.pipeline.locate",
+    "neuron": "neurograft.pipeline.neuron",
     "papers": "neurograft.pipeline.papers",
     "plan": "neurograft.pipeline.plan",
     "recipe": "neurograft.pipeline.recipe",
@@ -69,7 +72,10 @@ __all__ = [*sorted(_HOME), "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        later = f"; the verb {name} comes with a later version" if name in ("merge", "route") else ""
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{later}", name=name, obj=sys.modules[__name__]
+        )
     import importlib
 
     return getattr(importlib.import_module(_HOME[name]), name)
