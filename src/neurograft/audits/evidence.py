@@ -66,11 +66,13 @@ def evidence(
         `protected` overlaps, `stability`, `verdict` and `sentence`, as plain data.
 
     Raises:
-        RequestError: nothing is selected, fewer than two labelled examples, or an unknown silence.
+        RequestError: nothing is selected, no controls, fewer than two labelled examples, or an unknown silence.
     """
     one_of(silence, ("zero", "mean"), what="silence")
     if not len(where):
         raise RequestError("evidence for no unit", expected="a selection of at least one", do="select some units")
+    if controls < 1:
+        raise RequestError(f"controls={controls}", expected="at least 1; 20 tell more", do="leave it out")
     base = _losses(model, batches, loss)
     size, massive = sizes(model, where, batches)
     level_at = _levels(model, where, batches) if silence == "mean" else None

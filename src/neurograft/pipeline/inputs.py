@@ -115,6 +115,8 @@ def as_batches(
     Raises:
         RequestError: as `as_dataset`.
     """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise RequestError(f"batch_size={batch_size}, limit={limit}", expected="at least 1", do="leave them out")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rows = read_rows(data, limit=None if _maybe_batches(data) else limit)
     if all(is_batch(row) for row in rows):
