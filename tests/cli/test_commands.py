@@ -125,6 +125,8 @@ WRONG = {
     "a recipe without a model": (("run", "s2ft"), "a model"),
     "unknown key of a recipe": (("run", "s2ft", "MODEL", "DATA", "fractoin=0.1"), "fraction"),
     "writing over its input": (("select", "SCORES", "-o", "SCORES"), "one of the inputs"),
+    "writing over a file of its input": (("locate", "MODEL", "--by", "noise", "-o", "CONFIG"), "one of the inputs"),
+    "no controls": (("evidence", "MODEL", "SOME", "DATA", "--controls", "0"), "at least 1"),
     "a graft that is none": (("export", "MODEL", "-o", "OUT"), "graft"),
     "a graft for another base": (("apply", "OTHER", "GRAFT", "-o", "OUT"), "base"),
     "a truncated graft": (("apply", "MODEL", "SHORT", "-o", "OUT"), "truncated or changed"),
@@ -152,6 +154,7 @@ NAMES = {
     "MODEL": "model", "DATA": "data.jsonl", "SCORES": "n.safetensors", "OUT": "out", "EMPTY": "empty.jsonl",
     "NAN": "nan.npz", "BARE": "bare.npz", "NOTHING": "nothing.safetensors", "FOREIGN": "foreign.safetensors",
     "TIED": "gpt2", "TOKENS": "tokens.safetensors", "OTHER": "other", "GRAFT": "graft", "SHORT": "short",
+    "CONFIG": "model/config.json", "SOME": "some.safetensors",
     "STRANGE": "strange", "GARBLED": "garbled", "CUT": "cut", **{f"BYTES{e}": f"bytes{e}" for e in BYTES},
 }  # fmt: skip
 
@@ -167,6 +170,7 @@ def spoiled(folder):
     found = sites(model, "neuron")
     Selection.of(found, {}).save(folder / "nothing.safetensors")
     neurons = Selection.of(found, {name: [0] for name in found})
+    neurons.save(folder / "some.safetensors")
     other = sites(tied, "neuron")
     Selection.of(other, {name: [0] for name in other}).save(folder / "foreign.safetensors")
     words = sites(tied, "token")

@@ -80,7 +80,7 @@ def test_merged_takes_the_small_files_along_and_reads_back_what_it_wrote(tmp_pat
     monkeypatch.setattr(module, "same_bits", lambda a, b: False)
     with pytest.raises(RunError, match="nothing was kept"):
         graft.export(tmp_path / "bad", to="merged")
-    assert not list((tmp_path / "bad").iterdir())
+    assert not (tmp_path / "bad").exists()
 
 
 def test_merged_shows_untied_weights(tmp_path):
@@ -137,6 +137,9 @@ def test_merged_refuses_other_grafts_and_folders_in_use(tmp_path):
         graft.export(tmp_path / "c", to="lroa", model=model)
     with pytest.raises(RequestError, match="did you mean 'shard'"):
         graft.export(tmp_path / "c", to="merged", model=model, shards="1GB")
+    with pytest.raises(RequestError, match="5GB"):
+        graft.export(tmp_path / "c", to="merged", model=model, shard="large")
+    assert not (tmp_path / "c").exists()
     with pytest.raises(RequestError, match="a model of type str"):
         graft.apply("model")
     net = nn.Linear(2, 2)

@@ -115,6 +115,12 @@ def test_bad_data_is_named(case, llama):
     assert error.value.do
 
 
+@pytest.mark.parametrize("more", [{"batch_size": 0}, {"limit": 0}, {"limit": -1}])
+def test_batches_of_nothing_are_refused(more, llama):
+    with pytest.raises(RequestError, match="at least 1"):
+        as_batches(ROWS, llama, processing_class=T, **more)
+
+
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_label_outside_of_the_classes_is_named(label):
     rows = [{"text": "1", "label": 0}, {"text": "2", "label": label}]

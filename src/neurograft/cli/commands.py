@@ -115,8 +115,12 @@ def keep_inputs(target: str | None, given: Mapping[str, Any]) -> None:
         return
     words = [v for v in given.values() if isinstance(v, (str, list, tuple))]
     read = [w for v in words for w in ([v] if isinstance(v, str) else v) if isinstance(w, str)]
-    if any(Path(w).exists() and Path(w).resolve() == Path(target).resolve() for w in read):
-        raise RequestError(f"-o {target}, which is one of the inputs", expected="another path", do="choose a new name")
+    place = Path(target).resolve()
+    sources = [Path(w).resolve() for w in read if Path(w).exists()]
+    if place in sources or (place.exists() and any(source in place.parents for source in sources)):
+        raise RequestError(
+            f"-o {target}, which is one of the inputs or in one", expected="another path", do="choose a new name"
+        )
 
 
 def _version(asked: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -68,6 +69,8 @@ def merged(
             expected="a transformers or diffusers model",
             do="apply the graft and save the state_dict",
         )
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", shard.upper()):
+        raise RequestError(f"shard={shard!r}", expected="a size such as 5GB or 200MB", do="leave it out")
     source = base_name(graft, model, None)[0]
     with ExitStack() as undo:
         if on:  # at another strength perhaps, and its operations are no weights yet
@@ -89,7 +92,7 @@ def write(model: nn.Module, folder: Path, *, source: str, shard: str, verify: bo
         verify: compare what was written.
         text: the README.
     """
-    folder = place(folder)
+    fresh, folder = not folder.exists(), place(folder)
     work = folder / ".writing"
     try:
         model.save_pretrained(work, max_shard_size=shard)  # type: ignore[operator]
@@ -106,6 +109,8 @@ def write(model: nn.Module, folder: Path, *, source: str, shard: str, verify: bo
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
     return folder
 
 

@@ -123,6 +123,8 @@ def as_batches(
     """
     if batch_size < 1:
         raise RequestError(f"batch_size={batch_size}", expected="at least 1", do="give batch_size=8")
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit={limit}", expected="at least 1", do="leave it out")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     rows = read_rows(data, limit=None if _maybe_batches(data) else limit)
     if all(is_batch(row) for row in rows):
