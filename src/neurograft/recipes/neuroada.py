@@ -18,8 +18,8 @@ SCORES = ("magnitude", "gradient", "random")
     task="text-generation",
     departs="The chosen numbers of the weight itself are trained, from their own values, where the reference trains "
     "deltas from zero and rebuilds the dense weight in every forward pass; at weight decay 0, the paper's, both are "
-    "the same numbers. The reference's approximate shared columns, which add the bias twice, are left out, and so is its option to train a "
-    "fraction of the rows; with per='site' or 'global' k counts entries there, not in each row.",
+    "the same numbers. The reference's approximate shared columns, which add the bias twice, are left out, and so is "
+    "its option to train a fraction of the rows; with per='site' or 'global' k counts entries there, not in each row.",
 )
 def neuroada(
     *,
