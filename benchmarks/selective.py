@@ -1,6 +1,6 @@
 """What selective tuning costs and buys: every row of the papers about it, one model, one task, one sweep.
 
-    python benchmarks/selective.py [--seeds 3] [--steps 120] [--only NAME ...] [--picture FILE]
+    python benchmarks/selective.py [--seeds 3] [--steps 60] [--only NAME ...] [--picture FILE]
 
 A tiny Llama (hidden 64, FFN 128, 4 layers, about 170,000 numbers) that copies and reverses letters learns to say in
 which third of the alphabet the first letter is. Every contender sees the same 40 batches of 32 rows in the same order,
@@ -13,7 +13,8 @@ and its file. What was trained before (a first full phase, a search) is in `all_
 about time: most of a step is overhead, and the checked-in numbers come from five runs on two cores that were
 both busy.
 
-Beside the rows: full fine-tuning, PEFT's LoRA, SHiRA and Super-Tuning, and random neurons.
+Beside the rows: full fine-tuning, PEFT's LoRA, SHiRA and Super-Tuning, and random neurons. `nfts`, which searches over
+episodes of images, is in [the table on images](selective_images.md), with all the others that run there.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ WORLD = World(
     },
     absent={
         "es_landscape": "30 perturbed models a step, half an hour: --only es_landscape",
-        "nfts": "a search over episodes of images, on a ViT or a ResNet: [the table on images](selective_images.md)",
+        "nfts": "a search over episodes of images, on a ViT or a ResNet: in [the table on images](selective_images.md)",
     },
 )
 

@@ -4,9 +4,10 @@
 
 A tiny ViT (hidden 48, FFN 96, 4 layers, 77,530 numbers) that reads scikit-learn's digits, upright, turned by a
 quarter and in negative, learns to read them in a new domain, their pixels mixed by an orthogonal matrix, from 5 images
-of each class. Every contender sees these 50 images in each of 60 steps, AdamW or what its paper asks for, and the same
-learning rates; the one with the best accuracy on 197 validation digits counts, and 400 test digits are read at that one
-alone. Kept: the loss of the head on test digits of the three domains it knew.
+of each class, of digits it was taught with in the other domains. Every contender sees these 50 images in each of 60
+steps, AdamW or what its paper asks for, and the same learning rates; the one with the best accuracy on 197 validation
+digits counts, and 400 test digits are read at that one alone. Kept: the loss of the head on the test digits in the
+three domains it knew.
 
 `nfts` trains no head: it moves features until a class lies near the mean of its examples. All others learn through
 the head. So accuracy is that of the nearest class mean, by cosine, of the 50 images' features, for everyone; what the
@@ -16,8 +17,8 @@ episodes of its supernet; nobody else does, and it may help to keep them.
 
 Costs are those of `selective.py`, of `nfts` those of fine-tuning the path it keeps; the steps of its supernet, of its
 search and of the other paths are among the steps in all. Its search is as small as the model: 60 episodes, 8 paths and
-2 generations, 5 steps a path on 2 episodes, 3 paths kept. Its step runs in a loop of its own, all others' in the
-Trainer, whose own work is a good part of a step of this size.
+2 generations, 5 steps a path on 2 episodes, 3 paths kept; sizes set for other rows are in the results' `settings`. Its
+step runs in a loop of its own, all others' in the Trainer, whose own work is a good part of a step of this size.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ BOARDS: Mapping[str, tuple[str, str]] = {
     "editing": ("methods", "A thousand edits, one after another"),
     "planted": ("worlds", "Which locator finds what is there?"),
     "selective": ("contenders", "What selective tuning costs and buys"),
+    "selective_images": ("contenders", "What selective tuning costs and buys on images"),
 }
 
 

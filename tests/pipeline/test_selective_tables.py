@@ -1,6 +1,7 @@
-"""The two tables of selective tuning: their meters."""
+"""The two tables of selective tuning: their meters, and that together they have every row."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from neurograft.train.supernet import Episode, Supernet
 from neurograft.worlds.pico import pico
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+TABLES = ("selective", "selective_images")
+BYTES = ("bytes_saved", "bytes_gradients", "bytes_optimizer", "bytes_file")
+COSTS = ("test", "forgetting", "numbers", "step_ratio", "all_steps", *BYTES)
 
 
 @pytest.fixture
@@ -87,3 +91,16 @@ def test_a_frozen_path_has_no_run(bench):
     assert bench("selective_images").kept_of(["search", "search", "first", "third"], card) == "third"
     card["support_losses"] = [0.1, 0.9, 0.2]
     assert bench("selective_images").kept_of(["search", "search", "first", "third"], card) == "first"
+
+
+def test_the_two_tables_have_every_row_of_the_papers(bench):
+    found = {}
+    for name in TABLES:
+        data = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+        there = {n: r for n, r in data["contenders"].items() if "none" not in r}
+        for rival, numbers in there.items():
+            assert all(len(numbers[key]) == data["settings"]["seeds"] for key in COSTS), (name, rival)
+        assert bench(name).lines(data["contenders"]).count("\n| ") == len(there)
+        found |= there
+    assert {slug.replace("-", "_") for slug in bench("_rivals").SELECTIVE} <= found.keys()
+    assert len(bench("_rivals").SELECTIVE) == 25
