@@ -9,9 +9,9 @@ from neurograft.core.choose import choose
 WRONG = [
     (lambda: ng.recipe("nmke", layers=0), r"layers=0 .*write layers=\[0\]"),
     (lambda: ng.recipe("nmke", layers=["a"]), "layers="),
-    (lambda: ng.recipe("nmke", steps="two"), "steps='two'.*int"),
+    (lambda: ng.recipe("nmke", steps="two"), "steps='two'"),
     (lambda: ng.recipe("nmke", batch=1.5), "batch=1.5"),
-    (lambda: ng.recipe("nmke", lr=None), "lr=None.*float"),
+    (lambda: ng.recipe("nmke", lr=None), "lr=None"),
     (lambda: choose("edits", ("locft_bf", {"lr": "fast"})), "lr='fast'"),
     (lambda: choose("edits", choose("edits", "shut"), layers=[0]), "layers"),
 ]
