@@ -337,6 +337,15 @@ def test_methods_of_tune_take_options(folder, monkeypatch, capsys):
     assert json.loads(run(monkeypatch, capsys, "plan", folder / "model", where, "--json")[1])["units"]["chosen"] == 2
 
 
+def test_export_advises_in_its_own_options(folder, monkeypatch, capsys):
+    words = ("tune", folder / "model", folder / "data.jsonl", "--args", "max_steps=1", "-o", folder / "dense")
+    run(monkeypatch, capsys, *words)
+    status, _, err = run(monkeypatch, capsys, "export", folder / "dense", "-o", folder / "lora")
+    assert status == 2
+    assert "export --to merged" in err
+    assert "pass --option partial=true" in err
+
+
 def test_trim_says_what_it_left_out(folder, monkeypatch, capsys):
     words = ("tune", folder / "model", folder / "data.jsonl", "--args", "max_steps=2", "-o", folder / "whole")
     run(monkeypatch, capsys, *words)

@@ -259,3 +259,9 @@ def test_pictures_that_are_not_there_and_tables_are_named(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(RequestError, match=r"line 2 of .*is no JSON \(Expecting value.*mend or delete line 2"):
         read_rows(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize(("row", "family"), [({"audio": [0.0] * 80}, "ast"), ({"image": [[[0.0]]]}, "vit")])
+def test_a_tokenizer_reads_no_sound_and_no_picture(row, family):
+    with pytest.raises(RequestError, match=r"of row 0 and a \w+, which reads text"):
+        as_batches([{**row, "label": 0}], pico(family), processing_class=T)

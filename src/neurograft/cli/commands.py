@@ -19,6 +19,7 @@ from neurograft.cli import locating, results, unit_page
 from neurograft.cli.options import command_of, value
 from neurograft.cli.recipe_help import recipe_help
 from neurograft.cli.show import Shown
+from neurograft.cli.wording import as_typed
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 
@@ -179,7 +180,11 @@ def export(
     quiet()
     found = Graft.load(graft)
     base = load_model(model) if model else None
-    written = found.export(output, to=to, model=base, **pairs("option", options or []))
+    try:
+        written = found.export(output, to=to, model=base, **pairs("option", options or []))
+    except RequestError as error:
+        do = as_typed(error.do, {"to": "--to", "partial": "--option partial=true", "model": "--model"})
+        raise RequestError(error.came, expected=error.expected, do=do) from error
     results.path(written, None, Shown(as_json))
 
 

@@ -60,7 +60,7 @@ def evidence(found: Any, target: Path | None, shown: Shown) -> None:
     facts = plain(found)
     if target:
         target.write_text(dump(facts) + "\n", encoding="utf-8")
-    rows = [{"what": k, "value": v} for k, v in facts.items() if isinstance(v, (int, float, str))]
+    rows = [{"what": k, "value": v} for k, v in facts.items() if isinstance(v, (int, float, str)) and k != "sentence"]
     shown.result(facts, lines=[str(getattr(found, "sentence", ""))], table=table_of(rows))
 
 

@@ -232,6 +232,12 @@ def _image(image: Any, processor: Any, index: int) -> dict[str, Tensor]:
             )
         return {"pixel_values": pixels}
     picture = getattr(processor, "image_processor", processor)
+    if hasattr(picture, "vocab_size"):
+        raise RequestError(
+            f"the image of row {index} and a {type(picture).__name__}, which reads text",
+            expected="a processor of images",
+            do="pass processing_class=..., or save the whole processor beside the model: processor.save_pretrained",
+        )
     found = picture(images=_pixels(image, index), return_tensors="pt")
     return {"pixel_values": found["pixel_values"][0]}
 
@@ -278,6 +284,12 @@ def _audio(row: Mapping[str, Any], model: nn.Module, processor: Any, index: int)
             do="resample it first",
         )
     extractor = getattr(processor, "feature_extractor", processor)
+    if hasattr(extractor, "vocab_size"):
+        raise RequestError(
+            f"the audio of row {index} and a {type(extractor).__name__}, which reads text",
+            expected="a processor with a feature extractor",
+            do="pass processing_class=..., or save the whole processor beside the model: processor.save_pretrained",
+        )
     found = extractor(np.asarray(audio, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
     made = {k: v[0] for k, v in found.items()}
     if "text" in row:
