@@ -84,6 +84,8 @@ WORLD = World(
         "lift": {"r": 8, "budget": 4, "interval": 20},
         "spafit": {"middle": "norm", "r": 4},
         "lisa": {"gamma": 1, "K": 10},
+        "slicefine": {"steps": 10},
+        "revffn": {"warmup": 20},
     },
     absent={
         "es_landscape": "30 perturbed models a step, half an hour: --only es_landscape",
