@@ -134,3 +134,17 @@ def test_new_parameters_have_no_strength_and_one_owner():
         _ = head + other
     with head.on(base), pytest.raises(RequestError, match="brings too"):
         other.apply(base)
+
+
+def test_a_sum_has_the_same_bits_in_either_order_and_as_a_stack():
+    """Float32 sums depend on their order; both take it from the grafts' digests."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = nn.Linear(64, 64, bias=False)
+        region = Region.of((64, 64), "rows", range(64))
+        a, b = (Graft.made(base, {"weight": Slice(region, torch.randn(64, 64))}) for _ in range(2))
+    with b.on(a.apply(base)):
+        stacked = base.weight.detach().clone()
+    a.remove(base)
+    for both in (a + b, b + a):
+        assert torch.equal(both.deltas["weight"].values, stacked)
