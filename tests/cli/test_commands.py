@@ -126,7 +126,7 @@ WRONG = {
     "unknown key of a recipe": (("run", "s2ft", "MODEL", "DATA", "fractoin=0.1"), "fraction"),
     "writing over its input": (("select", "SCORES", "-o", "SCORES"), "one of the inputs"),
     "writing over a file of its input": (("locate", "MODEL", "--by", "noise", "-o", "CONFIG"), "one of the inputs"),
-    "no controls": (("evidence", "MODEL", "SOME", "DATA", "--controls", "0"), "at least 1"),
+    "no controls": (("evidence", "MODEL", "SOME", "DATA", "--controls", "0"), "at least one"),
     "a graft that is none": (("export", "MODEL", "-o", "OUT"), "graft"),
     "a graft for another base": (("apply", "OTHER", "GRAFT", "-o", "OUT"), "base"),
     "a truncated graft": (("apply", "MODEL", "SHORT", "-o", "OUT"), "truncated or changed"),
