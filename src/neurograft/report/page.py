@@ -33,15 +33,20 @@ def _head(data: Data) -> str:
     verdict, base = data["verdict"], data["provenance"]["base"]
     kind = verdict["verdict"].replace(" ", "-")
     first, _, rest = verdict["sentence"].partition(":")
-    more = "".join(f"<p>{escape(reason[:1].upper() + reason[1:])}.</p>" for reason in verdict["reasons"][1:])
+    more = "".join(f"<p>{_unbroken(reason[:1].upper() + reason[1:])}.</p>" for reason in verdict["reasons"][1:])
     grafts = [g["identity"][:12] for g in data["provenance"]["change"]["grafts"]]
     change = f"graft {', '.join(grafts)}" if grafts else "a tuned model"
     name = told(base.get("name") or base["class"])
     return (
-        f'<header>\n<div class="verdict {kind}"><h1><b>{escape(first)}:</b>{escape(rest)}</h1>{more}</div>\n'
+        f'<header>\n<div class="verdict {kind}"><h1><b>{escape(first)}:</b>{_unbroken(rest)}</h1>{more}</div>\n'
         f'<p class="over" style="margin-top:14px">neurograft audit of {escape(change)} on {escape(name)}</p>\n'
         f"{tiles(data)}</header>\n"
     )
+
+
+def _unbroken(text: str) -> str:
+    """Return a text for the page, in which no line begins with a % sign."""
+    return escape(text).replace(" %", "&nbsp;%")
 
 
 def figure(title: str, picture: str, caption: str = "", key: str = "", *, kind: str = "one") -> str:
