@@ -10,8 +10,7 @@ counts, and test rows are read at that one alone. Kept: the loss on what the mod
 Costs are those of the training itself: seconds of a step beside full fine-tuning in turn with it, bytes autograd saves
 for one step, bytes of gradients when the optimizer steps, of the optimizer's state at the end, numbers in the graft
 and its file. What was trained before (a first full phase, a search) is in `all_steps`. A model this small says little
-about time: most of a step is overhead, and the checked-in numbers come from five runs on two cores that were
-both busy.
+about time: most of a step is overhead, and while the checked-in numbers were made the second core was busy too.
 
 Beside the rows: full fine-tuning, PEFT's LoRA, SHiRA and Super-Tuning, and random neurons. `nfts`, which searches over
 episodes of images, is in [the table on images](selective_images.md), with all the others that run there.
