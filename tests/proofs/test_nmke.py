@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from neurograft.anatomy.sites import sites
 from neurograft.core import keyvalue
@@ -15,6 +16,7 @@ from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.tap import watch
 from neurograft.edits import _amplified as lens
+from neurograft.edits import _values as values
 from neurograft.edits._memory import at_subjects, caches, memories
 from neurograft.edits._values import per_row, wanted
 from neurograft.pipeline._edited import said
@@ -201,6 +203,25 @@ def test_values_are_found_for_each_request_alone_and_never_past_the_clamp():
     assert bool((far > 0.1).all())
     assert not moved(before, model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_drift_counts_from_what_is_predicted_now_to_what_was():
+    """KL(now || before), as torch's kl_div with ROME's order of arguments has it; before is the untouched model's."""
+    model, context, (_, last), _ = setting()
+    plain, told = values.drifted, []
+
+    def seen(before, now):
+        found = plain(before, now)
+        literal = F.kl_div(before, now, log_target=True, reduction="none").sum(-1)
+        torch.testing.assert_close(found, literal, rtol=0, atol=1e-7)
+        told.append((before, now.detach(), found.detach()))
+        return found
+
+    with patched(values, "drifted", seen):
+        wanted(model, last, context.requests, steps=3, lr=0.5, clamp=2.0, decay=0.0, kl=0.0625)
+    assert len(told) == 3
+    assert all(torch.equal(before, told[0][1]) for before, _, _ in told)
+    assert bool((told[2][2] > 1e-4).all()), "it has moved, so that the order of arguments shows"
 
 
 def test_an_exact_edit_of_one_layer_brings_the_stream_where_it_was_wanted():
