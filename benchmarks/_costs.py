@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
-from neurograft.core.meter import saved
+from neurograft.core.compact.meter import saved
 
 
 class Costs(TrainerCallback):

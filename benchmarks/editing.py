@@ -31,8 +31,8 @@ from _bench import arguments, environment, table, write
 from _curves import picture
 from torch import Tensor, nn
 
-from neurograft.core.graft import Graft
-from neurograft.core.requests import Request
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.prompts.requests import Request
 from neurograft.core.seeds import derive
 from neurograft.pipeline._edited import answered
 from neurograft.pipeline.edit import edit

@@ -18,8 +18,8 @@ from _bench import arguments, environment, table, target, write
 from torch import Tensor, nn
 
 from neurograft.audits._statistics import t_quantile
-from neurograft.core.delta import Slice
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 from neurograft.pipeline.audit import audit

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Chosen, choose, methods
+from neurograft.core.compact.meter import Peak
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
-from neurograft.core.meter import Peak
 from neurograft.core.selection import Selection
 from neurograft.worlds.pico import pico_batch
 from neurograft.worlds.planted import planted

@@ -14,7 +14,7 @@ import torch
 from _bench import arguments, environment, target, write
 
 from neurograft.core.seeds import generator
-from neurograft.core.table import auroc
+from neurograft.core.taps.table import auroc
 from neurograft.locators._fits import logistic
 
 UNITS, PLANTED = 200_000, 60

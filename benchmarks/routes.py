@@ -2,8 +2,8 @@
 
     python benchmarks/routes.py [--rounds 7] [--threads 1] [--clock cpu]
 
-The thresholds in `neurograft.core.gradients` (LOOP, DENSE, BLOCKS) are read off these numbers: each forced route is
-measured on both sides of its threshold. Timings are on one [1536, 512] weight and 1,024 tokens, float32.
+The thresholds in `neurograft.core.compact.gradients` (LOOP, DENSE, BLOCKS) are read off these numbers: each forced
+route is measured on both sides of its threshold. Timings are on one [1536, 512] weight and 1,024 tokens, float32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from _bench import arguments, environment, interleave, table, write
 from torch import Tensor
 
-from neurograft.core import gradients
-from neurograft.core.gradients import route
+from neurograft.core.compact import gradients
+from neurograft.core.compact.gradients import route
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import neurograft as ng
-from neurograft.core.prototypes import class_means, cosines, prototypical
+from neurograft.core.numerics.prototypes import class_means, cosines, prototypical
 from neurograft.core.seeds import derive, generator
 from neurograft.train.adaptable import pooled
 from neurograft.worlds.tiny import fit as learn

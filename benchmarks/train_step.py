@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from neurograft.adapters.slice import slice as compact
-from neurograft.core.meter import saved
-from neurograft.core.mount import Mount
+from neurograft.core.compact.meter import saved
+from neurograft.core.compact.mount import Mount
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.units import Part, Site

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neurograft.core.errors import RequestError, RunError
-    from neurograft.core.graft import Graft
+    from neurograft.core.grafts.graft import Graft
     from neurograft.core.selection import Scores, Selection
     from neurograft.pipeline.attach import attach
     from neurograft.pipeline.audit import audit
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Graft": "neurograft.core.graft",
+    "Graft": "neurograft.core.grafts.graft",
     "GraftCallback": "neurograft.train.callback",
     "GraftTrainerMixin": "neurograft.train.mixin",
     "Recipe": "neurograft.pipeline.recipe",

@@ -14,7 +14,7 @@ from neurograft.anatomy.projections import projections
 from neurograft.anatomy.sites import sites
 from neurograft.anatomy.verify import verify
 from neurograft.core.errors import RequestError
-from neurograft.core.tap import change
+from neurograft.core.taps.tap import change
 from neurograft.core.units import KINDS, Site
 from neurograft.worlds.pico import families, pico, pico_batch
 

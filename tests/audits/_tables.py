@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from neurograft.core.delta import Slice
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 
 

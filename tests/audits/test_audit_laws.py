@@ -9,7 +9,7 @@ import torch
 from test_paired import columns_graft
 
 from neurograft.core.choose import choose, methods
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.worlds.pico import pico, pico_batch
 
 FAMILIES = ("llama", "bert", "vit")

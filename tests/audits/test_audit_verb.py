@@ -9,7 +9,7 @@ from _tables import TASK, A, B, BigramForCausalLM, Table, rows_graft, target, te
 
 import neurograft as ng
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.report.report import Report
 
 

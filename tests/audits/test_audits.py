@@ -14,9 +14,9 @@ from neurograft.audits.gain import gain
 from neurograft.audits.loss import loss
 from neurograft.audits.representation_drift import linear_cka, representation_drift
 from neurograft.audits.weight_drift import spectrum, weight_drift
-from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.worlds.pico import pico, pico_batch
 

@@ -11,9 +11,9 @@ from _tables import BigramForCausalLM, Table, rows_graft
 from neurograft.audits._changes import Null, as_change
 from neurograft.audits._paired import metric_runs, runs
 from neurograft.audits._scoring import scored
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.worlds.pico import families, pico, pico_batch
 

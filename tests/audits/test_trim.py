@@ -6,9 +6,9 @@ from _tables import TASK, A, B, target, text
 from torch import nn
 
 import neurograft as ng
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from neurograft.core.behind import Behind
+from neurograft.core.taps.behind import Behind
 
 
 def test_the_stream_behind_a_module_is_what_entered_its_block_plus_what_it_adds():

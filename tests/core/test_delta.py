@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from neurograft.core.delta import LowRank, New, Slice, combined
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank, New, Slice, combined
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.store import FORMAT, narrow_ids, wide_ids
 from neurograft.core.region import Region
-from neurograft.core.store import FORMAT, narrow_ids, wide_ids
 
 
 def net(dtype=torch.float32):

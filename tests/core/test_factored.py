@@ -5,8 +5,8 @@ import torch
 
 from neurograft.anatomy.roles import with_roles
 from neurograft.anatomy.sites import sites
-from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError, RunError
+from neurograft.core.grafts.delta import LowRank
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import attach
 from neurograft.train.loop import fit

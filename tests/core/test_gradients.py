@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from neurograft.core import gradients
-from neurograft.core.gradients import route, sampled_product
+from neurograft.core.compact import gradients
+from neurograft.core.compact.gradients import route, sampled_product
 from neurograft.core.region import Region
 
 ROWS, COLUMNS, TOKENS = 24, 40, 17

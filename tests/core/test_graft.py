@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits, tensor_digest
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 

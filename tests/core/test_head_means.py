@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neurograft.core.errors import RequestError
-from neurograft.core.head_means import Means
+from neurograft.core.taps.head_means import Means
 from neurograft.core.units import Site, Tap
 from neurograft.worlds.pico import pico
 

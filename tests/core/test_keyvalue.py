@@ -2,7 +2,7 @@
 
 import torch
 
-from neurograft.core.keyvalue import answers
+from neurograft.core.numerics.keyvalue import answers
 from neurograft.core.seeds import generator
 
 KEYS = torch.randn(3, 5, generator=generator(0, "keys"), dtype=torch.float64)

@@ -10,14 +10,14 @@ from torch import nn
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from neurograft.anatomy.sites import sites
+from neurograft.core.compact.mask import Mask
 from neurograft.core.context import Context
-from neurograft.core.delta import Shut, Slice, merged
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
-from neurograft.core.mask import Mask
+from neurograft.core.grafts.delta import Shut, Slice, merged
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.store import packed_bits, shortest, unpacked_bits
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
-from neurograft.core.store import packed_bits, shortest, unpacked_bits
 from neurograft.core.units import Part, Site
 from neurograft.edits.shut import shut
 from neurograft.pipeline.attach import attach

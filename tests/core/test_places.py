@@ -2,7 +2,7 @@
 
 import torch
 
-from neurograft.core.places import answers, ends, place
+from neurograft.core.prompts.places import answers, ends, place
 
 
 def test_a_mention_lies_before_the_query_and_what_is_behind_it_before_the_end():

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from neurograft.core.board import ATTRIBUTE
 from neurograft.core.context import token_mask
-from neurograft.core.stream import Exemplars, Extremes, Moments, Rate, Sample, observe
-from neurograft.core.table import table
-from neurograft.core.tap import change, gradients, watch
+from neurograft.core.taps.board import ATTRIBUTE
+from neurograft.core.taps.stream import Exemplars, Extremes, Moments, Rate, Sample, observe
+from neurograft.core.taps.table import table
+from neurograft.core.taps.tap import change, gradients, watch
 from neurograft.core.units import Site, Tap
 from neurograft.worlds.pico import pico
 

@@ -9,10 +9,10 @@ from test_uses import OPERATIONS, known, rand, regions
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from neurograft.core import gradients
-from neurograft.core.live import Live
+from neurograft.core.compact import gradients
+from neurograft.core.compact.live import Live
+from neurograft.core.compact.uses import tag, untag
 from neurograft.core.region import Region
-from neurograft.core.uses import tag, untag
 
 __all__ = ["known"]  # a fixture: what grouped_mm computes, in float64
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from neurograft.core.rates import rates
+from neurograft.core.taps.rates import rates
 from neurograft.core.units import Site, Tap
 from neurograft.worlds.pico import pico, pico_batch
 

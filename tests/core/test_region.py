@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from neurograft.core.compact.mount import minus
 from neurograft.core.errors import RequestError
-from neurograft.core.mount import minus
 from neurograft.core.region import Region, as_matrix, positions, region_of, union
 from neurograft.core.units import Part
 

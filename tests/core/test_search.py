@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.search import search, uniform
+from neurograft.core.numerics.search import search, uniform
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Scores
 from neurograft.core.units import Site

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from neurograft.core.coordinates import Same
-from neurograft.core.delta import LowRank, Slice, patched
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import Same
+from neurograft.core.grafts.delta import LowRank, Slice, patched
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.stack import ATTRIBUTE, Stack
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
-from neurograft.core.stack import ATTRIBUTE, Stack
 
 
 def net():

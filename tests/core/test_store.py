@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from neurograft.core.delta import LowRank, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import canonical
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank, Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.core.untie import Untie
 
@@ -81,7 +81,7 @@ def test_a_strength_is_a_finite_number(s):
     [
         ("antigravity.Untie", "not imported"),
         ("os.system", "no operation"),
-        ("neurograft.core.graft.Graft", "no operation"),
+        ("neurograft.core.grafts.graft.Graft", "no operation"),
         ("neurograft.core.nothing.Untie", "cannot be imported"),
         ("pickle.loads", "no operation"),
     ],
@@ -139,7 +139,9 @@ def test_an_interrupted_save_leaves_the_older_graft(tmp_path, monkeypatch):
     folder, net = tmp_path / "g", tied()
     first = made(net)
     first.save(folder)
-    monkeypatch.setattr("neurograft.core.store.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "neurograft.core.grafts.store.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         Graft.made(net, {"0.weight": Slice(Region.of((4, 3), "rows", [0]), torch.ones(1, 3))}).save(folder)
     assert Graft.load(folder).identity == first.identity

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from neurograft.core.board import ATTRIBUTE, put, take
 from neurograft.core.context import token_mask
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.tap import change, gradients, watch
+from neurograft.core.taps.board import ATTRIBUTE, put, take
+from neurograft.core.taps.tap import change, gradients, watch
 from neurograft.core.units import Site, Tap
 from neurograft.worlds.pico import pico, pico_batch
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neurograft.core import products
+from neurograft.core.compact import products
+from neurograft.core.compact.live import Live
+from neurograft.core.compact.uses import USES, tag, untag
 from neurograft.core.errors import RunError
-from neurograft.core.live import Live
 from neurograft.core.region import Region, as_matrix
-from neurograft.core.uses import USES, tag, untag
 
 N, R, C, E = 7, 6, 8, 3
 

@@ -9,11 +9,11 @@ from safetensors import safe_open
 from torch import nn
 
 from neurograft.anatomy.sites import sites
-from neurograft.core.coordinates import coordinates
-from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import coordinates
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import Intervention
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator

@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from neurograft.core.coordinates import coordinates
-from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import coordinates
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 from neurograft.worlds.pico import pico, pico_batch

@@ -5,10 +5,10 @@ import hashlib
 import pytest
 import torch
 
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.pipeline.apply import apply
 from neurograft.worlds.pico import pico

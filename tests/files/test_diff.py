@@ -17,10 +17,10 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, BertModel
 
-from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.seeds import generator
 from neurograft.pipeline._narrow import narrow_change
 from neurograft.pipeline.diff import diff

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from neurograft.core.choose import choose, methods
+from neurograft.core.compact.mount import matrix_of, regions_of
 from neurograft.core.errors import RequestError
-from neurograft.core.mount import matrix_of, regions_of
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.units import Part, Site

@@ -8,8 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from neurograft.adapters.slice import slice as compact
 from neurograft.anatomy.sites import sites
+from neurograft.core.compact.meter import saved
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.meter import saved
 from neurograft.core.selection import Selection
 from neurograft.core.units import Part, Site
 from neurograft.worlds.pico import families, pico, pico_batch

@@ -6,11 +6,11 @@ from safetensors import safe_open
 
 from neurograft.anatomy._rearranged import Recorder
 from neurograft.anatomy.checkpoint import CheckpointMap
-from neurograft.core.coordinates import everything
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import everything
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
 from neurograft.core.units import Parameters

@@ -9,17 +9,17 @@ import torch
 import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose, methods, option_names
-from neurograft.core.coordinates import everything
-from neurograft.core.delta import Slice
+from neurograft.core.compact.forward import ForwardOnly
+from neurograft.core.compact.meter import Peak
+from neurograft.core.compact.shift import Shift
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.forward import ForwardOnly
-from neurograft.core.graft import Graft
-from neurograft.core.meter import Peak
-from neurograft.core.noise import Stream
+from neurograft.core.grafts.coordinates import everything
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.numerics.noise import Stream
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.selection import Selection
-from neurograft.core.shift import Shift
 from neurograft.core.units import Part, Site
 from neurograft.pipeline.attach import attach
 from neurograft.train.loop import fit

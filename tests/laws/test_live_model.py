@@ -15,9 +15,9 @@ from neurograft.adapters._in_place import InPlaceMount
 from neurograft.adapters.slice import slice as compact
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose
+from neurograft.core.compact.uses import LiveWeight
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.selection import Selection
-from neurograft.core.uses import LiveWeight
 from neurograft.worlds.pico import pico, pico_batch
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from neurograft.anatomy.sites import sites
-from neurograft.core.board import ATTRIBUTE
 from neurograft.core.choose import choose, methods, option_names
 from neurograft.core.context import Context
+from neurograft.core.taps.board import ATTRIBUTE
 from neurograft.worlds.pico import pico, pico_batch
 
 LOCATORS = methods("locators")

@@ -6,7 +6,7 @@ from _compact import bits, same_bits
 
 import neurograft as ng
 from neurograft.anatomy.sites import sites
-from neurograft.core.delta import New
+from neurograft.core.grafts.delta import New
 from neurograft.core.selection import Selection
 from neurograft.worlds.pico import pico, pico_batch
 

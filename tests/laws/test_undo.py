@@ -8,15 +8,15 @@ import torch
 
 from neurograft.adapters.slice import SliceMount
 from neurograft.adapters.slice import slice as slice_adapter
-from neurograft.core.coordinates import coordinates, everything
-from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import coordinates, everything
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.stack import ATTRIBUTE
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
-from neurograft.core.stack import ATTRIBUTE
 from neurograft.core.units import Parameters, Part, Site
 from neurograft.core.untie import Untie
 from neurograft.worlds.pico import families, pico, pico_batch

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from neurograft.anatomy.sites import sites
+from neurograft.core.compact.meter import Peak
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.examples import singles
-from neurograft.core.meter import Peak
+from neurograft.core.prompts.examples import singles
 from neurograft.core.units import Part, Site, Tap
 from neurograft.locators._common import ballots
 from neurograft.locators._weights import weight_gradients

@@ -11,9 +11,9 @@ import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.cli import main
 from neurograft.core.context import Context
-from neurograft.core.requests import Request, joined
+from neurograft.core.prompts.requests import Request, joined
 from neurograft.core.selection import Selection
-from neurograft.core.tap import watch
+from neurograft.core.taps.tap import watch
 from neurograft.edits._amplified import amplified, mask_of
 from neurograft.edits._memory import at_subjects, covariances, earlier_requests, memories
 from neurograft.edits._values import wanted

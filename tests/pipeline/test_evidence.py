@@ -9,9 +9,9 @@ import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.audits._silence import drawn, matched, silenced, sizes
 from neurograft.audits.evidence import _compared, evidence, verdict
-from neurograft.core.board import ATTRIBUTE
-from neurograft.core.examples import row_digests, singles
+from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
+from neurograft.core.taps.board import ATTRIBUTE
 from neurograft.core.units import Site
 from neurograft.pipeline.evidence import located_on
 from neurograft.worlds.pico import pico, pico_batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import neurograft as ng
-from neurograft.core.board import ATTRIBUTE
+from neurograft.core.taps.board import ATTRIBUTE
 from neurograft.pipeline.neuron import located, neuron
 from neurograft.worlds.pico import pico, pico_batch
 

@@ -5,8 +5,8 @@ import torch
 
 import neurograft as ng
 from neurograft.anatomy.sites import sites
-from neurograft.core.board import ATTRIBUTE
-from neurograft.core.stream import means
+from neurograft.core.taps.board import ATTRIBUTE
+from neurograft.core.taps.stream import means
 from neurograft.worlds.pico import pico, pico_batch
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from neurograft.core.meter import saved
+from neurograft.core.compact.meter import saved
 from neurograft.train.adaptable import units_of
 from neurograft.train.supernet import Episode, Supernet
 from neurograft.worlds.pico import pico

@@ -11,9 +11,9 @@ from torch import nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.audits.stereotype import stereotype
-from neurograft.core.candidates import divergence, entropy
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
+from neurograft.core.prompts.candidates import divergence, entropy
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.units import Site, Tap

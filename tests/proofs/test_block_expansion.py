@@ -9,7 +9,7 @@ import torch
 
 from neurograft.adapters.expansion import LiveBlock, expansion
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.inserted import Inserted, Running
 from neurograft.core.seeds import generator
 from neurograft.pipeline.attach import attach

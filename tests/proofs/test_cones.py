@@ -14,9 +14,9 @@ from torch import nn
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose
 from neurograft.core.context import Context, Step
-from neurograft.core.delta import Shut
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Shut
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.edits.shut import shut

@@ -23,10 +23,10 @@ import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.audits.decompose_change import along, decompose_change, table
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.projection import LOWERING, RAISING, Projection, projected
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
+from neurograft.core.taps.projection import LOWERING, RAISING, Projection, projected
 from neurograft.core.units import Site
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
@@ -43,21 +43,21 @@ PAPER, SCALE = "dpo-neurons", "identity"
 @contextmanager
 def what_neurons_write_is_read_in_the_base_alone():
     """The changed model's down projection is taken to be the base's."""
-    plain, first = resolve("neurograft.core.projection._read"), []
+    plain, first = resolve("neurograft.core.taps.projection._read"), []
 
     def stale(*args):
         found, vectors = plain(*args)
         first.append(vectors)
         return found, first[(len(first) - 1) // 2 * 2]
 
-    with patched("neurograft.core.projection", "_read", stale):
+    with patched("neurograft.core.taps.projection", "_read", stale):
         yield
 
 
 @contextmanager
 def before_and_after_are_swapped():
     """Neurons that moved so that more is written count as lowering."""
-    plain = resolve("neurograft.core.projection.Projection")
+    plain = resolve("neurograft.core.taps.projection.Projection")
     swapped = lambda p: plain(p.sites, p.after, p.before, p.along, p.along_after)  # noqa: E731
     groups = plain.groups
     with patched(plain, "groups", lambda self: groups(swapped(self))):

@@ -30,17 +30,17 @@ from neurograft.audits.completeness import completeness
 from neurograft.audits.cross_model import cross_model
 from neurograft.audits.faithfulness import faithfulness
 from neurograft.audits.minimality import minimality
-from neurograft.core.answering import credit, said
-from neurograft.core.circuit import Bench, Group, random_like, units_of, without
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.head_means import Means
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import capture
-from neurograft.core.places import answers, place
+from neurograft.core.prompts.answering import credit, said
+from neurograft.core.prompts.places import answers, place
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Selection
-from neurograft.core.tap import change
+from neurograft.core.taps.circuit import Bench, Group, random_like, units_of, without
+from neurograft.core.taps.head_means import Means
+from neurograft.core.taps.tap import change
 from neurograft.locators.dcm import dcm
 from neurograft.locators.path_patching import path_patching
 from neurograft.pipeline.circuit import Prompts, searched
@@ -356,7 +356,7 @@ def test_minimality_and_completeness_by_hand():
     def units(given):
         return [(g, s, int(i)) for g, group in given.items() for s, ids in group.where.ids.items() for i in ids]
 
-    with patched("neurograft.core.circuit", "units_of", units), patched(Bench, "alone", alone):
+    with patched("neurograft.core.taps.circuit", "units_of", units), patched(Bench, "alone", alone):
         with patched("tests.proofs.test_entity_tracking", "units_of", units):
             found = minimality(model, Graft(), pair["positive"], **how)
             with patched(Bench, "knocked", lambda self, c, gone: 0.9 - 0.1 * len(gone)):

@@ -11,8 +11,8 @@ from torch import nn
 import neurograft as ng
 from neurograft.audits.landscape import landscape, peaked
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.noise import Stream
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.numerics.noise import Stream
 from neurograft.core.seeds import generator
 from neurograft.optimizers.evolution import evolution
 from neurograft.pipeline.attach import attach

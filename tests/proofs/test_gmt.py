@@ -37,7 +37,7 @@ def the_smallest_gradients_move():
 @contextmanager
 def moments_stay_at_their_place_in_the_list():
     """The first numbers of the new mask take over the moments of the first of the old one."""
-    carried = resolve("neurograft.core.moments.carried")
+    carried = resolve("neurograft.core.compact.moments.carried")
 
     def first(state, old, new, inside, there):
         both = torch.arange(len(inside))

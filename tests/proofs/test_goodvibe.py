@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from neurograft.anatomy.sites import sites
+from neurograft.core.compact.tied import Tied
 from neurograft.core.context import Context, Step
-from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
-from neurograft.core.tied import Tied
 from neurograft.locators.activation import activation
 from neurograft.locators.grad_x_act import grad_x_act
 from neurograft.pipeline.attach import attach

@@ -30,12 +30,12 @@ from neurograft.audits.instruction_split import instruction_split
 from neurograft.audits.vector_drift import vector_drift
 from neurograft.core.choose import choose
 from neurograft.core.context import Context, Step
-from neurograft.core.end_states import answer_scores, effects, end_means, written
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
-from neurograft.core.instructed import additions, at_prompt_end, prompt_end
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
+from neurograft.core.taps.end_states import answer_scores, effects, end_means, written
+from neurograft.core.taps.instructed import additions, at_prompt_end, prompt_end
 from neurograft.locators.causal_effect import causal_effect
 from neurograft.objectives.guided import divergence, guided, stair
 from neurograft.pipeline.attach import attach
@@ -64,7 +64,7 @@ def the_divergence_is_turned_round():
 @contextmanager
 def the_teacher_lacks_the_vector():
     """The base is asked as it is."""
-    plain = resolve("neurograft.core.instructed.at_prompt_end")
+    plain = resolve("neurograft.core.taps.instructed.at_prompt_end")
 
     def without(model, operations, where, strength=0.0):
         return plain(model, operations, where, strength)
@@ -76,8 +76,8 @@ def the_teacher_lacks_the_vector():
 @contextmanager
 def the_means_are_taken_over_every_token():
     """A head's mean is that of the whole prompt and the answer."""
-    plain = resolve("neurograft.core.stream.means")
-    with patched("neurograft.core.end_states", "means", lambda m, s, b, mask=None: plain(m, s, b)):
+    plain = resolve("neurograft.core.taps.stream.means")
+    with patched("neurograft.core.taps.end_states", "means", lambda m, s, b, mask=None: plain(m, s, b)):
         yield
 
 

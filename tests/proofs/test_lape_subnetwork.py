@@ -55,7 +55,7 @@ def rates_are_not_normalised_over_the_languages():
 @contextmanager
 def the_languages_are_mixed_up():
     """Each language gets the counts of another."""
-    plain = resolve("neurograft.core.rates.rates")
+    plain = resolve("neurograft.core.taps.rates.rates")
 
     def rolled(model, sites, groups, **how):
         names = list(groups)

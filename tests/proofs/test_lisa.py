@@ -10,7 +10,7 @@ import torch
 
 from neurograft.anatomy.depth import depths
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run

@@ -39,7 +39,7 @@ def edits_come_one_after_another():
 @contextmanager
 def answers_have_no_end():
     """No end of the answer is asked for."""
-    plain = resolve("neurograft.core.requests.joined")
+    plain = resolve("neurograft.core.prompts.requests.joined")
     with patched("neurograft.edits._training", "joined", lambda r, eos=False, **more: plain(r, **more)):
         yield
 
@@ -49,7 +49,7 @@ def tokens_count_alike():
     """The loss is a mean over all tokens of a batch, so that long targets outweigh short ones."""
 
     def loss(self, batch):
-        rows = resolve("neurograft.core.requests.joined")(batch, eos=self.eos)
+        rows = resolve("neurograft.core.prompts.requests.joined")(batch, eos=self.eos)
         return Step(self.model, rows.batch).log_probs.neg().mean()
 
     with patched(resolve("neurograft.edits._training.Training"), "loss", loss):

@@ -15,9 +15,9 @@ from neurograft.anatomy.roles import with_roles
 from neurograft.anatomy.sites import sites
 from neurograft.audits.average_forgetting import average_forgetting
 from neurograft.core.context import Context, Step
-from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.locators.kva import kva

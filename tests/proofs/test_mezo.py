@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
+from neurograft.core.compact.forward import ForwardOnly
 from neurograft.core.context import IGNORE
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.forward import ForwardOnly
-from neurograft.core.noise import Stream
+from neurograft.core.numerics.noise import Stream
 from neurograft.core.resolve import resolve
 from neurograft.optimizers.mezo import mezo
 from neurograft.pipeline.attach import attach

@@ -26,13 +26,13 @@ import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose
 from neurograft.core.context import Context
-from neurograft.core.describe import TokenWords, describe
 from neurograft.core.errors import RequestError
-from neurograft.core.exemplars import Exemplified, Shown, exemplify
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
-from neurograft.core.stream import Sample
+from neurograft.core.taps.describe import TokenWords, describe
+from neurograft.core.taps.exemplars import Exemplified, Shown, exemplify
+from neurograft.core.taps.stream import Sample
 from neurograft.core.units import Site, Tap
 from neurograft.networks._speech import START, STOP, Vocabulary, beams
 from neurograft.networks.captioner import Captioner, captioner
@@ -53,7 +53,7 @@ PAPER, SCALE = "milan", "tiny"
 @contextmanager
 def the_prior_is_forgotten():
     """Descriptions are chosen by p(d | E) alone, whatever lambda is."""
-    with patched("neurograft.core.describe", "weighed", lambda likelihood, prior, lam: likelihood):
+    with patched("neurograft.core.taps.describe", "weighed", lambda likelihood, prior, lam: likelihood):
         yield
 
 

@@ -58,7 +58,7 @@ def gradients_of_the_neighbours():
         shifted = (columns + 1) % b.shape[1]
         return torch.stack([(a * b.index_select(1, c)).sum(0) for c in shifted.unbind(1)], 1).reshape(-1)
 
-    with patched(resolve("neurograft.core.gradients.Route"), "_loop", beside):
+    with patched(resolve("neurograft.core.compact.gradients.Route"), "_loop", beside):
         yield
 
 

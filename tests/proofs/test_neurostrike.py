@@ -19,7 +19,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Scores, Selection
-from neurograft.core.table import table
+from neurograft.core.taps.table import table
 from neurograft.core.units import Site, Tap
 from neurograft.locators._fits import adam
 from neurograft.locators.probe import probe
@@ -46,8 +46,8 @@ def the_sign_of_the_weight_is_lost():
 @contextmanager
 def the_pool_is_a_mean():
     """Activations are averaged over the tokens instead of taking their maximum."""
-    plain = resolve("neurograft.core.table.pooled")
-    with patched("neurograft.core.table", "pooled", lambda x, rows, n, pool: plain(x, rows, n, "mean")):
+    plain = resolve("neurograft.core.taps.table.pooled")
+    with patched("neurograft.core.taps.table", "pooled", lambda x, rows, n, pool: plain(x, rows, n, "mean")):
         yield
 
 

@@ -18,10 +18,10 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 import neurograft as ng
 from neurograft.cli import main
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.evolve import bits, distance, diverse, evolution
+from neurograft.core.numerics.evolve import bits, distance, diverse, evolution
+from neurograft.core.numerics.prototypes import class_means, cosines, prototypical
+from neurograft.core.numerics.search import Found, search
 from neurograft.core.prefix import Prefix
-from neurograft.core.prototypes import class_means, cosines, prototypical
-from neurograft.core.search import Found, search
 from neurograft.core.seeds import generator
 from neurograft.pipeline import path_search as searching
 from neurograft.pipeline._episodes import episodes, support

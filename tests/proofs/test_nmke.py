@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from neurograft.anatomy.sites import sites
-from neurograft.core import keyvalue
 from neurograft.core.context import Context
-from neurograft.core.requests import joined
+from neurograft.core.numerics import keyvalue
+from neurograft.core.prompts.requests import joined
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
-from neurograft.core.tap import watch
+from neurograft.core.taps.tap import watch
 from neurograft.edits import _amplified as lens
 from neurograft.edits import _values as values
 from neurograft.edits._memory import at_subjects, caches, memories

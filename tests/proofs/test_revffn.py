@@ -7,10 +7,10 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from neurograft.core.compact.meter import Peak, saved
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
-from neurograft.core.meter import Peak, saved
+from neurograft.core.grafts.graft import Graft
 from neurograft.networks._reversing import Block, Wrapped, _halves
 from neurograft.networks._routing import Routing
 from neurograft.pipeline.attach import attach

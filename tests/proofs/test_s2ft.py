@@ -49,7 +49,7 @@ def drawn_layer_by_layer():
 @contextmanager
 def gradients_of_the_neighbours():
     """Each column gets the gradient of the column beside it."""
-    route = resolve("neurograft.core.gradients.Route")
+    route = resolve("neurograft.core.compact.gradients.Route")
     whole = route.gradient
 
     def beside(self, x, g):

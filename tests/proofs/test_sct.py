@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from neurograft.adapters.channels import channels
-from neurograft.core.behind import Behind
 from neurograft.core.channel_map import ChannelMap, mapped
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.seeds import generator
+from neurograft.core.taps.behind import Behind
 from neurograft.core.units import Part, Site, Tap
 from neurograft.locators.salient import salient
 from neurograft.pipeline.attach import attach

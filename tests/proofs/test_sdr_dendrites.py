@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from neurograft.core.chance import at_least, binomial, convolved, hypergeometric
 from neurograft.core.errors import RequestError
+from neurograft.core.numerics.chance import at_least, binomial, convolved, hypergeometric
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection

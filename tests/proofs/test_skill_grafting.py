@@ -12,8 +12,8 @@ import torch
 
 from neurograft.adapters._masked import Masked
 from neurograft.anatomy.sites import sites
-from neurograft.core.graft import Graft
-from neurograft.core.mask import Mask
+from neurograft.core.compact.mask import Mask
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.units import Part, Site

@@ -57,7 +57,7 @@ def moments_are_carried_over():
 @contextmanager
 def gradients_of_the_next_column():
     """Each column gets the gradient of its neighbour."""
-    route = resolve("neurograft.core.gradients.Route")
+    route = resolve("neurograft.core.compact.gradients.Route")
     plain = route.gradient
 
     def beside(self, x, g):

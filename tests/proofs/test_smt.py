@@ -49,7 +49,7 @@ def blocks_are_numbered_down_the_columns():
 @contextmanager
 def gradients_of_the_next_block():
     """Each block gets another block's gradient."""
-    route = resolve("neurograft.core.gradients.Route")
+    route = resolve("neurograft.core.compact.gradients.Route")
     blocks = route._blocks
     with patched(route, "_blocks", lambda self, a, b: blocks(self, a, b).roll(1, 0)):
         yield

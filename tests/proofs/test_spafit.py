@@ -10,9 +10,9 @@ import torch
 
 from neurograft.adapters.strata import strata
 from neurograft.anatomy.depth import depths
-from neurograft.core.delta import LowRank, New, Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.plan import plan

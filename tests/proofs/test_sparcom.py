@@ -16,10 +16,10 @@ import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.audits.alteration import alteration
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.rates import Rates, rates
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Selection
+from neurograft.core.taps.rates import Rates, rates
 from neurograft.core.units import Part, Site
 from neurograft.core.venn import general, pairwise, unique
 from neurograft.pipeline.attach import attach
@@ -38,19 +38,19 @@ TOPICS = ("maths", "code", "news")
 @contextmanager
 def experts_count_their_own_tokens_only():
     """A neuron's rate is divided by the tokens of its expert, so that experts look used by all."""
-    with patched("neurograft.core.rates", "routed", lambda site: False):
+    with patched("neurograft.core.taps.rates", "routed", lambda site: False):
         yield
 
 
 @contextmanager
 def padding_counts():
     """Padded tokens count for the firing of a neuron."""
-    plain = resolve("neurograft.core.stream.observe")
+    plain = resolve("neurograft.core.taps.stream.observe")
 
     def all_of_it(model, where, batches, make, **how):
         return plain(model, where, [{"input_ids": b["input_ids"]} for b in batches], make, **how)
 
-    with patched("neurograft.core.rates", "observe", all_of_it):
+    with patched("neurograft.core.taps.rates", "observe", all_of_it):
         yield
 
 

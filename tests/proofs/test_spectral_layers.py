@@ -11,10 +11,10 @@ from torch import nn
 from neurograft.anatomy.sites import sites
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
-from neurograft.core.linalg import linear_cka, mean_cca, principal
+from neurograft.core.numerics.linalg import linear_cka, mean_cca, principal
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Selection
-from neurograft.core.tap import watch
+from neurograft.core.taps.tap import watch
 from neurograft.core.units import Site, Tap
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.locate import locate

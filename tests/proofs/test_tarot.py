@@ -16,11 +16,11 @@ import torch.nn.functional as F
 import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.folding import _Fold, as_deltas
-from neurograft.core.rotations import numbers_of, rotations
-from neurograft.core.search import drawn, search, uniform
+from neurograft.core.numerics.rotations import numbers_of, rotations
+from neurograft.core.numerics.search import drawn, search, uniform
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
+from neurograft.core.taps.folding import _Fold, as_deltas
 from neurograft.core.turn import Turn
 from neurograft.edits import _bayes
 from neurograft.edits._answers import first_answers, read
@@ -61,7 +61,7 @@ def a_chain_for_the_tree():
     def chain(form, width):
         return list(range(width - 1)), list(range(1, width))
 
-    return patched("neurograft.core.rotations", "_planes", chain)
+    return patched("neurograft.core.numerics.rotations", "_planes", chain)
 
 
 BROKEN = (the_released_sign, the_fold_turns_the_other_way, a_chain_for_the_tree)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from neurograft.core.delta import LowRank, New, Slice
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.store import FORMAT
 from neurograft.core.region import Region
-from neurograft.core.store import FORMAT
 from neurograft.core.untie import Untie
 
 

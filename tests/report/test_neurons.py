@@ -10,9 +10,9 @@ import torch
 import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.audits._changes import as_change
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RunError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 from neurograft.pipeline.neuron import neuron

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import neurograft as ng
-from neurograft.core.delta import Slice
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.report._svg import ticks
 from neurograft.report.report import Report

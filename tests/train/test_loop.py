@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import neurograft as ng
+from neurograft.core.compact.expose import exposed
 from neurograft.core.context import Phase, Step
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.expose import exposed
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.inputs import as_batches, collator
 from neurograft.train.loop import fit, rehearsal

@@ -8,7 +8,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 import neurograft as ng
-from neurograft.core.delta import New
+from neurograft.core.grafts.delta import New
 from neurograft.pipeline.inputs import collator
 from neurograft.worlds.pico import pico, pico_batch
 

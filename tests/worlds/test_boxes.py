@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from neurograft.core.errors import RequestError
-from neurograft.core.places import answers, place
+from neurograft.core.prompts.places import answers, place
 from neurograft.worlds.boxes import BEHIND, FIRST, HOLDS, LABELS, QUERY, VOCABULARY, boxes, corrupted, counterfactual
 
 

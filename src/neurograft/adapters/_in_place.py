@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from neurograft.core.compact.live import Live
+from neurograft.core.compact.mount import Mount
+from neurograft.core.compact.uses import LiveWeight, tag, untag
+from neurograft.core.compact.values import register_values, unregister_values
 from neurograft.core.context import Trained
-from neurograft.core.coordinates import everything
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.live import Live
-from neurograft.core.mount import Mount
+from neurograft.core.grafts.coordinates import everything
+from neurograft.core.grafts.delta import Slice
 from neurograft.core.region import Region, as_matrix
-from neurograft.core.uses import LiveWeight, tag, untag
-from neurograft.core.values import register_values, unregister_values
 
 
 class InPlaceMount(Mount):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.adapters._in_place import InPlaceMount
-from neurograft.core.delta import Shut, Slice
+from neurograft.core.compact.live import Live, Plain
+from neurograft.core.compact.mask import Mask
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
-from neurograft.core.live import Live, Plain
-from neurograft.core.mask import Mask
+from neurograft.core.grafts.delta import Shut, Slice
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
-from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 
 

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.delta import Delta
-from neurograft.core.mount import Mount
-from neurograft.core.operation import Operation
-from neurograft.core.values import register_values, unregister_values
+from neurograft.core.compact.mount import Mount
+from neurograft.core.compact.values import register_values, unregister_values
+from neurograft.core.grafts.delta import Delta
+from neurograft.core.grafts.operation import Operation
 
 
 class Held:

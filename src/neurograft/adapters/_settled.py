@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from neurograft.core.live import Live
+from neurograft.core.compact.live import Live
 from neurograft.core.region import Layout, Region, positions, shared, union
 
 

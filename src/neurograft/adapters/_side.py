@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.delta import Slice
+from neurograft.core.compact.gradients import sampled_product
+from neurograft.core.compact.mount import Mount
+from neurograft.core.compact.values import register_values, unregister_values
 from neurograft.core.errors import RequestError
-from neurograft.core.gradients import sampled_product
-from neurograft.core.mount import Mount
+from neurograft.core.grafts.delta import Slice
 from neurograft.core.region import Region
-from neurograft.core.values import register_values, unregister_values
 
 
 class SideMount(Mount):

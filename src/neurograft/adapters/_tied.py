@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.adapters._in_place import InPlaceMount
-from neurograft.core.delta import Delta, LowRank, Slice
+from neurograft.core.compact.live import Live
+from neurograft.core.compact.mount import matrix_of
+from neurograft.core.compact.tied import Tied
 from neurograft.core.errors import RequestError
-from neurograft.core.live import Live
-from neurograft.core.mount import matrix_of
+from neurograft.core.grafts.delta import Delta, LowRank, Slice
+from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region, region_of
 from neurograft.core.selection import Selection
-from neurograft.core.stack import Stack
-from neurograft.core.tied import Tied
 from neurograft.core.units import Parameters, Part
 
 

@@ -11,13 +11,13 @@ from neurograft.adapters._operations import Held, OperationMount
 from neurograft.anatomy.entering import entering, stream_of, with_streams
 from neurograft.anatomy.roles import with_roles
 from neurograft.anatomy.sites import sites
-from neurograft.core.behind import Behind
 from neurograft.core.card import method
 from neurograft.core.channel_map import ChannelMap, mapped
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.mount import Mount
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
+from neurograft.core.taps.behind import Behind
 from neurograft.core.units import Site
 
 STARTS = ("zero", "normal")

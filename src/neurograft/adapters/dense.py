@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from neurograft.core.card import method
+from neurograft.core.compact.mount import Mount, matrix_of, regions_of
+from neurograft.core.compact.shift import Shift
+from neurograft.core.compact.spill import Spill, differing
 from neurograft.core.context import Trained
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import tensor_digest
-from neurograft.core.mount import Mount, matrix_of, regions_of
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.replay import Replay
 from neurograft.core.region import Region
-from neurograft.core.replay import Replay
 from neurograft.core.selection import Selection
-from neurograft.core.shift import Shift
-from neurograft.core.spill import Spill, differing
 
 
 @method(claims={"undo", "only_the_selection", "zero_graft", "live_model", "resume", "coordinates"})

@@ -10,9 +10,9 @@ from torch import nn
 from neurograft.adapters._operations import Held, OperationMount
 from neurograft.anatomy.describe import anatomy
 from neurograft.core.card import method
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError
 from neurograft.core.inserted import Inserted, Running
-from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from neurograft.core.card import method
-from neurograft.core.delta import Delta, LowRank
+from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.errors import RequestError, near
-from neurograft.core.mount import Mount, regions_of
+from neurograft.core.grafts.delta import Delta, LowRank
 from neurograft.core.seeds import derive
 from neurograft.core.selection import Selection
 from neurograft.core.units import Parameters

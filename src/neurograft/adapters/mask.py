@@ -9,10 +9,10 @@ from torch import nn
 
 from neurograft.adapters._masked import MaskMount
 from neurograft.core.card import method
+from neurograft.core.compact.mask import Mask
+from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
-from neurograft.core.mask import Mask
-from neurograft.core.mount import Mount, regions_of
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.selection import Selection
 
 

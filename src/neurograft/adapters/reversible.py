@@ -10,12 +10,12 @@ from torch import nn
 
 from neurograft.adapters.dense import DenseMount
 from neurograft.core.card import method
+from neurograft.core.compact.mount import Mount, regions_of
+from neurograft.core.compact.values import register_values, unregister_values
 from neurograft.core.errors import one_of
-from neurograft.core.graft import Graft
-from neurograft.core.mount import Mount, regions_of
-from neurograft.core.operation import Operation
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.operation import Operation
 from neurograft.core.selection import Selection
-from neurograft.core.values import register_values, unregister_values
 from neurograft.networks._reversing import Tape
 from neurograft.networks.reversible import FORMS, Reversible, Reversing, halves
 

@@ -13,10 +13,10 @@ from neurograft.adapters._settled import Settled, packed, unpacked
 from neurograft.adapters._side import SideMount
 from neurograft.adapters._tied import TiedMount
 from neurograft.core.card import method
-from neurograft.core.delta import Slice
+from neurograft.core.compact.live import Live, Plain
+from neurograft.core.compact.mount import Mount, matrix_of, regions_of, untied
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.live import Live, Plain
-from neurograft.core.mount import Mount, matrix_of, regions_of, untied
+from neurograft.core.grafts.delta import Slice
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 

@@ -9,16 +9,16 @@ from torch import nn
 
 from neurograft.adapters._in_place import InPlaceMount
 from neurograft.core.card import method
+from neurograft.core.compact.factored import Factored
+from neurograft.core.compact.live import Live
+from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.context import Trained
-from neurograft.core.delta import Delta, LowRank, Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.factored import Factored
-from neurograft.core.live import Live
-from neurograft.core.mount import Mount, regions_of
+from neurograft.core.grafts.delta import Delta, LowRank, Slice
+from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
-from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 
 

@@ -14,9 +14,9 @@ from neurograft.anatomy.depth import Depths, depths
 from neurograft.anatomy.roles import ROLES
 from neurograft.anatomy.roles import roles as roles_of
 from neurograft.core.card import method
-from neurograft.core.delta import Delta
+from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.mount import Mount, regions_of
+from neurograft.core.grafts.delta import Delta
 from neurograft.core.selection import Selection
 
 TREATMENTS = ("all", "redrawn", "bias", "norm", "low_rank")

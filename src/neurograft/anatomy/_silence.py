@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.seeds import generator
-from neurograft.core.tap import change
+from neurograft.core.taps.tap import change
 from neurograft.core.units import Site
 
 # Rounding allowed between the two ways of silencing, relative to the largest output, and what counts as an effect.

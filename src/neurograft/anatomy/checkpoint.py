@@ -21,8 +21,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from neurograft.anatomy._rearranged import Recorder, View, contiguous
-from neurograft.core.coordinates import Piece, everything, holders, missing, narrowest
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.coordinates import Piece, everything, holders, missing, narrowest
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.units import Parameters
 

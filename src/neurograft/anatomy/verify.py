@@ -29,7 +29,7 @@ from neurograft.anatomy.matrix import Inventory
 from neurograft.anatomy.sites import of_kind
 from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.seeds import generator
-from neurograft.core.tap import watch
+from neurograft.core.taps.tap import watch
 from neurograft.core.units import KINDS, Site
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.coordinates import coordinates, everything
-from neurograft.core.delta import New
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import coordinates, everything
+from neurograft.core.grafts.delta import New
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region, as_matrix, union
 from neurograft.core.seeds import generator
-from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from neurograft.anatomy.sites import sites as sites_of
 from neurograft.audits._changes import Change, evaluating
-from neurograft.core.circuit import Bench, Circuit
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
-from neurograft.core.head_means import Means
+from neurograft.core.taps.circuit import Bench, Circuit
+from neurograft.core.taps.head_means import Means
 
 
 def need_circuit(circuit: Circuit | None) -> Circuit:

@@ -11,9 +11,9 @@ from neurograft.anatomy.sites import sites as sites_of
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import Batch
-from neurograft.core.passing import Positions
-from neurograft.core.rates import rates
+from neurograft.core.prompts.passing import Positions
 from neurograft.core.selection import Selection
+from neurograft.core.taps.rates import rates
 from neurograft.core.venn import by_layer
 
 

@@ -12,14 +12,14 @@ from neurograft.anatomy.projections import projections
 from neurograft.anatomy.sites import sites as sites_of
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.audits._circuits import need_circuit
-from neurograft.core.answering import credit
 from neurograft.core.card import method
-from neurograft.core.circuit import Circuit, Group
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.intervene import capture
-from neurograft.core.places import place
-from neurograft.core.tap import change as changing
+from neurograft.core.prompts.answering import credit
+from neurograft.core.prompts.places import place
+from neurograft.core.taps.circuit import Circuit, Group
+from neurograft.core.taps.tap import change as changing
 from neurograft.core.units import Site
 
 WAYS: Mapping[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import size
+from neurograft.core.prompts.examples import size
 
 PARTS = ("layer", "parameter")
 

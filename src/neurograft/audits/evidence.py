@@ -14,10 +14,10 @@ from neurograft.audits._statistics import expanded
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import singles
+from neurograft.core.prompts.examples import singles
 from neurograft.core.seeds import derive, generator
 from neurograft.core.selection import Selection
-from neurograft.core.stream import means
+from neurograft.core.taps.stream import means
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]

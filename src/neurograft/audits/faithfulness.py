@@ -10,8 +10,8 @@ from torch import nn
 from neurograft.audits._changes import Change, as_change
 from neurograft.audits._circuits import bench, need_circuit
 from neurograft.core.card import method
-from neurograft.core.circuit import Circuit, random_like, ratio
 from neurograft.core.context import Batch
+from neurograft.core.taps.circuit import Circuit, random_like, ratio
 
 
 @method(

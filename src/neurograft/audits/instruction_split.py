@@ -10,9 +10,9 @@ from torch import nn
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import Batch
-from neurograft.core.end_states import answer_scores
-from neurograft.core.graft import Graft
-from neurograft.core.instructed import additions, at_prompt_end
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.taps.end_states import answer_scores
+from neurograft.core.taps.instructed import additions, at_prompt_end
 
 
 @method(paper="instruction-vector", needs={"batches", "contrast", "labels"})

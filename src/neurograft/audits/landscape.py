@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.audits._scoring import scored
 from neurograft.core.card import method
+from neurograft.core.compact.shift import Shift
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.noise import grain
+from neurograft.core.numerics.noise import grain
 from neurograft.core.seeds import derive
-from neurograft.core.shift import Shift
 
 Reward = Callable[[nn.Module, Batch], float]
 WINDOWS = 10

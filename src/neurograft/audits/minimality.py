@@ -11,9 +11,9 @@ from torch import nn
 from neurograft.audits._changes import as_change
 from neurograft.audits._circuits import bench, need_circuit
 from neurograft.core.card import method
-from neurograft.core.circuit import Bench, Circuit, Unit, units_of, without
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.taps.circuit import Bench, Circuit, Unit, units_of, without
 
 
 @method(

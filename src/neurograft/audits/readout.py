@@ -10,12 +10,12 @@ from torch import nn
 
 from neurograft.audits._changes import evaluating
 from neurograft.core.card import method
-from neurograft.core.cett import shares
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Scores
-from neurograft.core.table import auroc, table
+from neurograft.core.taps.cett import shares
+from neurograft.core.taps.table import auroc, table
 
 
 @method(paper="h-neurons", needs={"batches", "contrast", "taps"})

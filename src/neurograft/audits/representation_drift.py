@@ -17,8 +17,8 @@ from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
 from neurograft.core.context import Batch, token_mask
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.examples import size
-from neurograft.core.linalg import linear_cka
+from neurograft.core.numerics.linalg import linear_cka
+from neurograft.core.prompts.examples import size
 
 BATCHES = 16
 WHOLE = ""  # the name of the model itself, for one without layers

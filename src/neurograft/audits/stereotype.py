@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.audits._changes import evaluating
-from neurograft.core.candidates import candidate_ids, candidate_logits, entropy
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch
 from neurograft.core.errors import RequestError
-from neurograft.core.examples import size
+from neurograft.core.prompts.candidates import candidate_ids, candidate_logits, entropy
+from neurograft.core.prompts.examples import size
 
 
 @method(paper="bidirectional-bias", needs={"batches", "labels"})

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.audits._changes import as_change, evaluating
-from neurograft.core.board import Board, Guest
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
-from neurograft.core.passing import Seen
+from neurograft.core.prompts.passing import Seen
+from neurograft.core.taps.board import Board, Guest
 
 
 @method(paper="slicefine")

@@ -14,7 +14,7 @@ from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import generator
-from neurograft.core.table import auroc, table
+from neurograft.core.taps.table import auroc, table
 from neurograft.core.units import Site
 
 

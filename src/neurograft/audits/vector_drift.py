@@ -12,8 +12,8 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import Batch
-from neurograft.core.end_states import best, effects, end_means, joint
 from neurograft.core.selection import Scores, Selection
+from neurograft.core.taps.end_states import best, effects, end_means, joint
 from neurograft.core.units import Site
 
 

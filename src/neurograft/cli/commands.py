@@ -173,7 +173,7 @@ def export(
 ) -> None:
     """Write a graft in another tool's format."""
     from neurograft.cli.options import pairs
-    from neurograft.core.graft import Graft
+    from neurograft.core.grafts.graft import Graft
     from neurograft.pipeline.models import load_model
 
     keep_inputs(output, {"graft": graft, "model": model or ""})

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.behind import Behind
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.operation import Operation
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.operation import Operation
+from neurograft.core.taps.behind import Behind
 from neurograft.core.units import Site
 
 

@@ -17,7 +17,7 @@ from neurograft.core.seeds import generator
 from neurograft.core.units import Site
 
 if TYPE_CHECKING:
-    from neurograft.core.requests import Request
+    from neurograft.core.prompts.requests import Request
 
 Batch = dict[str, Any]
 IGNORE = -100

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.operation import Operation
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.operation import Operation
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.board import Board, Guest, features
 from neurograft.core.context import POSITIONS, Batch
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.fingerprint import digest
-from neurograft.core.folding import folded
-from neurograft.core.passing import Seen
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.prompts.passing import Seen
+from neurograft.core.taps.board import Board, Guest, features
+from neurograft.core.taps.folding import folded
 from neurograft.core.units import Site
 
 KINDS = ("zero", "scale", "pin", "add", "replace", "rotate", "remove")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.delta import Slice
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

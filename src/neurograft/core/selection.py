@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neurograft.core.chance import at_least, convolved, hypergeometric
 from neurograft.core.errors import RequestError, near
 from neurograft.core.fingerprint import digest
+from neurograft.core.grafts.store import apart
+from neurograft.core.numerics.chance import at_least, convolved, hypergeometric
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
-from neurograft.core.store import apart
 from neurograft.core.units import Site, census
 
 EACH = "::each"  # what the names of scores per example end in, in a file

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neurograft.core.errors import RequestError
 from neurograft.core.intervene import Intervention
-from neurograft.core.rotations import numbers_of, rotations
+from neurograft.core.numerics.rotations import numbers_of, rotations
 from neurograft.core.units import Site
 
 

@@ -12,8 +12,8 @@ from neurograft.core.errors import RequestError
 from neurograft.core.units import Parameters
 
 if TYPE_CHECKING:
-    from neurograft.core.delta import Slice
-    from neurograft.core.operation import Operation
+    from neurograft.core.grafts.delta import Slice
+    from neurograft.core.grafts.operation import Operation
 
 ATTRIBUTE = "_neurograft_untied"
 FLAG = "tie_word_embeddings"

@@ -10,7 +10,7 @@ import torch
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch, Phase
 from neurograft.core.errors import RequestError
-from neurograft.core.examples import singles
+from neurograft.core.prompts.examples import singles
 from neurograft.core.seeds import generator
 
 T = TypeVar("T")

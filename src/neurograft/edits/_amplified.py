@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neurograft.anatomy.describe import anatomy
 from neurograft.core.errors import RequestError
-from neurograft.core.requests import Rows
+from neurograft.core.prompts.requests import Rows
 from neurograft.core.units import Parameters, Site, Tap
 from neurograft.edits._memory import Memory, picked
 

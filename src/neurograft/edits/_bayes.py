@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.errors import RequestError
-from neurograft.core.search import Found, Propose, drawn
+from neurograft.core.numerics.search import Found, Propose, drawn
 
 if TYPE_CHECKING:
     from sklearn.gaussian_process import GaussianProcessRegressor
@@ -54,7 +54,7 @@ def bayes(
         RequestError: scikit-learn is not installed.
 
     Example:
-        >>> from neurograft.core.search import search
+        >>> from neurograft.core.numerics.search import search
         >>> low, high = torch.tensor([-1.0]), torch.tensor([1.0])
         >>> rng = torch.Generator().manual_seed(0)
         >>> near = lambda x: -float((x - 0.3).square().sum())

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from neurograft.anatomy.describe import anatomy
 from neurograft.anatomy.sites import sites
 from neurograft.core.context import Batch, Context
-from neurograft.core.coordinates import coordinates, everything
-from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.coordinates import coordinates, everything
+from neurograft.core.grafts.delta import LowRank
+from neurograft.core.grafts.stack import Stack
+from neurograft.core.prompts.requests import Request, Rows, joined
 from neurograft.core.region import as_matrix
-from neurograft.core.requests import Request, Rows, joined
-from neurograft.core.stack import Stack
-from neurograft.core.tap import Reader, change, watch
+from neurograft.core.taps.tap import Reader, change, watch
 from neurograft.core.units import Parameters, Site, Tap
 
 AT_ONCE = 64  # rows of a pass

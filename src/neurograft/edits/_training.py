@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.context import Context
-from neurograft.core.coordinates import coordinates, everything
-from neurograft.core.delta import Delta, Slice
+from neurograft.core.grafts.coordinates import coordinates, everything
+from neurograft.core.grafts.delta import Delta, Slice
+from neurograft.core.grafts.stack import Stack
+from neurograft.core.prompts.requests import Request, joined
 from neurograft.core.region import as_matrix
-from neurograft.core.requests import Request, joined
-from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 from neurograft.edits._memory import device_of
 from neurograft.edits._values import finite, per_row

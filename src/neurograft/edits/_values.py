@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from neurograft.core.context import IGNORE
 from neurograft.core.errors import RunError
-from neurograft.core.requests import Request, Rows, joined
-from neurograft.core.tap import change
+from neurograft.core.prompts.requests import Request, Rows, joined
+from neurograft.core.taps.tap import change
 from neurograft.edits._memory import Memory, at_subjects, device_of
 
 

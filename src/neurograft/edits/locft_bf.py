@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.edits._places import MATRICES, places

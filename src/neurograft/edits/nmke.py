@@ -9,12 +9,12 @@ from torch import Tensor
 
 from neurograft.core.card import method
 from neurograft.core.context import Context
-from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
-from neurograft.core.keyvalue import answers
+from neurograft.core.grafts.delta import LowRank
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.numerics.keyvalue import answers
+from neurograft.core.prompts.requests import Rows, joined
 from neurograft.core.ranges import least
-from neurograft.core.requests import Rows, joined
 from neurograft.core.selection import Selection
 from neurograft.edits._amplified import amplified, mask_of
 from neurograft.edits._memory import Memory, at_subjects, caches, covariances, device_of, memories, reaches

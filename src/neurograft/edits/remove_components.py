@@ -10,11 +10,11 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import Intervention
-from neurograft.core.linalg import principal
+from neurograft.core.numerics.linalg import principal
 from neurograft.core.selection import Selection
-from neurograft.core.tap import watch
+from neurograft.core.taps.tap import watch
 
 
 @method(paper="spectral-layers", kinds={"layer"}, needs={"batches", "taps"})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from neurograft.core.card import method
+from neurograft.core.compact.mount import regions_of
 from neurograft.core.context import Context
-from neurograft.core.coordinates import coordinates
-from neurograft.core.delta import Delta, Shut
-from neurograft.core.graft import Graft
-from neurograft.core.mount import regions_of
+from neurograft.core.grafts.coordinates import coordinates
+from neurograft.core.grafts.delta import Delta, Shut
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region, union
 from neurograft.core.selection import Selection
 

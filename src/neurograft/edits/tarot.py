@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, RunError, one_of
-from neurograft.core.folding import as_deltas
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import Intervention
-from neurograft.core.rotations import FORMS, numbers_of
-from neurograft.core.search import Propose, drawn, search, uniform
+from neurograft.core.numerics.rotations import FORMS, numbers_of
+from neurograft.core.numerics.search import Propose, drawn, search, uniform
 from neurograft.core.selection import Selection
+from neurograft.core.taps.folding import as_deltas
 from neurograft.core.turn import Turn
 from neurograft.edits._answers import METRICS, metric_of
 from neurograft.edits._bayes import bayes

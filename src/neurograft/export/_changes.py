@@ -11,14 +11,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from neurograft.core.coordinates import Coordinates, coordinates, holders
-from neurograft.core.delta import New, combined
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.ledger import Change
+from neurograft.core.grafts.coordinates import Coordinates, coordinates, holders
+from neurograft.core.grafts.delta import New, combined
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.ledger import Change
+from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region
 from neurograft.core.resolve import resolve
-from neurograft.core.stack import Stack
 from neurograft.core.units import Parameters
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neurograft.core.delta import Shift
+from neurograft.core.grafts.delta import Shift
 from neurograft.core.region import Region
 from neurograft.export._changes import Touched
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from neurograft import __version__
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 
 
 def readme(graft: Graft, base: str, form: str, notes: Mapping[str, str]) -> str:

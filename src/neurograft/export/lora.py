@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.skeleton import skeleton
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.skeleton import skeleton
 from neurograft.export._changes import Touched, base_model, base_name, place, tied_names, touched
 from neurograft.export._factors import Factors, factors, mismatches
 from neurograft.export._readme import readme

@@ -13,14 +13,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from neurograft.core.card import method
-from neurograft.core.coordinates import coordinates, holders
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
-from neurograft.core.graft import Graft
-from neurograft.core.operation import Operation
+from neurograft.core.grafts.coordinates import coordinates, holders
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.operation import Operation
+from neurograft.core.grafts.stack import ATTRIBUTE, Stack
 from neurograft.core.region import Region
-from neurograft.core.stack import ATTRIBUTE, Stack
 from neurograft.core.untie import Untie
 from neurograft.export._changes import base_model, base_name, place
 from neurograft.export._readme import readme

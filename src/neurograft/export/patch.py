@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from neurograft.core.card import method
-from neurograft.core.coordinates import Piece, coordinates, everything
-from neurograft.core.delta import Delta, LowRank, New, Shift, Slice, combined
 from neurograft.core.errors import RequestError
-from neurograft.core.fits import named
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import Piece, coordinates, everything
+from neurograft.core.grafts.delta import Delta, LowRank, New, Shift, Slice, combined
+from neurograft.core.grafts.fits import named
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.replay import Replay
+from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import as_matrix
-from neurograft.core.replay import Replay
-from neurograft.core.stack import Stack
 from neurograft.export._changes import base_model, base_name, place
 from neurograft.export._readme import readme
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from neurograft.core.card import method
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.skeleton import skeleton
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.skeleton import skeleton
 from neurograft.export._changes import Touched, base_model, base_name, place, tied_names, touched
 from neurograft.export._readme import readme
 

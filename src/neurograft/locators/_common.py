@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neurograft.core.context import IGNORE, Batch, Context, Step, shifts
 from neurograft.core.errors import RequestError
-from neurograft.core.examples import singles, size
+from neurograft.core.prompts.examples import singles, size
 from neurograft.core.selection import Scores
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from neurograft.core.context import Batch
-from neurograft.core.describe import Describer, TokenWords
 from neurograft.core.errors import RequestError
+from neurograft.core.taps.describe import Describer, TokenWords
 from neurograft.networks.captioner import captioner
 from neurograft.networks.saved import load_describer
 from neurograft.networks.word_scorer import word_scorer

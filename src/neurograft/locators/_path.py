@@ -10,8 +10,8 @@ from torch import Tensor
 
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
-from neurograft.core.examples import size
-from neurograft.core.tap import change, gradients
+from neurograft.core.prompts.examples import size
+from neurograft.core.taps.tap import change, gradients
 from neurograft.core.units import Site
 from neurograft.locators._common import backward, per_example
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from neurograft.core.card import method
 from neurograft.core.context import Context
-from neurograft.core.end_states import effects, end_means
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores
+from neurograft.core.taps.end_states import effects, end_means
 from neurograft.locators._common import need_batches, scored
 
 

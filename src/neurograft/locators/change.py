@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.selection import Scores
 from neurograft.core.units import Parameters
 from neurograft.locators._common import scored

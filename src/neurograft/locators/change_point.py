@@ -10,9 +10,9 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context, token_mask
 from neurograft.core.errors import RequestError
-from neurograft.core.linalg import linear_cka, mean_cca, principal
+from neurograft.core.numerics.linalg import linear_cka, mean_cca, principal
 from neurograft.core.selection import Scores
-from neurograft.core.tap import watch
+from neurograft.core.taps.tap import watch
 from neurograft.locators._common import need_batches, scored
 
 

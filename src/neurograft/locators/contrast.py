@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.selection import Scores
-from neurograft.core.stream import Moments, Rate, Reducer, observe
+from neurograft.core.taps.stream import Moments, Rate, Reducer, observe
 from neurograft.locators._common import need_batches, scored
 
 STATISTICS = ("mean", "rate")

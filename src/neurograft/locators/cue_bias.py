@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from neurograft.core.candidates import candidate_ids, candidate_logits, divergence, entropy
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import size
+from neurograft.core.prompts.candidates import candidate_ids, candidate_logits, divergence, entropy
+from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
 from neurograft.locators._common import need_batches
 from neurograft.locators.integrated_gradients import integrated_gradients

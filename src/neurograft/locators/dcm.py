@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neurograft.core.answering import both, need_causal, paired
 from neurograft.core.card import method
+from neurograft.core.compact.mask import Mask
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
 from neurograft.core.intervene import capture
-from neurograft.core.mask import Mask
-from neurograft.core.places import answers, ends, place
+from neurograft.core.prompts.answering import both, need_causal, paired
+from neurograft.core.prompts.places import answers, ends, place
 from neurograft.core.selection import Scores, Selection
-from neurograft.core.tap import change
+from neurograft.core.taps.tap import change
 from neurograft.locators._common import scored
 
 Pair = tuple[Batch, Batch, Tensor, Tensor]

@@ -9,9 +9,9 @@ import torch
 
 from neurograft.core.card import method
 from neurograft.core.context import Context
-from neurograft.core.describe import Description, describe, matches
-from neurograft.core.exemplars import as_seen, exemplify
 from neurograft.core.selection import Scores
+from neurograft.core.taps.describe import Description, describe, matches
+from neurograft.core.taps.exemplars import as_seen, exemplify
 from neurograft.locators._common import need_batches, scored
 from neurograft.locators._describers import describer_for
 

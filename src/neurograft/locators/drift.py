@@ -13,7 +13,7 @@ from neurograft.core.card import method
 from neurograft.core.choose import choose
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.selection import Scores
 from neurograft.core.units import Parameters
 from neurograft.locators._common import backward, scored

@@ -10,8 +10,8 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.rates import rates
 from neurograft.core.selection import Scores
+from neurograft.core.taps.rates import rates
 from neurograft.locators._common import scored
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch, Context, shifts
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import singles
+from neurograft.core.prompts.examples import singles
 from neurograft.core.selection import Scores
-from neurograft.core.tap import gradients
+from neurograft.core.taps.tap import gradients
 from neurograft.core.units import Parameters
 from neurograft.locators._common import backward, need_batches, scored
 from neurograft.locators._parts import numbers, owners, squared, view

@@ -8,9 +8,9 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import one_of
-from neurograft.core.examples import singles, size
+from neurograft.core.prompts.examples import singles, size
 from neurograft.core.selection import Scores
-from neurograft.core.tap import gradients
+from neurograft.core.taps.tap import gradients
 from neurograft.locators._common import backward, need_batches, per_example, scored, tapped
 from neurograft.locators._parts import owners, summed
 from neurograft.locators._weights import weight_gradients

@@ -12,7 +12,7 @@ from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.selection import Scores
-from neurograft.core.stream import means
+from neurograft.core.taps.stream import means
 from neurograft.core.units import Site
 from neurograft.locators._common import need_batches
 from neurograft.locators._path import Path, of_token, quadrature

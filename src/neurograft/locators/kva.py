@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurograft.core.candidates import first_answers
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context, token_mask
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.prompts.candidates import first_answers
 from neurograft.core.selection import Scores
 from neurograft.locators._common import need_batches
 from neurograft.locators.integrated_gradients import integrated_gradients

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.cett import shares
 from neurograft.core.context import Batch, Context, token_mask
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import size
+from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
-from neurograft.core.table import auroc, table
+from neurograft.core.taps.cett import shares
+from neurograft.core.taps.table import auroc, table
 from neurograft.locators._common import need_batches, scored
 from neurograft.locators._fits import CHUNK, adam, logistic
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from neurograft.anatomy.entering import entering, stream_of
-from neurograft.core.behind import Behind
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores
+from neurograft.core.taps.behind import Behind
 from neurograft.locators._common import need_batches, scored
 
 Sums = dict[int, Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context, Step
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import size
 from neurograft.core.intervene import Intervention
+from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores, Selection
 from neurograft.locators._common import need_batches, scored
 

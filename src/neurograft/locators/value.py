@@ -11,10 +11,10 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch, Context, token_mask
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import size
+from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
-from neurograft.core.table import auroc
-from neurograft.core.tap import watch
+from neurograft.core.taps.table import auroc
+from neurograft.core.taps.tap import watch
 from neurograft.locators._common import need_batches, scored
 from neurograft.locators._value import Value, errors, fitted
 

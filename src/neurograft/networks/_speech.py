@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.describe import words_of
 from neurograft.core.seeds import generator
+from neurograft.core.taps.describe import words_of
 
 START, STOP, UNKNOWN = 0, 1, 2
 SPECIAL = ("<start>", "<stop>", "<unknown>")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
-from neurograft.core.exemplars import Shown
 from neurograft.core.fingerprint import digest
 from neurograft.core.seeds import derive
+from neurograft.core.taps.exemplars import Shown
 from neurograft.networks._regions import regions
 from neurograft.networks._speech import Language, State, Vocabulary, beams, chosen, cross_entropy, taught
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.card import method
+from neurograft.core.compact.mask import Mask
 from neurograft.core.errors import RequestError
-from neurograft.core.mask import Mask
 
 CONNECTED = Mask("straight", 0.5)
 

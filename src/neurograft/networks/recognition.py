@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from neurograft.core.card import method
-from neurograft.core.chance import at_least, binomial, hypergeometric
 from neurograft.core.errors import RequestError
+from neurograft.core.numerics.chance import at_least, binomial, hypergeometric
 
 
 class Errors(NamedTuple):

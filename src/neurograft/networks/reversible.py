@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.delta import Slice
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.operation import Operation
+from neurograft.core.grafts.delta import Slice
+from neurograft.core.grafts.operation import Operation
 from neurograft.networks._reversing import PARTS, Block, Tape, Wrapped
 
 FORMS = ("standard", "coupled")

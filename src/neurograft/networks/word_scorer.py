@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.describe import words_of
 from neurograft.core.errors import RequestError
-from neurograft.core.exemplars import Shown
 from neurograft.core.fingerprint import digest
+from neurograft.core.taps.describe import words_of
+from neurograft.core.taps.exemplars import Shown
 from neurograft.networks._regions import regions
 
 Encode = Callable[[Tensor, Tensor], Tensor]

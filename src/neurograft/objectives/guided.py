@@ -10,8 +10,8 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import Step
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
-from neurograft.core.instructed import additions, at_prompt_end, need_ahead, prompt_end
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.taps.instructed import additions, at_prompt_end, need_ahead, prompt_end
 
 NEUTRAL: dict[str, Any] = {"weight": 0.0}
 REDUCTIONS = ("sum", "mean")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
+from neurograft.core.compact.forward import ForwardOnly
 from neurograft.core.errors import RequestError
-from neurograft.core.forward import ForwardOnly
 
 TINY = 1e-8
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.card import method
+from neurograft.core.compact.moments import carried
 from neurograft.core.errors import RequestError, near, one_of
-from neurograft.core.moments import carried
 
 IDS = "ids"
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from neurograft.core.card import method
+from neurograft.core.compact.forward import ForwardOnly
 from neurograft.core.errors import RequestError
-from neurograft.core.forward import ForwardOnly
 
 
 @method(

@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from neurograft.core.coordinates import Coordinates, everything
-from neurograft.core.delta import Delta, LowRank, New, Slice
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
-from neurograft.core.graft import Graft, versions
+from neurograft.core.grafts.coordinates import Coordinates, everything
+from neurograft.core.grafts.delta import Delta, LowRank, New, Slice
+from neurograft.core.grafts.graft import Graft, versions
+from neurograft.core.grafts.skeleton import skeleton
 from neurograft.core.region import Region, as_matrix
-from neurograft.core.skeleton import skeleton
 from neurograft.pipeline._narrow import narrow_change
 from neurograft.pipeline._sources import Source, live
 from neurograft.pipeline.models import Model, load_model

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from neurograft.core.meter import saved
-from neurograft.core.mount import Mount
+from neurograft.core.compact.meter import saved
+from neurograft.core.compact.mount import Mount
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline._demo_data import Answers, Correction, answers
 from neurograft.pipeline.attach import attach

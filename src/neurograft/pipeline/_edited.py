@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.context import IGNORE
-from neurograft.core.graft import Graft
-from neurograft.core.requests import Request, joined
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.prompts.requests import Request, joined
 from neurograft.pipeline.requests import as_request, target_of
 
 AT_ONCE = 64

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.intervene import Intervention, Mounted, capture
-from neurograft.core.passing import Seen
+from neurograft.core.prompts.passing import Seen
 from neurograft.core.units import Site
 from neurograft.pipeline.state import as_found
 

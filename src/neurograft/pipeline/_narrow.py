@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from neurograft.core.coordinates import everything, narrowest
-from neurograft.core.delta import Slice
+from neurograft.core.grafts.coordinates import everything, narrowest
+from neurograft.core.grafts.delta import Slice
 from neurograft.core.region import Region
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.context import Batch
-from neurograft.core.examples import singles
 from neurograft.core.intervene import Intervention
-from neurograft.core.stream import Exemplars, Extremes, Moments, Rate, Reducer, Sample, observe
-from neurograft.core.tap import watch
+from neurograft.core.prompts.examples import singles
+from neurograft.core.taps.stream import Exemplars, Extremes, Moments, Rate, Reducer, Sample, observe
+from neurograft.core.taps.tap import watch
 from neurograft.core.units import Site
 
 QUANTILES = (0.01, 0.5, 0.9, 0.99)

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from neurograft.core.coordinates import Coordinates, coordinates
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import describe
+from neurograft.core.grafts.coordinates import Coordinates, coordinates
+from neurograft.core.grafts.graft import describe
+from neurograft.core.grafts.stack import Stack
 from neurograft.core.resolve import resolve
-from neurograft.core.stack import Stack
 from neurograft.pipeline.models import SHIPPED, Model, class_of, config_of, load_model
 
 INDEX = ".safetensors.index.json"

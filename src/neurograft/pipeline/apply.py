@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.stack import Stack
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.stack import Stack
 from neurograft.export._readme import readme
 from neurograft.export.merged import folded, write
 from neurograft.pipeline._sources import located

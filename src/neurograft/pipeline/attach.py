@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from neurograft.core.choose import choose
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError
-from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
 
 Where = Selection | str | Path | None

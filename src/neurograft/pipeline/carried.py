@@ -7,9 +7,9 @@ from typing import Any
 
 from neurograft.anatomy.sites import sites
 from neurograft.audits.cross_model import cross_model
-from neurograft.core.circuit import Circuit
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
+from neurograft.core.taps.circuit import Circuit
 from neurograft.locators.dcm import dcm
 from neurograft.pipeline.circuit import change_of, prompts_of
 from neurograft.pipeline.locate import located_data

@@ -13,12 +13,12 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits.completeness import completeness
 from neurograft.audits.faithfulness import faithfulness
 from neurograft.audits.minimality import minimality
-from neurograft.core.circuit import Circuit, Group, units_of
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, near
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.ranges import above, share
 from neurograft.core.selection import Scores, Selection
+from neurograft.core.taps.circuit import Circuit, Group, units_of
 from neurograft.locators.path_patching import path_patching
 from neurograft.pipeline.locate import located_data
 from neurograft.pipeline.models import load_model

@@ -13,7 +13,7 @@ from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
-from neurograft.core.table import table
+from neurograft.core.taps.table import table
 from neurograft.core.units import Site
 from neurograft.pipeline.locate import located_data
 from neurograft.pipeline.state import as_found

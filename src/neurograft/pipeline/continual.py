@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def continual(
         RunError: a score that is not finite.
 
     Example:
-        >>> from neurograft.core.delta import Slice
+        >>> from neurograft.core.grafts.delta import Slice
         >>> from neurograft.core.region import Region
         >>> net = nn.Linear(1, 2, bias=False)
         >>> before = net.weight.detach().clone()

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from neurograft.anatomy.checkpoint import CheckpointMap
-from neurograft.core.coordinates import Coordinates, everything
-from neurograft.core.delta import Delta, New
+from neurograft.core.compact.mount import matrix_of
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
-from neurograft.core.graft import Graft, versions
-from neurograft.core.mount import matrix_of
-from neurograft.core.operation import Operation
+from neurograft.core.grafts.coordinates import Coordinates, everything
+from neurograft.core.grafts.delta import Delta, New
+from neurograft.core.grafts.graft import Graft, versions
+from neurograft.core.grafts.operation import Operation
 from neurograft.core.region import as_matrix
 from neurograft.core.untie import FLAG, Untie
 from neurograft.pipeline._adapters import adapter_graft, is_adapter

@@ -15,10 +15,10 @@ from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Choice, Chosen, choose
 from neurograft.core.context import Batch, Context, shifts
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
-from neurograft.core.requests import Request
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.stack import Stack
+from neurograft.core.prompts.requests import Request
 from neurograft.core.selection import Selection
-from neurograft.core.stack import Stack
 from neurograft.pipeline._edited import measured
 from neurograft.pipeline.attach import Where, selection_of
 from neurograft.pipeline.inputs import as_batches, data_digest, processor_for

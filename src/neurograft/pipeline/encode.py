@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.context import IGNORE, shifts
-from neurograft.core.continued import continued, opened
 from neurograft.core.errors import RequestError
+from neurograft.core.prompts.continued import continued, opened
 from neurograft.core.seeds import generator
 from neurograft.pipeline.grouped import COLUMN
 

@@ -13,8 +13,8 @@ from neurograft.audits.evidence import evidence as measure
 from neurograft.core.choose import Choice, choose
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.examples import row_digests, singles
-from neurograft.core.graft import describe
+from neurograft.core.grafts.graft import describe
+from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, selection_of
 from neurograft.pipeline.inputs import as_batches, data_digest

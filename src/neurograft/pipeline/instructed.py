@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from neurograft.anatomy.sites import sites
-from neurograft.core.end_states import best, end_means, joint
 from neurograft.core.errors import one_of
 from neurograft.core.selection import Scores, Selection
+from neurograft.core.taps.end_states import best, end_means, joint
 from neurograft.pipeline._earlier import earlier
 from neurograft.pipeline.locate import located_data
 from neurograft.pipeline.state import as_found

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.board import Board
 from neurograft.core.errors import RequestError, RunError, one_of
-from neurograft.core.folding import as_deltas
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import KINDS, Intervention, Places, capture, interventions
 from neurograft.core.selection import Selection
-from neurograft.core.stream import means
+from neurograft.core.taps.board import Board
+from neurograft.core.taps.folding import as_deltas
+from neurograft.core.taps.stream import means
 from neurograft.core.units import Site
 from neurograft.pipeline._follow import Follow, fired
 from neurograft.pipeline.attach import Where, selection_of

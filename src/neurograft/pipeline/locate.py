@@ -15,8 +15,8 @@ from neurograft.core.card import Card
 from neurograft.core.choose import Choice, choose, option_names
 from neurograft.core.context import IGNORE, Batch, Context, Step
 from neurograft.core.errors import RequestError
-from neurograft.core.examples import row_digests
-from neurograft.core.graft import describe
+from neurograft.core.grafts.graft import describe
+from neurograft.core.prompts.examples import row_digests
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline.grouped import grouped_rows, row_of
 from neurograft.pipeline.inputs import as_batches, data_digest, processor_for

@@ -11,10 +11,10 @@ from neurograft.anatomy.describe import anatomy
 from neurograft.anatomy.sites import sites
 from neurograft.audits.evidence import evidence
 from neurograft.core.context import Batch, shifts
-from neurograft.core.describe import describe
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.exemplars import as_seen, exemplify
 from neurograft.core.selection import Selection
+from neurograft.core.taps.describe import describe
+from neurograft.core.taps.exemplars import as_seen, exemplify
 from neurograft.core.units import KINDS, Parameters, Site
 from neurograft.locators._describers import describer_for
 from neurograft.pipeline._page import Words, active, alone, ends

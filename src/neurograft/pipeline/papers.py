@@ -11,7 +11,7 @@ from typing import Any
 
 from neurograft.core.card import Card
 from neurograft.core.errors import RequestError, near, one_of
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline import _proofs
 from neurograft.pipeline.recipe import Recipe, recipes

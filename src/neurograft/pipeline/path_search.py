@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from neurograft.core.coordinates import coordinates
-from neurograft.core.delta import Delta, Slice
+from neurograft.core.compact.mount import matrix_of
 from neurograft.core.errors import RequestError, RunError, one_of
-from neurograft.core.evolve import bits, diverse, evolution
-from neurograft.core.graft import Graft
-from neurograft.core.mount import matrix_of
-from neurograft.core.search import search
+from neurograft.core.grafts.coordinates import coordinates
+from neurograft.core.grafts.delta import Delta, Slice
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.numerics.evolve import bits, diverse, evolution
+from neurograft.core.numerics.search import search
 from neurograft.core.seeds import generator
 from neurograft.pipeline._episodes import domain, episodes, support
 from neurograft.pipeline._narrow import narrow_change

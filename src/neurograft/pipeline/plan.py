@@ -12,10 +12,10 @@ from torch import nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose
+from neurograft.core.compact.gradients import Side, route
+from neurograft.core.compact.mount import regions_of
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
-from neurograft.core.gradients import Side, route
-from neurograft.core.mount import regions_of
 from neurograft.core.region import Region
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.units import Site

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from neurograft.core.delta import New
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import New
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import attach
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.seeds import generator
 from neurograft.networks.dendritic_neuron import DendriticNeuron
 from neurograft.networks.recognition import any_of, false_negative, false_positive, recognition

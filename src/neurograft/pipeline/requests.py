@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from neurograft.core.continued import continued, opened
 from neurograft.core.errors import RequestError
-from neurograft.core.requests import Request
+from neurograft.core.prompts.continued import continued, opened
+from neurograft.core.prompts.requests import Request
 from neurograft.pipeline.encode import need
 from neurograft.pipeline.rows import read_rows
 

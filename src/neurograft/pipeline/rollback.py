@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from neurograft.core.delta import LowRank
 from neurograft.core.errors import RequestError, near
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.delta import LowRank
+from neurograft.core.grafts.graft import Graft
 
 
 def rollback(graft: Graft | str | Path, edits: Sequence[int | str] | int | str) -> Graft:

@@ -14,7 +14,7 @@ import yaml
 
 from neurograft.core.choose import option_names
 from neurograft.core.errors import RequestError, near
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline._network import network

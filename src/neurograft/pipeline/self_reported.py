@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from neurograft.audits.self_report import self_report
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.pipeline._earlier import earlier
 from neurograft.pipeline.state import as_found
 

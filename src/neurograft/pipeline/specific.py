@@ -8,7 +8,7 @@ from typing import Any
 from neurograft.anatomy.sites import sites
 from neurograft.audits.alteration import alteration
 from neurograft.core.context import Batch
-from neurograft.core.rates import rates
+from neurograft.core.taps.rates import rates
 from neurograft.core.venn import general, pairwise, unique
 from neurograft.pipeline.grouped import grouped_rows
 from neurograft.pipeline.inputs import as_batches

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.pipeline._earlier import earlier
 
 

@@ -14,10 +14,10 @@ from neurograft.audits._changes import as_change, evaluating
 from neurograft.audits._layers import blocks, layer_of
 from neurograft.audits._scoring import Sums, label_sums, mean_fall
 from neurograft.core.context import Batch
-from neurograft.core.coordinates import coordinates, everything
-from neurograft.core.delta import New
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.coordinates import coordinates, everything
+from neurograft.core.grafts.delta import New
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import as_matrix
 from neurograft.pipeline.inputs import as_batches
 from neurograft.pipeline.models import Model, load_model

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from neurograft.core.choose import Choice, Chosen, choose, option_names
+from neurograft.core.compact.mount import Mount
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, near
-from neurograft.core.graft import Graft
-from neurograft.core.mount import Mount
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.seeds import derive
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, attach, selection_of, takes

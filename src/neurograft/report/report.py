@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neurograft.core.errors import RequestError
-from neurograft.core.graft import Graft
+from neurograft.core.grafts.graft import Graft
 from neurograft.report.page import page
 from neurograft.report.rules import Rules, rules_of
 from neurograft.report.verdict import verdict

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError
-from neurograft.core.mount import Mount
 
 
 class GraftCallback(TrainerCallback):

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError
-from neurograft.core.mount import Mount
 
 TENSORS, STATE, MARK = "neurograft.safetensors", "neurograft.json", "neurograft.complete.json"
 FORMAT = 1

@@ -10,9 +10,9 @@ from torch import nn
 
 from neurograft.anatomy.depth import Depths, depths
 from neurograft.core.choose import Chosen, choose, option_names
+from neurograft.core.compact.mount import Mount
 from neurograft.core.context import Phase
 from neurograft.core.errors import RequestError, near, one_of
-from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import carry

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from neurograft.core.choose import choose
+from neurograft.core.compact.mount import Mount
 from neurograft.core.context import IGNORE, Batch, Phase, Step, shifts
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.graft import Graft
-from neurograft.core.mount import Mount
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.seeds import derive, generator
 from neurograft.core.selection import Selection
 from neurograft.train.asked import Asked

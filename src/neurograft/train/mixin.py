@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from neurograft.core.compact.expose import exposed
+from neurograft.core.compact.mount import Mount
 from neurograft.core.context import shifts
 from neurograft.core.errors import RequestError
-from neurograft.core.expose import exposed
-from neurograft.core.mount import Mount
 from neurograft.core.selection import Selection
 from neurograft.train import checkpoint, together
 from neurograft.train.asked import Asked

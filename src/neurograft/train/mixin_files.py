@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.mount import Mount
 from neurograft.train import checkpoint
 from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness

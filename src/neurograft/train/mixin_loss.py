@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurograft.core.compact.mount import Mount
 from neurograft.core.context import Step
-from neurograft.core.mount import Mount
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurograft.core.compact.mount import Mount
+from neurograft.core.compact.spill import differing
 from neurograft.core.errors import RunError
-from neurograft.core.mount import Mount
-from neurograft.core.spill import differing
 
 
 class Witness:

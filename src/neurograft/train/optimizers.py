@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from neurograft.core.choose import Chosen, check_options, choose, methods
+from neurograft.core.compact.moments import carried
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError, near
-from neurograft.core.moments import carried
-from neurograft.core.mount import Mount
 from neurograft.core.region import Region, shared
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]

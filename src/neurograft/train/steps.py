@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from neurograft.core.compact.forward import ForwardOnly
+from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError
-from neurograft.core.forward import ForwardOnly
-from neurograft.core.mount import Mount
 
 
 class StepEvents(TrainerCallback):

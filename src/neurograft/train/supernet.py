@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from neurograft.core.numerics.prototypes import class_means, cosines, prototypical
 from neurograft.core.prefix import Prefix
-from neurograft.core.prototypes import class_means, cosines, prototypical
 from neurograft.core.seeds import generator
 from neurograft.train.adaptable import Featured, Unit
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from neurograft.core.compact.mount import Mount
 from neurograft.core.context import Step
 from neurograft.core.errors import RequestError
-from neurograft.core.mount import Mount
 
 
 @dataclass

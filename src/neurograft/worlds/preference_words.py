@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from neurograft.core.continued import continued, opened
 from neurograft.core.errors import RequestError
+from neurograft.core.prompts.continued import continued, opened
 from neurograft.worlds.preferences import LARGEST, Scenario
 
 SYSTEM = "You decide in made-up situations on behalf of different people."

@@ -1,0 +1,1 @@
+"""How do the chosen numbers of frozen parameters train, and nothing else?"""

@@ -1,0 +1,1 @@
+"""What is computed that knows nothing of models?"""

@@ -1,0 +1,1 @@
+"""Where in a text does something stand, and what is answered there?"""

@@ -1,0 +1,1 @@
+"""What do units hold, write and fire at while a model runs?"""
