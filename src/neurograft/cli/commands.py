@@ -40,7 +40,7 @@ VERBS: Mapping[str, Row] = {
         results.scores,
     ),
     "select": (
-        "neurograft.pipeline.locate.select", {"scores": arg.SCORES}, "where.safetensors", results.selection,
+        "neurograft.pipeline.select", {"scores": arg.SCORES}, "where.safetensors", results.selection,
     ),
     "evidence": (
         "neurograft.pipeline.evidence", {"model": arg.MODEL, "where": arg.SELECTION, "data": arg.DATA}, None,

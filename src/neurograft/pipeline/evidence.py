@@ -18,8 +18,9 @@ from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, selection_of
 from neurograft.pipeline.inputs import as_batches, data_digest
-from neurograft.pipeline.locate import bound, locate, select
+from neurograft.pipeline.locate import bound, locate
 from neurograft.pipeline.models import Model, load_model
+from neurograft.pipeline.select import select
 from neurograft.pipeline.state import as_found
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
