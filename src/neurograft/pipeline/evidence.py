@@ -13,7 +13,7 @@ from neurograft.audits.evidence import evidence as measure
 from neurograft.core.choose import Choice, choose
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.grafts.graft import describe
+from neurograft.core.grafts.origin import describe
 from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, selection_of

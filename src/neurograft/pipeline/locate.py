@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Choice, choose
 from neurograft.core.context import Batch, Context, Step
-from neurograft.core.grafts.graft import describe
+from neurograft.core.grafts.origin import describe
 from neurograft.core.selection import Scores
 from neurograft.pipeline._target import Target, target_of
 from neurograft.pipeline.given import Given
