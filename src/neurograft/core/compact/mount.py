@@ -27,7 +27,7 @@ from neurograft.core.grafts.stack import Stack
 from neurograft.core.numerics.noise import Stream
 from neurograft.core.region import Region, as_matrix, region_of, union
 from neurograft.core.selection import Selection
-from neurograft.core.context import Trained
+from neurograft.core.step import Trained
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Untie, Untied
 
