@@ -95,7 +95,7 @@ UPWARD = {
 
 def test_core_reaches_upward_only_through_resolve():
     given = set()
-    for file in (SOURCE / "core").glob("*.py"):
+    for file in (SOURCE / "core").rglob("*.py"):
         text = file.read_text()
         given |= set(re.findall(r"""resolve\(\s*f?["']([\w.]+)""", text))
         given |= set(re.findall(r"""dotted = .*?f["'](neurograft\.)""", text))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import POSITIONS, Batch
+from neurograft.core.batches import POSITIONS, Batch
 from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.grafts.delta import Slice

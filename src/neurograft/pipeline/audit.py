@@ -20,7 +20,8 @@ from neurograft.audits.loss import loss as measure_loss
 from neurograft.core.choose import Choice, Chosen, choose, methods
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.grafts.graft import Graft, describe
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.origin import describe
 from neurograft.pipeline.inputs import as_batches, data_digest, size_of
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found

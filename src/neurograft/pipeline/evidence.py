@@ -13,13 +13,14 @@ from neurograft.audits.evidence import evidence as measure
 from neurograft.core.choose import Choice, choose
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.grafts.graft import describe
+from neurograft.core.grafts.origin import describe
 from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, selection_of
 from neurograft.pipeline.inputs import as_batches, data_digest
-from neurograft.pipeline.locate import bound, locate, select
+from neurograft.pipeline.locate import bound, locate
 from neurograft.pipeline.models import Model, load_model
+from neurograft.pipeline.select import select
 from neurograft.pipeline.state import as_found
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]

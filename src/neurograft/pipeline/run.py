@@ -31,7 +31,6 @@ GIVEN: Mapping[str, tuple[tuple[str, ...], str]] = {
     "edit": (("model", "requests"), "graft"),
     "intervene": (("model", "where"), "graft"),
 }
-HOME = {"select": "neurograft.pipeline.locate.select"}
 
 
 @dataclass
@@ -120,7 +119,7 @@ def run(
             state |= {k: _signed(v, plan) for k, v in (resolve(do)(state, **arguments) or {}).items()}
             continue
         names, result = GIVEN[do]
-        verb = resolve(HOME.get(do, f"neurograft.pipeline.{do}"))
+        verb = resolve(f"neurograft.pipeline.{do}")
         known = option_names(verb)
         arguments = {k: _referred(v, state) for k, v in arguments.items()}
         extra = {k: v for k, v in {**common, **given}.items() if k in known and k not in arguments and v is not None}
@@ -201,7 +200,7 @@ def _set(found: Recipe, key: str, value: Any) -> Recipe:
             do="change a step the recipe has",
         )
     first, _, rest = key[len(do) + 1 :].partition(".")
-    function = resolve(called[do] if "." in called[do] else HOME.get(do, f"neurograft.pipeline.{do}"))
+    function = resolve(called[do] if "." in called[do] else f"neurograft.pipeline.{do}")
     known = option_names(function)
     loose = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     mine = [s for s in found.steps if s["do"] == called[do]]

@@ -22,8 +22,9 @@ from neurograft.core.seeds import derive
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, attach, selection_of, takes
 from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest, processor_for
-from neurograft.pipeline.locate import locate, select
+from neurograft.pipeline.locate import locate
 from neurograft.pipeline.models import Model, load_model
+from neurograft.pipeline.select import select
 from neurograft.train.asked import Asked
 from neurograft.train.untouched import untouched
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from neurograft.core.compact.forward import ForwardOnly
 from neurograft.core.compact.values import check_free
-from neurograft.core.context import Trained
 from neurograft.core.errors import RequestError, near
 from neurograft.core.fingerprint import tensor_digest
+from neurograft.core.grafts.combined import merged
 from neurograft.core.grafts.coordinates import coordinates
-from neurograft.core.grafts.delta import Delta, New, Slice, merged
+from neurograft.core.grafts.delta import Delta, New, Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.operation import Operation
 from neurograft.core.grafts.replay import Home, Log, Replay
@@ -27,6 +27,7 @@ from neurograft.core.grafts.stack import Stack
 from neurograft.core.numerics.noise import Stream
 from neurograft.core.region import Region, as_matrix, region_of, union
 from neurograft.core.selection import Selection
+from neurograft.core.step import Trained
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Untie, Untied
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch
+from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
 from neurograft.core.taps.stream import Exemplars, Sample, observe

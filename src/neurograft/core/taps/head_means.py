@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch, token_mask
+from neurograft.core.batches import Batch, token_mask
 from neurograft.core.errors import RequestError
 from neurograft.core.intervene import capture
 from neurograft.core.prompts.places import ends
