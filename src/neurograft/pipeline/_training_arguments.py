@@ -43,14 +43,15 @@ def training_arguments(args: Any, scratch: str, seed: int, *, evaluated: bool) -
     """
     from transformers import TrainingArguments
 
-    made = args if isinstance(args, TrainingArguments) else _made({} if args is None else args, scratch, seed)
+    made: Any = args if isinstance(args, TrainingArguments) else _made({} if args is None else args, scratch, seed)
     if not evaluated and made.eval_strategy != "no":
         raise RequestError(
             f"eval_strategy={str(made.eval_strategy.value)!r} without examples to evaluate on",
             expected="eval_dataset",
             do="pass eval_dataset=, or leave eval_strategy out",
         )
-    return made
+    found: TrainingArguments = made
+    return found
 
 
 def _made(args: Any, scratch: str, seed: int) -> TrainingArguments:
