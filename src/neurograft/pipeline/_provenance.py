@@ -13,7 +13,8 @@ import neurograft
 from neurograft.audits._changes import Change
 from neurograft.core.context import Batch
 from neurograft.core.grafts.origin import describe
-from neurograft.pipeline.inputs import data_digest, size_of
+from neurograft.core.prompts.examples import size
+from neurograft.pipeline.inputs import data_digest
 
 
 def provenance(
@@ -48,7 +49,7 @@ def provenance(
             ],
         },
         "data": {
-            name: {"items": sum(size_of(b) for b in batches), "digest": data_digest(batches)}
+            name: {"items": sum(size(b) for b in batches), "digest": data_digest(batches)}
             for name, batches in data.items()
         },
         "seed": seed,

@@ -18,7 +18,8 @@ from neurograft.pipeline._reselecting import Reselect, asker
 from neurograft.pipeline._training_arguments import training_arguments
 from neurograft.pipeline._tuned_card import tuned_card
 from neurograft.pipeline.attach import Where, attach, selection_of, takes
-from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest, processor_for
+from neurograft.pipeline.collator import collator
+from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest, processor_for
 from neurograft.pipeline.models import Model, load_model
 from neurograft.train.asked import Asked
 from neurograft.train.untouched import untouched
