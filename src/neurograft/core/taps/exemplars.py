@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
-from neurograft.core.taps.stream import Exemplars, Sample, observe
+from neurograft.core.taps.reducers import Exemplars, Sample
+from neurograft.core.taps.stream import observe
 from neurograft.core.taps.tap import watch
 from neurograft.core.units import Site
 
