@@ -105,6 +105,16 @@ class Context:
         return self.loss(self.model, batch)
 
 
+def unlabelled(batch: Mapping[str, Any]) -> Batch:
+    """Return a batch without its labels: what a model is given to predict, and not to compute its loss.
+
+    Example:
+        >>> unlabelled({"input_ids": 1, "labels": 2})
+        {'input_ids': 1}
+    """
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
 def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all") -> Tensor | None:
     """Return which tokens of a batch count, bool [B, T], or None for batches without tokens.
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.asking import asking
 from neurograft.core.context import Context
 from neurograft.core.grafts.coordinates import coordinates, everything
 from neurograft.core.grafts.delta import Delta, Slice
@@ -33,19 +34,15 @@ class Training:
     def at(self, name: str) -> Iterator[nn.Parameter]:
         """Make one parameter trainable and put everything back afterwards, bit for bit."""
         weight = Parameters.of(self.model).by_name[name]
-        kept, flags = weight.detach().clone(), {p: p.requires_grad for p in self.model.parameters()}
-        self.model.requires_grad_(False)
-        weight.requires_grad_(True)
+        kept = weight.detach().clone()
         try:
-            with torch.enable_grad():
+            with asking(self.model, [weight]), torch.enable_grad():
                 self.start = self.now = kept.float()
                 yield weight
         finally:
             with torch.no_grad():
                 weight.copy_(kept)
             weight.grad = None
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
 
     def fit(self, weight: nn.Parameter, requests: Sequence[Request]) -> list[float]:
         """Train and return the mean loss of every epoch."""
