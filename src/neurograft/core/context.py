@@ -115,6 +115,11 @@ def unlabelled(batch: Mapping[str, Any]) -> Batch:
     return {k: v for k, v in batch.items() if k != "labels"}
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter is, and so its inputs belong; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all") -> Tensor | None:
     """Return which tokens of a batch count, bool [B, T], or None for batches without tokens.
 
@@ -233,7 +238,7 @@ class Step:
         """The model's outputs without its own loss where it can do without labels; computed once."""
         if "outputs" in self.__dict__ or "labels" in _only_from_labels(self.model):
             return self.outputs
-        return self.call(**{k: v for k, v in self.batch.items() if k != "labels"})
+        return self.call(**unlabelled(self.batch))
 
     @cached_property
     def _scored(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neurograft.core.asking import asking
-from neurograft.core.context import IGNORE, unlabelled
+from neurograft.core.context import IGNORE, device_of, unlabelled
 from neurograft.core.errors import RunError
 from neurograft.core.prompts.requests import Request, Rows, joined
 from neurograft.core.taps.tap import change
-from neurograft.edits._memory import Memory, at_subjects, device_of
+from neurograft.edits._memory import Memory, at_subjects
 
 
 def wanted(
