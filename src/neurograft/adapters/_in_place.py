@@ -112,8 +112,7 @@ class InPlaceMount(Mount):
             for parameter in group["params"]:
                 live = self.by_theta.get(id(parameter))
                 if live is not None:
-                    live.write()
-                    live.epoch += 1
+                    live.stepped()
 
     def deltas(self) -> dict[str, Slice]:
         """Return the trained values; on top of other grafts, relative to the base below them."""
