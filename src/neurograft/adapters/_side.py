@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from neurograft.adapters._in_place import InPlaceMount
@@ -57,15 +58,17 @@ class SideMount(InPlaceMount):
         return not isinstance(live, Packed) and super()._lost(live)
 
 
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def _plain(weight: nn.Parameter) -> bool:
-    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.is_contiguous()
+    return type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.is_contiguous()
 
 
 def _packs(module: nn.Module) -> bool:
-    """Say whether a layer unpacks its weight, so that its operation is a kernel of its own: its bias, too."""
-    return callable(getattr(module, "dequantize", None)) or not all(
-        type(p) is nn.Parameter and p.is_floating_point() for p in module._parameters.values() if p is not None
-    )
+    """Say whether a layer holds packed or sharded weights, and has a kernel of its own for them and its bias."""
+    held = (p for p in module._parameters.values() if p is not None)
+    return any(type(p) is not nn.Parameter or p.dtype not in FLOATS for p in held)
 
 
 class Packed(Beside):
@@ -124,17 +127,17 @@ def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
     held = parameter.detach()
     unpack = getattr(owner, "dequantize", None)
     linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D" or hasattr(owner, "in_features")
-    if not (linear or callable(unpack)):
+    if leaf not in ("weight", "bias") or not (linear or callable(unpack)):
         raise RequestError(
             f"{name} of a {type(owner).__name__} on the side path, a {type(parameter).__name__} of {held.dtype}",
             expected="a plain, contiguous floating-point parameter, or the weight or bias of a linear layer",
             do="load the base unquantized, or leave it out of the selection",
         )
-    if held.is_floating_point() and held.dim() == (1 if leaf == "bias" else 2):
+    if held.dtype in FLOATS and held.dim() == (1 if leaf == "bias" else 2):
         return held
-    if callable(unpack):
-        unpacked: Tensor = unpack()
-        return unpacked
+    if callable(unpack) and (unpacked := unpack()).dim() == 2 and leaf == "weight":
+        found: Tensor = unpacked
+        return found
     raise RequestError(
         f"{name}, packed as {held.dtype} in a {type(owner).__name__}",
         expected="a linear layer that can dequantize",
