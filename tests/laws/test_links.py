@@ -1,5 +1,7 @@
 """Pages for people: their links lead somewhere, and their pictures have words, in light and dark."""
 
+import importlib
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -91,3 +93,19 @@ def test_drawings_can_be_read_in_light_and_dark(path):
     for shape in root.iter():
         for keys, most in ((("x", "cx", "x1", "x2"), width), (("y", "cy", "y1", "y2"), height)):
             assert all(0 <= float(shape.get(k, 0)) <= most for k in keys), ElementTree.tostring(shape)
+
+
+DRAWN = {
+    "editing": ("_curves", "methods"),
+    "selective": ("_pareto", "contenders"),
+    "selective_images": ("_pareto", "contenders"),
+}
+
+
+def test_every_drawing_is_what_its_benchmark_draws_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert set(DRAWN) == {p.stem for p in PICTURES if p.suffix == ".svg"}
+    for name, (module, key) in DRAWN.items():
+        results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        drawn = importlib.import_module(module).picture(results[key])
+        assert drawn == (ROOT / "docs" / "images" / f"{name}.svg").read_text(encoding="utf-8"), name
