@@ -202,3 +202,12 @@ def test_ticks_have_room_side_by_side(low, high, room):
     assert 1 <= len(found) <= 7
     for a, b in pairwise(found):
         assert at(b) - at(a) >= 3.2 * (wide(number(a)) + wide(number(b)))
+
+
+@pytest.mark.parametrize("high", [1e-4, 5e-4, 0.001, 0.9, 12345.0, 3e-7])
+def test_numbers_of_an_upright_axis_are_not_cut_off(base, high):
+    names = [f"model.layers.{i}" for i in range(3)]
+    root, _ = shapes(drifts.weight_bars([{"name": n, "relative": high, "entries": 5} for n in names], names))
+    ends = [t for t in root.iter("text") if t.get("text-anchor") == "end"]
+    assert len(ends) >= 2
+    assert all(float(t.get("x")) >= 6.4 * wide(t.text) for t in ends)

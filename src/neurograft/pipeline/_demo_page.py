@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,7 +13,7 @@ from neurograft.pipeline._demo_runs import RATES
 from neurograft.report._parts import document, figure, grid, section
 from neurograft.report._svg import WIDTH, dot, drawing, line, scale, words, x_axis
 from neurograft.report.tables import facts, table
-from neurograft.report.words import interval, number
+from neurograft.report.words import MINUS, interval, number
 
 Data = Mapping[str, Any]
 STYLE = """
@@ -42,7 +43,10 @@ def _head(data: Data) -> str:
         f"{data['facts']} capitals moved. Each contender learned it from English questions, beside old ones, in "
         f"{data['steps']} steps, and was asked in phrasings it was not trained on."
     )
-    return f"<header>\n<h1>{escape(data['sentence'])}</h1>\n<p class='lead'>{escape(text)}</p>\n</header>\n"
+    first, _, second = re.sub(r"(?<!\w)-(?=\d)", MINUS, data["sentence"]).partition("; ")
+    rest = f"<p>{escape(second[:1].upper() + second[1:])}</p>\n" if second else ""
+    stop = "." if second else ""
+    return f'<header>\n<h1>{escape(first)}{stop}</h1>\n{rest}<p class="lead">{escape(text)}</p>\n</header>\n'
 
 
 def _clouds(data: Data) -> str:
@@ -71,7 +75,7 @@ def _log(harm: float) -> float:
 def _cloud(data: Data, key: str, what: str) -> str:
     runs = data["runs"]
     xs, most = (0.0, 1.03), max(r["harm"] for r in runs)
-    left, right, top, bottom = 48, WIDTH - 12, 12, 218
+    left, right, top, bottom = 54, WIDTH - 12, 12, 218
     at_x, linear = scale(*xs, left, right), scale(_log(LEAST), _log(1.3 * max(most, 10 * LEAST)), bottom, top)
 
     def at_y(harm: float) -> float:
@@ -84,7 +88,7 @@ def _cloud(data: Data, key: str, what: str) -> str:
             words(left - 5, at_y(tick) + 3.5, f"{tick:g}", "t s", anchor="end"),
         ]
     body += x_axis(at_x, *xs, bottom, top, f"right {what} →", middle=(left + right) / 2)
-    body += [words(12, (top + bottom) / 2, "loss rise: nats, logarithmic →", "t s up", anchor="middle")]
+    body += [words(9, (top + bottom) / 2, "loss rise: nats, logarithmic →", "t s up", anchor="middle")]
     order = list(RATES)
     for r in runs:
         big = data["rates"]["far"][r["contender"]] == r["rate"]

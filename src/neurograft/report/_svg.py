@@ -121,6 +121,16 @@ def x_axis(
     return [*found, words(middle, y + gap + 15, label, "t s", anchor="middle")]
 
 
+def y_room(low: float, high: float, least: float) -> float:
+    """Return the room that the numbers of a vertical axis take on its left, at least so much.
+
+    Example:
+        >>> y_room(0, 1, 44), round(y_room(0, 0.0005, 44))
+        (44, 51)
+    """
+    return max(least, 13 + 6.4 * max((wide(number(tick)) for tick in ticks(low, high)), default=0))
+
+
 def y_axis(at: Scale, low: float, high: float, x: float, right: float) -> list[str]:
     """Draw gridlines and numbers of a vertical axis."""
     found = []

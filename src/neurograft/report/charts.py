@@ -25,6 +25,7 @@ from neurograft.report._svg import (
     words,
     x_axis,
     y_axis,
+    y_room,
 )
 from neurograft.report.words import counted, interval, number
 
@@ -41,7 +42,7 @@ def tradeoff(gain: Data, domains: Data, judged: Data) -> str:
     xs = padded([x["value"], low_end(x), high_end(x), *nulls])
     seen = [(low_end(m["change"]), high_end(m["change"]), *m["noise_floor"]["nulls"]) for m in losses.values()]
     ys = padded([*(v for one in seen for v in one), limit * 1.5])
-    left, right, top, bottom = 48, WIDTH - 12, 12, 218
+    left, right, top, bottom = y_room(*ys, 44) + 14, WIDTH - 12, 12, 218
     at_x, at_y = scale(*xs, left, right), scale(*ys, bottom, top)
     allowed, middle = at_y(limit), at_x(x["value"])
     body = [rect(left, allowed, right - left, bottom - allowed, "allowed")]
@@ -50,7 +51,7 @@ def tradeoff(gain: Data, domains: Data, judged: Data) -> str:
     body += x_axis(at_x, *xs, bottom, top, f"gain: {measure['unit']} →", middle=(left + right) / 2)
     body += [line(left, allowed, right, allowed, "edge")]
     unit = next(iter(losses.values()))["unit"].partition(" per ")[0]
-    body += [words(12, (top + bottom) / 2, f"loss: {unit} →", "t s up", anchor="middle")]
+    body += [words(9, (top + bottom) / 2, f"loss: {unit} →", "t s up", anchor="middle")]
     for m in losses.values():
         body += [dot(at_x(a), at_y(b), 2.5, "null") for a, b in zip(nulls, m["noise_floor"]["nulls"])]
     for name, m in losses.items():
@@ -113,7 +114,7 @@ def distribution(found: Data, unit: str) -> str:
     """Draw how many items changed by how much; what got worse lies right of the line."""
     edges, counts = found["histogram"]["edges"], found["histogram"]["counts"]
     ends = (min(edges[0], 0.0), max(edges[-1], 0.0))
-    left, right, top, bottom = 48, WIDTH - 12, 10, 112
+    left, right, top, bottom = 54, WIDTH - 12, 10, 112
     most = max(counts) * 1.05
     at_x, at_y = scale(*ends, left, right), scale(0, most, bottom, top)
     change = found["measures"]["loss"]["change"]
@@ -123,7 +124,7 @@ def distribution(found: Data, unit: str) -> str:
             line(left, at_y(tick), right, at_y(tick), "grid"),
             words(left - 5, at_y(tick) + 4, number(tick), "t s", anchor="end"),
         ]
-    body += [words(10, (top + bottom) / 2, "items", "t s up", anchor="middle")]
+    body += [words(9, (top + bottom) / 2, "items", "t s up", anchor="middle")]
     body += x_axis(at_x, *ends, bottom, top, f"change of loss, {unit}", middle=(left + right) / 2, gap=22)
     for low, high, count in zip(edges, edges[1:], counts):
         kind = "bar bad" if low + high > 0 else "bar good"
@@ -138,10 +139,10 @@ def distribution(found: Data, unit: str) -> str:
 
 def reliability(found: Data) -> str:
     """Draw accuracy against confidence for base and change; the diagonal is perfect calibration."""
-    left, right, top, bottom = 48, 248, 8, 208
+    left, right, top, bottom = 54, 254, 8, 208
     at_x, at_y = scale(0, 1, left, right), scale(0, 1, bottom, top)
     body = [*y_axis(at_y, 0, 1, left, right), *x_axis(at_x, 0, 1, bottom, top, "confidence", middle=(left + right) / 2)]
-    body += [words(10, (top + bottom) / 2, "accuracy", "t s up", anchor="middle")]
+    body += [words(9, (top + bottom) / 2, "accuracy", "t s up", anchor="middle")]
     body += [line(at_x(0), at_y(0), at_x(1), at_y(1), "curve floor")]
     for which, kind in (("base", "null"), ("new", "change")):
         bins = found["reliability"][which]
@@ -153,7 +154,7 @@ def reliability(found: Data) -> str:
             told = f"confidence {number(c)}, accuracy {number(a)}, {n:.0f} places"
             body.append(dot(at_x(c), at_y(a), 1.5 + 6.5 * math.sqrt(n / total), f"mark {kind}", title=told))
     ece = found["measures"]["ece"]
-    body += [words(260, 30, "base", "t s base"), words(260, 44, f"ECE {number(ece['base'])}", "t s")]
-    body += [words(260, 70, "changed", "t s change"), words(260, 84, f"ECE {number(ece['changed'])}", "t s")]
+    body += [words(266, 30, "base", "t s base"), words(266, 44, f"ECE {number(ece['base'])}", "t s")]
+    body += [words(266, 70, "changed", "t s change"), words(266, 84, f"ECE {number(ece['changed'])}", "t s")]
     told = f"calibration error (ECE) {number(ece['base'])} in the base, {number(ece['changed'])} when changed"
     return drawing(body, 240, title=f"Accuracy against confidence in {found['bins']} bins: {told}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neurograft.report._fit import shortened, spread, wide
-from neurograft.report._svg import WIDTH, Scale, dot, drawing, padded, path, rect, scale, titled, words, y_axis
+from neurograft.report._svg import WIDTH, Scale, dot, drawing, padded, path, rect, scale, titled, words, y_axis, y_room
 from neurograft.report.maps import OUTSIDE, label_of
 from neurograft.report.words import MINUS, counted, number
 
@@ -17,8 +17,8 @@ COLOURS = 4
 
 def weight_bars(found: Sequence[Data], layers: Sequence[str]) -> str:
     """Draw the relative size of the change in every layer."""
-    left, right, top, bottom = 44, WIDTH - 8, 10, 150
     ends = padded([r["relative"] for r in found])
+    left, right, top, bottom = y_room(*ends, 44), WIDTH - 8, 10, 150
     at, width = scale(*ends, bottom, top), (right - left) / max(1, len(found))
     body = y_axis(at, *ends, left, right)
     places = {i: left + (i + 0.5) * width for i in range(len(found))}
@@ -57,13 +57,13 @@ def drift_lines(domains: Mapping[str, Data], key: str) -> str:
 
     Of many domains those that drift furthest are in colour and named, all others grey.
     """
-    left, right, top, bottom = 48, WIDTH - 96, 10, 150
     series = {name: found["layers"] for name, found in domains.items()}
     far = sorted(series, key=lambda name: -max(layer[key]["value"] for layer in series[name]))
     named = list(series) if len(series) <= COLOURS else far[:COLOURS]
     values = [layer[key]["value"] for layers in series.values() for layer in layers]
     floors = [layer["noise_floor"][key]["value"] for name in named for layer in series[name]]
     ends, count = padded([*values, *floors]), max(len(layers) for layers in series.values())
+    left, right, top, bottom = y_room(*ends, 48), WIDTH - 96, 10, 150
     at_y, at_x = scale(*ends, bottom, top), scale(0, max(1, count - 1), left + 8, right - 8)
     body = y_axis(at_y, *ends, left, right)
     for name in named:

@@ -55,8 +55,8 @@ def gain_and_loss(data: Data) -> str:
 
 def _items(name: str, loss: Data) -> str:
     unit, middle = loss["measures"]["loss"]["unit"], loss["quantiles"]
-    half = f"{number(middle['0.25'], sign=True)} to {number(middle['0.75'], sign=True)}"
-    caption = f"{counted(loss['items'], 'item')}, the middle half from {half}"
+    half = f", the middle half from {number(middle['0.25'], sign=True)} to {number(middle['0.75'], sign=True)}"
+    caption = counted(loss["items"], "item") + (half if loss["items"] > 3 else "")
     caption += "; the outermost 1 % stand in the end bars" if loss["items"] > 100 else ""
     return figure(f"Items of {name}", charts.distribution(loss, unit), caption)
 

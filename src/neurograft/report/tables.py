@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from neurograft.report._fit import shortened
 from neurograft.report._svg import padded
 from neurograft.report.charts import bar_axis, interval_bar
 from neurograft.report.words import DASH, counted, interval, number
@@ -157,8 +158,8 @@ def tiles(data: Data) -> str:
     tests = [(n, d["tests"]["loss"]) for n, d in judged["domains"].items()]
     if tests:
         name, worst = max(tests, key=lambda pair: pair[1]["change"]["value"])
-        told = f"{worst['unit']}; {interval(worst['change'])}, limit {number(worst['limit'])}; {name}"
-        made.append(("largest loss on a kept domain", number(worst["change"]["value"], sign=True), told))
+        told = f"{worst['unit']}; {interval(worst['change'])}, limit {number(worst['limit'])}"
+        made.append((f"loss, worst domain: {shortened(name, 40)}", number(worst["change"]["value"], sign=True), told))
     flips = [(n, d["divergence"]["measures"]["flips"]) for n, d in data["domains"].items() if "divergence" in d]
     if flips:
         name, most = max(flips, key=lambda pair: pair[1]["change"]["value"])
