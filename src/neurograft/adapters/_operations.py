@@ -69,7 +69,12 @@ class OperationMount(Mount):
         new: Iterable[str] | Mapping[str, int] = (),
     ) -> None:
         super().__init__(model, new=new)
-        self.live = list(place())
+        self.live: list[Live] = []
+        try:
+            self.live += place()
+        except BaseException:
+            self.release()
+            raise
         register_values(model, [h for live in self.live for h in live.held().values()])
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -84,10 +84,15 @@ class DenseMount(Mount):
         *,
         new: Iterable[str] | Mapping[str, int] = (),
         spill: bool = False,
+        within: Mount | None = None,
     ) -> None:
-        super().__init__(model, new=new)
+        super().__init__(model, new=new, within=within)
         self.names, self.spill = [n for n in names if n not in self.new], spill
-        self.original = self._kept()
+        try:
+            self.original = self._kept()
+        except BaseException:  # no memory or no disk for the originals
+            self.release()
+            raise
         self.ended: dict[str, Slice | Replay] = {}
         for name in self.names:
             self.found.by_name[name].requires_grad_(True)

@@ -80,12 +80,18 @@ class LoraMount(Mount):
         dropout: float,
         seed: int,
         new: Iterable[str] | Mapping[str, int] = (),
+        within: Mount | None = None,
     ) -> None:
-        super().__init__(model, new=new)
+        super().__init__(model, new=new, within=within)
         self.scale, self.linears = scale, {n: model.get_submodule(n) for n in names}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "lora"))
-            _inject(model, self.linears, r=r, scale=scale, dropout=dropout)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive(seed, "lora"))
+                _inject(model, self.linears, r=r, scale=scale, dropout=dropout)
+        except BaseException:
+            self._place(self.linears)
+            self.release()
+            raise
         self.layers: dict[str, Any] = {n: model.get_submodule(n) for n in names}
         for layer in self.layers.values():
             for factor in (layer.lora_A, layer.lora_B):
@@ -205,9 +211,6 @@ def _inject(model: nn.Module, linears: Mapping[str, nn.Module], *, r: int, scale
                 delattr(model, added)
     got = {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if got != set(linears):
-        for name, linear in linears.items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._modules[leaf] = linear
         raise RequestError(
             f"linear layers that PEFT did not replace: {sorted(set(linears) ^ got)[:3]}",
             expected="layers PEFT knows",
