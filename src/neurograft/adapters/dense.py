@@ -84,8 +84,9 @@ class DenseMount(Mount):
         *,
         new: Iterable[str] | Mapping[str, int] = (),
         spill: bool = False,
+        within: Mount | None = None,
     ) -> None:
-        super().__init__(model, new=new)
+        super().__init__(model, new=new, within=within)
         self.names, self.spill = [n for n in names if n not in self.new], spill
         self.original = self._kept()
         self.ended: dict[str, Slice | Replay] = {}

@@ -80,8 +80,9 @@ class LoraMount(Mount):
         dropout: float,
         seed: int,
         new: Iterable[str] | Mapping[str, int] = (),
+        within: Mount | None = None,
     ) -> None:
-        super().__init__(model, new=new)
+        super().__init__(model, new=new, within=within)
         self.scale, self.linears = scale, {n: model.get_submodule(n) for n in names}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "lora"))
@@ -92,6 +93,11 @@ class LoraMount(Mount):
                 factor[NAME].to(torch.float32).requires_grad_(True)
         for name, parameter in self.found.by_name.items():
             parameter.requires_grad_(name in self.new)
+
+    def undo(self) -> None:
+        """Take back what an attachment did that failed half way."""
+        self._place(getattr(self, "linears", {}))
+        super().undo()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the factors, by the weight's name with `.lora_A` or `.lora_B` behind it."""
@@ -205,9 +211,6 @@ def _inject(model: nn.Module, linears: Mapping[str, nn.Module], *, r: int, scale
                 delattr(model, added)
     got = {n for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if got != set(linears):
-        for name, linear in linears.items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._modules[leaf] = linear
         raise RequestError(
             f"linear layers that PEFT did not replace: {sorted(set(linears) ^ got)[:3]}",
             expected="layers PEFT knows",

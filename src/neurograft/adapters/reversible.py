@@ -97,8 +97,8 @@ class ReversibleMount(DenseMount):
     def __init__(
         self, model: nn.Module, names: list[str], tape: Tape, *, new: Iterable[str] | Mapping[str, int] = ()
     ) -> None:
-        super().__init__(model, names, new=new)
         self.halves, self.tape = [Half(n, value) for n, value in halves(model).items()], tape
+        super().__init__(model, names, new=new)
         self.reversing = Reversing(model, {h.name: h.theta for h in self.halves}, tape)
         register_values(model, self.halves)
 

@@ -110,28 +110,34 @@ class StrataMount(Mount):
         seed: int = 0,
     ) -> None:
         super().__init__(model, new=new)
-        self.dense = DenseMount(model, [n for n in whole if n not in self.new])
+        self.parts: list[DenseMount | LoraMount] = []
+        self.parts.append(DenseMount(model, [n for n in whole if n not in self.new], within=self))
         for module in dict.fromkeys(n.rpartition(".")[0] for n in fresh):
             for name, value in redrawn(model, module, seed=seed).items():
                 if name in fresh:
                     self.found.by_name[self.found.alias[name]].data.copy_(value)
-        self.low = LoraMount(model, low, r=r, scale=scale, dropout=0.0, seed=seed) if low else None
+        if low:
+            self.parts.append(LoraMount(model, low, r=r, scale=scale, dropout=0.0, seed=seed, within=self))
         for parameter in self.parameters():
             parameter.requires_grad_(True)  # the later of the two has frozen the earlier one's
 
+    def undo(self) -> None:
+        """Take back what an attachment did that failed half way."""
+        self.detach()
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the whole parameters and the factors."""
-        return {**self.dense.trained(), **(self.low.trained() if self.low is not None else {})}
+        return {n: p for part in self.parts for n, p in part.trained().items()}
 
     def deltas(self) -> dict[str, Delta]:
         """Return the changes of both."""
-        return {**self.dense.deltas(), **(self.low.deltas() if self.low is not None else {})}
+        return {n: d for part in self.parts for n, d in part.deltas().items()}
 
     def rest(self) -> Callable[[], None]:
         """Put the base back for a moment."""
         if not self.attached:
             return lambda: None
-        ended = [mount.rest() for mount in self._both()]
+        ended = [part.rest() for part in reversed(self.parts)]
 
         def over() -> None:
             for end in ended:
@@ -141,12 +147,9 @@ class StrataMount(Mount):
 
     def unmount(self) -> None:
         """Put the base back."""
-        for mount in self._both():
-            mount.unmount()
-            mount.attached = False
-
-    def _both(self) -> list[DenseMount | LoraMount]:
-        return [self.dense] if self.low is None else [self.low, self.dense]
+        for part in reversed(self.parts):
+            part.unmount()
+            part.attached = False
 
 
 def _by_layers(

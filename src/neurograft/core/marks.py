@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 CHILD = "neurograft_values"
 """Name of the child module that holds trainable tensors, or what it begins with."""
 
+CLAIM = "_neurograft_claim"
+"""Attribute of every module that an attachment is training."""
+
 
 class Watched:
     """Marks a live weight and the views of one; `neurograft` is its `Live`, `shift` (views only) what to add to the

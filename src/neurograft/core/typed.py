@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import inspect
 import types
 import typing
@@ -18,10 +19,29 @@ WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "tru
 
 
 def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return a function's annotations as types, or none where they cannot be read."""
+    """Return a callable's annotations as types; of a class or an object, those of what is called.
+
+    Annotations of foreign code that are no types (PEP 3107 asks for none), or whose names are imported for type
+    checkers alone, say nothing: no types then. Our own must be readable, or options would go unchecked.
+
+    Raises:
+        NameError: an annotation of this package names what its module does not hold.
+
+    Example:
+        >>> import torch
+        >>> annotations_of(torch.optim.SGD)["momentum"]
+        <class 'float'>
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    called: Any = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.isclass(function):
+        called = function.__init__
     try:
-        return typing.get_type_hints(function)
-    except Exception:  # names that are imported for type checkers alone, or no function at all
+        return typing.get_type_hints(called)
+    except Exception:
+        if str(getattr(called, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]:
+            raise
         return {}
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from neurograft.core.choose import choose
 from neurograft.core.compact.mount import Mount
+from neurograft.core.compact.values import check_free
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Selection
 
@@ -42,6 +43,7 @@ def attach(
 
     Raises:
         RequestError: an unknown adapter or option, or a selection that touches nothing.
+        RunError: another attachment trains the model, or a part of it.
 
     Example:
         >>> import torch
@@ -56,6 +58,7 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise RequestError(f"a model of type {type(model).__name__}", expected="a live model", do="load it first")
+    check_free(model)  # before its anatomy is asked for, which the other attachment's tensors would be part of
     where, protect = selection_of(where), selection_of(protect)
     if where is None and adapter == "slice":
         adapter = "dense"

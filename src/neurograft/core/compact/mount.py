@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.compact.forward import ForwardOnly
-from neurograft.core.compact.values import check_free
+from neurograft.core.compact.values import check_free, claim, disclaim
 from neurograft.core.errors import RequestError, near
 from neurograft.core.fingerprint import tensor_digest
 from neurograft.core.grafts.combined import merged
@@ -55,6 +55,7 @@ class Mount(metaclass=_Whole):
         model: the model.
         new: parameters the base's checkpoint lacks (name patterns), trained whole; or name -> number of rows
             the base has, for tokens appended to an embedding.
+        within: the mount this one is a part of, or None.
 
     Raises:
         RunError: the model is being trained by another attachment.
@@ -62,8 +63,10 @@ class Mount(metaclass=_Whole):
 
     attached = False
 
-    def __init__(self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
-        check_free(model)  # before anything is frozen: the other attachment's tensors would be too
+    def __init__(
+        self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = (), within: Mount | None = None
+    ) -> None:
+        check_free(model, within)  # before anything is frozen: the other attachment's tensors would be too
         self.model = model
         self.declared = True  # False if nobody said what to train, so that a part may stay unreached
         self.ties: Untied | None = None
@@ -79,6 +82,8 @@ class Mount(metaclass=_Whole):
         self.attached = True
         for name, parameter in self.found.by_name.items():
             parameter.requires_grad_(name in self.new and name not in self.appended)
+        if within is None:
+            claim(model, self)
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
@@ -251,6 +256,7 @@ class Mount(metaclass=_Whole):
             parameter = self.found.by_name[name]
             parameter.requires_grad_(flag)
             parameter.grad = None
+        disclaim(self.model, self)
 
     def __enter__(self) -> Mount:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RunError
-from neurograft.core.marks import CHILD
+from neurograft.core.marks import CHILD, CLAIM
 
 
 class Entry(Protocol):
@@ -88,11 +89,7 @@ def register_values(model: nn.Module, entries: Sequence[Entry]) -> None:
     """Register trainable tensors on a model's root, so that optimizers, DDP and Trainer see them.
 
     Tensors owned by an `nn.LayerNorm` get a container that is one too: weight-decay rules ask for the class.
-
-    Raises:
-        RunError: the model carries such tensors already.
     """
-    check_free(model)
     norm = {e.name for e in entries if isinstance(model.get_submodule(e.name.rpartition(".")[0]), nn.LayerNorm)}
     for kind, suffix, wanted in ((LiveValues, "", False), (LiveNormValues, "_norm", True)):
         mine = [e for e in entries if (e.name in norm) is wanted]
@@ -100,20 +97,57 @@ def register_values(model: nn.Module, entries: Sequence[Entry]) -> None:
             model.add_module(CHILD + suffix, kind(mine))
 
 
-def check_free(model: nn.Module) -> None:
-    """Raise if a model carries trainable tensors of an attachment already.
-
-    Raises:
-        RunError: it does.
-    """
-    if any(isinstance(getattr(model, CHILD + suffix, None), LiveValues) for suffix in ("", "_norm")):
-        raise RunError(
-            "this model is being trained by another attachment; leave that block first, or attach both at once"
-        )
-
-
 def unregister_values(model: nn.Module) -> None:
     """Take the containers off."""
     for suffix in ("", "_norm"):
         if hasattr(model, CHILD + suffix):
             delattr(model, CHILD + suffix)
+
+
+class Claim:
+    """Says on a module which attachment trains it; a copy of it says nothing, as nothing trains the copy.
+
+    Args:
+        mount: the attachment, held weakly; None for none.
+    """
+
+    def __init__(self, mount: object = None) -> None:
+        self.mount = None if mount is None else weakref.ref(mount)
+
+    def holder(self) -> object:
+        """Return the attachment, or None if it is gone."""
+        return None if self.mount is None else self.mount()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Claim:
+        return Claim()
+
+    def __reduce__(self) -> Any:
+        return Claim, ()
+
+
+def check_free(model: nn.Module, within: object = None) -> None:
+    """Raise if an attachment, other than the one this is a part of, trains any of a model's modules.
+
+    Raises:
+        RunError: it does.
+    """
+    for module in model.modules():
+        claim: Claim | None = module.__dict__.get(CLAIM)
+        if claim is not None and claim.holder() not in (None, within):
+            raise RunError(
+                "this model is being trained by another attachment; leave that block first, or attach both at once"
+            )
+
+
+def claim(model: nn.Module, mount: object) -> None:
+    """Say on every module of a model that an attachment trains it."""
+    for module in model.modules():
+        module.__dict__[CLAIM] = Claim(mount)
+
+
+def disclaim(model: nn.Module, mount: object) -> None:
+    """Take back what `claim` said."""
+    for module in model.modules():
+        held: Claim | None = module.__dict__.get(CLAIM)
+        if held is not None and held.holder() is mount:
+            del module.__dict__[CLAIM]
