@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Context
+from neurograft.core.context import Context, device_of
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.grafts.delta import LowRank
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.numerics.keyvalue import answers
 from neurograft.core.prompts.requests import Rows, joined
 from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.edits._amplified import amplified, mask_of
-from neurograft.edits._memory import Memory, at_subjects, caches, covariances, device_of, memories, reaches
+from neurograft.edits._layers import in_order
+from neurograft.edits._memory import Memory, caches, covariances, memories, reaches
 from neurograft.edits._values import wanted
 
 MASKS = ("post", "solve", "none")
@@ -96,55 +97,32 @@ def nmke(
         raise RequestError("an edit without requests", expected="at least one request", do="give prompt, target_new")
     least(steps=(steps, 1), lr=(lr, 0), clamp=(clamp, 0), decay=(decay, 0), kl=(kl, 0), gain=(gain, 0))
     least(ridge=(ridge, 0), weight=(weight, 0))
-    model, n = context.model, len(context.requests)
+    model = context.model
     found = memories(context, layers, (0.125, 0.25))
     rows = joined(context.requests, device=device_of(model))
     reaches(model, found, rows)
-    goal = wanted(
-        model,
-        found[-1],
-        context.requests,
-        steps=steps,
-        lr=lr,
-        clamp=clamp,
-        decay=decay,
-        kl=kl,
-        eos=eos,
-        absolute=absolute,
-    )
-    held, cache = covariances(context, found), caches(context, found)
-    deltas: dict[str, LowRank] = {}
-    masks: dict[str, list[int]] = {}
-    laid: list[Graft] = []
-    try:
-        for i, memory in enumerate(found):
-            name, stream = memory.keys.name, found[-1].stream
-            read = at_subjects(model, {name: memory.keys, stream.name: stream}, rows)
-            missing = (goal - rows.mean(read[stream.name], n)) / (len(found) - i)
-            louder = gain if absolute else gain * memory.keys.n / WIDTH
-            chosen = _mask(context, memory, rows, where, mask, louder)
-            size = 1.0 if absolute else float(held[name].diagonal().mean())
-            solved = answers(
-                rows.mean(read[name], n).cpu(),
-                ridge=ridge * size,
-                covariance=held[name],
-                weight=weight,
-                null=None if null is None else null * size,
-                cache=cache.get(name),
-                mask=chosen,
-                masked="solve" if mask == "none" else mask,
-                exact=exact,
-            )
-            change = memory.change(model, solved, missing)
-            deltas |= change
-            masks[name] = [memory.keys.n if chosen is None else int(chosen.sum()), memory.keys.n]
-            if i + 1 < len(found):  # the layers behind see the edits before them
-                step = Graft.made(model, change)
-                step.apply(model)
-                laid.append(step)
-    finally:
-        for graft in reversed(laid):
-            graft.remove(model)
+    search: dict[str, Any] = {"steps": steps, "lr": lr, "clamp": clamp, "decay": decay, "kl": kl}
+    goal = wanted(model, found[-1], context.requests, eos=eos, absolute=absolute, **search)
+    held, cache, masks = covariances(context, found), caches(context, found), dict[str, list[int]]()
+
+    def solve(memory: Memory, keys: Tensor) -> Tensor:
+        name = memory.keys.name
+        chosen = _mask(context, memory, rows, where, mask, gain if absolute else gain * memory.keys.n / WIDTH)
+        masks[name] = [memory.keys.n if chosen is None else int(chosen.sum()), memory.keys.n]
+        size = 1.0 if absolute else float(held[name].diagonal().mean())
+        return answers(
+            keys,
+            ridge=ridge * size,
+            covariance=held[name],
+            weight=weight,
+            null=None if null is None else null * size,
+            cache=cache.get(name),
+            mask=chosen,
+            masked="solve" if mask == "none" else mask,
+            exact=exact,
+        )
+
+    deltas = in_order(model, found, rows, goal, solve)
     return Graft.made(model, deltas, card={"requests": [r.as_dict() for r in context.requests], "neurons": masks})
 
 

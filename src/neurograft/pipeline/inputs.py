@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch
+from neurograft.core.context import Batch, device_of
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
 from neurograft.core.prompts.examples import size
@@ -120,7 +119,7 @@ def as_batches(
         raise RequestError(f"batch_size={batch_size}", expected="at least 1", do="give batch_size=8")
     if limit is not None and limit < 1:
         raise RequestError(f"limit={limit}", expected="at least 1", do="leave it out")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     rows = read_rows(data, limit=None if _maybe_batches(data) else limit)
     if all(is_batch(row) for row in rows):
         made: list[Batch] = []

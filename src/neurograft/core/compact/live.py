@@ -70,6 +70,22 @@ class Live:
         return self.theta
 
     @property
+    def beside(self) -> bool:
+        """Say whether the weight is left alone, so that every use has to add what theta differs from it."""
+        return False
+
+    def dense(self) -> Tensor:
+        """Return the whole weight for an operation without a compact gradient; its dense gradient ends in theta."""
+        found: Tensor = Alias.apply(self.weight, self.source(), self)
+        return found
+
+    def copied(self) -> Tensor:
+        """Return a copy of the whole weight with the current values."""
+        self.sync()
+        with Plain():
+            return self.weight.detach().clone()
+
+    @property
     def moment(self) -> int:
         """Number that grows whenever the values are stepped or written in a way that can be seen.
 
@@ -141,6 +157,12 @@ class Live:
 
 def in_bank(region: Region, bank: int, side: Side) -> tuple[Route, int, int]:
     """Return the route inside one matrix of a bank, and the range of the values' first axis that belongs to it."""
+    local, lo, hi = of_bank(region, bank)
+    return route(local, side, local.ids.device), lo, hi
+
+
+def of_bank(region: Region, bank: int) -> tuple[Region, int, int]:
+    """Return the entries inside one matrix of a bank, and the range of the values' first axis that belongs to it."""
     banks, rows, columns = region.matrix
     per = {"rows": rows, "cols": columns, "flat": rows * columns}.get(region.layout)
     lo, hi, ids = 0, region.values_shape[0], region.ids
@@ -151,8 +173,7 @@ def in_bank(region: Region, bank: int, side: Side) -> tuple[Route, int, int]:
     elif banks > 1:
         lo, hi = bank, bank + 1
     shape = region.shape if banks == 1 else (rows, columns)
-    local = Region(shape, (1, rows, columns), region.layout, ids, region.block)
-    return route(local, side, ids.device), lo, hi
+    return Region(shape, (1, rows, columns), region.layout, ids, region.block), lo, hi
 
 
 @dataclass(frozen=True)
@@ -252,9 +273,12 @@ def alias(value: Any, func: Any, *, free: bool = False) -> Any:
             f"{live.name} meets the operation {name}, whose compact gradient is not known here; "
             "pass allow_dense=True to accept a dense gradient of this weight, or leave it out of the selection"
         )
-    dense = Alias.apply(live.weight, live.source(), live)
+    dense = live.dense()
     shift = getattr(value, "shift", None)
     if shift is not None:
         view: Any = value
-        dense = dense.as_strided(view.shape, view.stride(), view.storage_offset() + shift).to(view.dtype)
+        start = None  # in a compiled graph a view begins where its weight does
+        if not torch.compiler.is_compiling():
+            start = dense.storage_offset() + view.storage_offset() + shift - live.weight.storage_offset()
+        dense = dense.as_strided(view.shape, view.stride(), start).to(view.dtype)
     return dense
