@@ -1,9 +1,12 @@
 """Every operation a live weight may meet: its gradient against the dense one, and the numbers it sees."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurograft.core.compact import products
 from neurograft.core.compact.beside import Beside
@@ -123,6 +126,25 @@ def test_numbers_and_gradients_equal_the_dense_twin(name, kind, monkeypatch):
             assert torch.equal(weight.detach(), before)
             live.resting = True
             assert torch.equal(run(weight).detach(), at_rest)
+
+
+@pytest.mark.parametrize("kind", [Live, Beside])
+def test_a_dispatch_mode_sees_the_same_step(kind, monkeypatch):
+    """It calls kernels once more with the weight itself, also in a backward pass."""
+    reached = []
+    for watched in (False, True):
+        weight, live = made("linear", Region.of((R, C), "rows", [1]), kind)
+        live.theta.data += 1.0
+        monkeypatch.setitem(globals(), "X", X.detach().clone().requires_grad_())
+        with Watching() if watched else contextlib.nullcontext():
+            F.linear(F.linear(X, weight) @ weight, weight).square().sum().backward()
+        reached.append((X.grad, live.theta.grad))
+    torch.testing.assert_close(*reached, rtol=0, atol=0)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("grad", [True, False])

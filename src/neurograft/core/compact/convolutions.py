@@ -46,11 +46,11 @@ class _ConvBeside(torch.autograd.Function):
         ctx.save_for_backward(kept if ctx.kept else None, theta, base)
         ctx.live, ctx.epoch, ctx.options, ctx.like = live, live.moment, options, x[:0]
         ctx.size = x.shape
-        (*spread, groups), x = options, x.to(y.dtype)
+        (*spread, groups), x, found = options, x.to(y.dtype), y.clone()  # in y's memory format, as the next kernel's
         for ids, part, picked, n in _pieces(live.region, (theta - base).to(y.dtype), ctx.channels, groups):
             given = x if picked is None else x.index_select(1, picked)
-            y = y.index_add(1, ids, _convolved(given, part, spread, n))
-        return y
+            found.index_add_(1, ids, _convolved(given, part, spread, n))
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

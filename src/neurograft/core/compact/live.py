@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.compact.deferred import Deferred, after_pass, passing, whole
 from neurograft.core.compact.gradients import Route, Side, route
 from neurograft.core.errors import RunError
 from neurograft.core.marks import Watched
@@ -60,6 +61,18 @@ class Live:
             raise RunError(f"the trained values of {self.name} became {self.theta.dtype}; they must stay float32")
         with Plain():
             self.region.write_(self.weight, self.numbers())
+
+    def stepped(self) -> None:
+        """Follow an optimizer's step: at once, or after the backward pass under way.
+
+        An optimizer that steps inside a backward pass (a hook on accumulated gradients) must not change the weight
+        under the input gradients that the pass still has to compute from it.
+        """
+        self.epoch += 1
+        if passing():
+            after_pass(lambda: after_pass(self.write))  # behind all that the pass itself puts off
+        else:
+            self.write()
 
     def numbers(self) -> Tensor:
         """Return the numbers of the region that theta stands for: theta itself, or a function of it."""
@@ -215,8 +228,13 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         check_epoch(ctx.live, ctx.epoch)
-        (kept,) = ctx.saved_tensors
-        found = ctx.chosen.gradient(kept.reshape(-1, kept.shape[-1]), g.reshape(-1, g.shape[-1]))
+        (kept,), asked = ctx.saved_tensors, ctx.chosen.asked
+        kept = kept.reshape(-1, kept.shape[-1])
+        if isinstance(g, Deferred) and asked is not None and not ctx.needs_input_grad[0]:
+            found, g = ctx.chosen.thin(kept, g.at(asked).reshape(-1, len(asked))), None
+        else:
+            g = whole(g)
+            found = ctx.chosen.gradient(kept, g.reshape(-1, g.shape[-1]))
         return g, None, found.reshape(ctx.shape).to(ctx.dtype), None, None
 
 

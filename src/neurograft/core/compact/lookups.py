@@ -42,8 +42,9 @@ def lookup_gradient(live: Live, tokens: Tensor, g: Tensor, skip: int, dtype: tor
         rows = region.matrix[1]
         return g.new_zeros(rows, len(region.ids)).index_add_(0, tokens, g.index_select(1, region.ids)).t()
     lookup = live.looked_up()
-    out = g.new_zeros(lookup.count + 1, g.shape[1]).index_add_(0, lookup.slots[tokens], g)[:-1]
-    return out if lookup.at is None else out.reshape(-1).index_select(0, lookup.at)
+    if lookup.at is not None:
+        return scattered_gradient(lookup.slots[tokens], g, lookup.at, lookup.count)
+    return g.new_zeros(lookup.count + 1, g.shape[1]).index_add_(0, lookup.slots[tokens], g)[:-1]
 
 
 class _LookupBeside(torch.autograd.Function):
@@ -87,19 +88,40 @@ def scattered_rows(slots: Tensor, values: Tensor, at: Tensor, count: int, column
         slots: [N], the rows, `count` for one of zeros.
         values: [k]. at: [k], entry numbers in the table.
     """
-    used, place = slots.unique(return_inverse=True)
-    local = slots.new_full((count + 1,), -1)
-    local[used] = torch.arange(len(used), device=slots.device)
-    rows = local[at // columns]
-    held = rows >= 0
-    table = values.new_zeros(len(used) * columns)
-    table[rows[held] * columns + at[held] % columns] = values[held]
-    return table.view(len(used), columns)[place]
+    used, place, held, entries = _used(slots, at, count, columns)
+    table = values.new_zeros(used * columns)
+    table[entries] = values[held]
+    return table.view(used, columns)[place]
 
 
 @scattered_rows.register_fake
 def _(slots: Tensor, values: Tensor, at: Tensor, count: int, columns: int) -> Tensor:
     return values.new_empty(slots.shape[0], columns)
+
+
+@torch.library.custom_op("neurograft::scattered_gradient", mutates_args=())
+def scattered_gradient(slots: Tensor, g: Tensor, at: Tensor, count: int) -> Tensor:
+    """Return the gradient [k] of a table's scattered values from that of the rows looked up, g [N, C]."""
+    columns = g.shape[1]
+    used, place, held, entries = _used(slots, at, count, columns)
+    rows, found = g.new_zeros(used, columns).index_add_(0, place, g), g.new_zeros(len(at))
+    found[held] = rows.view(-1)[entries]
+    return found
+
+
+@scattered_gradient.register_fake
+def _(slots: Tensor, g: Tensor, at: Tensor, count: int) -> Tensor:
+    return g.new_empty(at.shape[0])
+
+
+def _used(slots: Tensor, at: Tensor, count: int, columns: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Return how many rows are looked up, which of these each lookup is, which values they hold, and where."""
+    used, place = slots.unique(return_inverse=True)
+    local = slots.new_full((count + 1,), -1)
+    local[used] = torch.arange(len(used), device=slots.device)
+    rows = local[at // columns]
+    held = rows >= 0
+    return len(used), place, held, rows[held] * columns + at[held] % columns
 
 
 def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neurograft.core.compact import additions
 from neurograft.core.compact.banks import grouped_gradient
+from neurograft.core.compact.deferred import Behind, pays
 from neurograft.core.compact.gradients import Side
 from neurograft.core.compact.live import Live, Tap, alias, check_epoch, handed
 from neurograft.core.marks import Watched
@@ -64,9 +66,24 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,
     extra = {k: alias(v, func) for k, v in kwargs.items()}
     if not isinstance(weight, Watched):
         return func(*rest, **extra)
-    plain = func(*rest, **extra)
+    plain = _deferring(rest, weight) if func is F.linear else None
+    plain = func(*rest, **extra) if plain is None else plain
     tapped = _product(plain, x, weight, side)
     return NotImplemented if tapped is None else tapped
+
+
+def _deferring(args: tuple[Any, ...], weight: Any) -> Tensor | None:
+    """Return x @ W.T + b with x's gradient deferred, where that pays and nothing else asks for a gradient."""
+    (x, _, *more), live = args, weight.neurograft
+    if torch.compiler.is_compiling() or not x.requires_grad or weight is not live.weight or live.beside:
+        return None
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    if any(b is not None and b.requires_grad for b in more) or not pays(x, Tap):
+        return None
+    with torch.no_grad():
+        y = F.linear(*args)
+    return cast(Tensor, Behind.apply(y, x, live.weight))
 
 
 def linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

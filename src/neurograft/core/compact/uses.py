@@ -72,7 +72,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         handler = USES.get(func) or (products.grouped if func is _fallback() else None)
         if handler is not None:
             sync(args, kwargs)
-            out = handler(func, args, kwargs) if _concerned(args, kwargs) else func(*args, **kwargs)
+            out = handler(func, args, kwargs) if _concerned(func, args, kwargs) else func(*args, **kwargs)
         elif func in VIEWS and args and isinstance(args[0], Watched):
             out = _view(func, args, kwargs)
         else:
@@ -94,9 +94,12 @@ def watched(args: Any, kwargs: dict[str, Any]) -> Iterable[Watched]:
             yield from (v for v in value if isinstance(v, Watched))
 
 
-def _concerned(args: Any, kwargs: dict[str, Any]) -> bool:
+def _concerned(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Say whether the weights' own numbers are not all that an operation needs: gradients, or what stands beside."""
-    return torch.is_grad_enabled() or any(w.neurograft.beside for w in watched(args, kwargs))
+    if torch.is_grad_enabled():
+        return True
+    # A kernel's own call comes from a backward pass that a dispatch mode watches: what is added has its own.
+    return not isinstance(func, torch._ops.OpOverload) and any(w.neurograft.beside for w in watched(args, kwargs))
 
 
 def sync(args: Any, kwargs: dict[str, Any]) -> None:
@@ -115,7 +118,7 @@ def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if copied:
         sync(args, kwargs)
         out = func(*args, **kwargs)
-        if not _concerned(args, kwargs):
+        if not _concerned(func, args, kwargs):
             return out
         if func is _T.__getitem__:
             return lookups.gathered(out, source, args[1])
@@ -157,7 +160,7 @@ def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if func in ASKS or (func in WRITES and isinstance(args[0], Watched)):
         return func(*args, **kwargs)  # a write into the weight itself: `Live.sync` takes it over
     sync(args, kwargs)
-    if not _concerned(args, kwargs):
+    if not _concerned(func, args, kwargs):
         return func(*args, **kwargs)
     free = func in BROADCAST
     if func not in WRITES and not all(w.neurograft.may_be_dense(free) for w in watched(args, kwargs)):
