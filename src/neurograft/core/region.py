@@ -147,8 +147,8 @@ class Region:
         elif self.layout == "rows":
             w.view(bank * rows, columns).index_copy_(0, ids, values)
         elif self.layout == "cols" and bank == 1:
-            # Half the time of index_copy_ here, or less. As whole numbers: scatter_ of bfloat16 rewrites the bits of every
-            # NaN, also where nothing is written.
+            # Half the time of index_copy_ here, or less. As whole numbers: scatter_ of bfloat16 rewrites the bits of
+            # every NaN, also where nothing is written.
             bits = torch.int16 if w.dtype == torch.bfloat16 else w.dtype
             w.view(rows, columns).view(bits).scatter_(1, ids.expand(rows, -1), values.t().view(bits))
         elif self.layout == "cols":
