@@ -123,3 +123,15 @@ def test_part_read_equals_its_flat_entries():
 def test_bad_ids_are_refused(ids):
     with pytest.raises(RequestError, match="ids"):
         Region.of((6, 8), "rows", ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_writing_keeps_every_bit_of_what_lies_beside_and_of_what_is_written(shape, dtype):
+    """NaN has many bit patterns, and an exact undo brings back the one that was there."""
+    whole = torch.int32 if dtype == torch.float32 else torch.int16
+    nan = torch.full(shape, float("nan"), dtype=dtype)
+    for region in regions(shape):
+        weight = nan.clone()
+        region.write_(weight, region.read(nan))
+        assert torch.equal(weight.view(whole), nan.view(whole)), region.layout

@@ -11,8 +11,8 @@ import neurograft as ng
 from neurograft.core.compact.expose import exposed
 from neurograft.core.context import Phase, Step
 from neurograft.core.errors import RequestError, RunError
+from neurograft.core.prompts.collate import collator
 from neurograft.pipeline.attach import attach
-from neurograft.pipeline.collator import collator
 from neurograft.pipeline.inputs import as_batches
 from neurograft.train.loop import fit, rehearsal
 from neurograft.train.moved import Witness

@@ -27,6 +27,7 @@ from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.prompts.passing import Seen
+from neurograft.core.taps.amounts import checked
 from neurograft.core.taps.board import Board, Guest, features
 from neurograft.core.taps.folding import folded
 from neurograft.core.units import Site
@@ -81,50 +82,13 @@ class Intervention:
                 do="take the units from a selection made on this model",
             )
         object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "value", self._checked(self.value))
+        object.__setattr__(self, "value", checked(self.kind, self.value, len(ids), self.width))
 
     @property
     def width(self) -> int:
         """Features of a unit."""
         assert self.site.tap is not None
         return self.site.tap.width
-
-    def _checked(self, value: Tensor | None) -> Tensor | None:
-        k, w = len(self.ids), self.width
-        if self.kind == "zero":
-            known: tuple[tuple[int, ...], ...] = ()
-        elif self.kind == "rotate":
-            known = ((k, k),) if w == 1 else ((w, w), (k, w, w))
-        elif self.kind == "remove":
-            known = ((len(value) if value is not None and value.dim() == 2 else 1, w),)
-        else:
-            known = ((), (k,)) if w == 1 else ((), (k,), (k, w))
-        if value is None and not known:
-            return None
-        shape = None if value is None else tuple(value.shape)
-        unit = (k,) if w == 1 else (k, w)
-        aligned = self.kind == "replace" and shape is not None and len(shape) == 2 + len(unit) and shape[2:] == unit
-        if shape is None or (shape not in known and not aligned):
-            raise RequestError(
-                f"{self.kind} with a value of shape {shape} for {k} units of {w} features",
-                expected=" or ".join(map(str, known)) or "no value",
-                do="give one value for all units, or one for each",
-            )
-        assert value is not None
-        if not bool(torch.isfinite(value).all()):
-            raise RequestError(f"{self.kind} with values that are not finite", expected="numbers", do="check the value")
-        value = value.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-        if self.kind in ("rotate", "remove"):
-            off = (value @ value.mT - torch.eye(value.shape[-2])).abs().max()
-            if off > 1e-4:
-                raise RequestError(
-                    f"a matrix that is no rotation (off by {float(off):.2g})"
-                    if self.kind == "rotate"
-                    else f"directions to remove that are not orthonormal (off by {float(off):.2g})",
-                    expected="R @ R.T = 1",
-                    do="make it orthogonal, e.g. torch.linalg.qr(R).Q",
-                )
-        return value
 
     @property
     def aligned(self) -> bool:

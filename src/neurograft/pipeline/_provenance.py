@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import neurograft
 from neurograft.audits._changes import Change
 from neurograft.core.context import Batch
 from neurograft.core.grafts.origin import describe
 from neurograft.core.prompts.examples import size
+from neurograft.pipeline._versions import versions_here
 from neurograft.pipeline.inputs import data_digest
 
 
@@ -29,8 +29,6 @@ def provenance(
         domains: kept domains by name.
         seed: root of every random number.
     """
-    import transformers
-
     data = {**({"gain": task} if task is not None else {}), **domains}
     first = next(model.parameters(), None)
     return {
@@ -55,10 +53,5 @@ def provenance(
         "seed": seed,
         "device": first.device.type if first is not None else "cpu",
         "threads": torch.get_num_threads(),
-        "versions": {
-            "neurograft": neurograft.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {**versions_here(), "python": platform.python_version()},
     }

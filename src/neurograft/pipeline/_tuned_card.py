@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-
 from neurograft.core.choose import choose
 from neurograft.core.selection import Selection
+from neurograft.pipeline._versions import versions_here
 
 LOSSES_ON_CARD = 1000
 CLOCKS = ("_runtime", "_per_second", "_preparation_time")  # never the same twice, as the card of a seed has to be
@@ -30,10 +29,6 @@ def tuned_card(
         settings: the trainer's TrainingArguments.
         seed: root of every random number.
     """
-    import transformers
-
-    import neurograft
-
     losses: list[float] = trainer.witness.losses
     every = max(1, -(-len(losses) // LOSSES_ON_CARD))
     best = {"metric": trainer.state.best_metric, "step": trainer.state.best_global_step}
@@ -58,11 +53,7 @@ def tuned_card(
             if any(k.startswith("eval_") for k in h)
         ],
         "skipped_checkpoints": trainer.resumed["skipped"],
-        "versions": {
-            "neurograft": neurograft.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions_here(),
     }
 
 

@@ -19,6 +19,7 @@ from neurograft.pipeline._demo_data import Correction
 from neurograft.pipeline._demo_page import page
 from neurograft.pipeline._demo_runs import LOCATED, RATES, Run, locate_for, mounted, runs_of, train
 from neurograft.pipeline._demo_text import lines
+from neurograft.pipeline._versions import versions_here
 from neurograft.pipeline.audit import audit
 from neurograft.pipeline.state import as_found
 from neurograft.worlds import atlas
@@ -180,15 +181,4 @@ def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def _versions() -> dict[str, Any]:
-    import transformers
-
-    import neurograft
-
-    return {
-        "versions": {
-            "neurograft": neurograft.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "base": atlas.accuracies()["build"]["digest"],
-    }
+    return {"versions": versions_here(), "base": atlas.accuracies()["build"]["digest"]}

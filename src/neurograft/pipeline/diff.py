@@ -21,10 +21,11 @@ from neurograft.core.grafts.operation import Operation
 from neurograft.core.grafts.origin import versions
 from neurograft.core.region import as_matrix
 from neurograft.core.untie import FLAG, Untie
-from neurograft.pipeline._adapters import adapter_graft, is_adapter
+from neurograft.pipeline._adapter_files import is_adapter
+from neurograft.pipeline._adapters import adapter_graft
 from neurograft.pipeline._narrow import narrow_change
 from neurograft.pipeline._sources import Source, described, files, live, located, shell
-from neurograft.pipeline.models import Model
+from neurograft.pipeline.models import Model, model_name
 
 
 def diff(
@@ -81,7 +82,7 @@ def diff(
         made = _compared(model, mine, theirs, where, progress)
         known_as = {n: where.modules(n) for n in made[1] if where.modules(n) != [n]}
         card: dict[str, Any] = {"base": described(model, mine), "versions": versions(), "modules": known_as}
-        card |= {"made_by": "diff", "tuned": _name(tuned), **made[2]}
+        card |= {"made_by": "diff", "tuned": model_name(tuned), **made[2]}
         operations: tuple[Operation, ...] = () if apart is None else (apart,)
         return Graft(made[0], operations, made[1], card)
 
@@ -89,10 +90,6 @@ def diff(
 def _there(folder: Path | None) -> Path:
     assert folder is not None
     return folder
-
-
-def _name(model: Model) -> str:
-    return type(model).__name__ if isinstance(model, nn.Module) else str(model)
 
 
 def _source(model: Model, folder: Path | None, where: Coordinates, keep: ExitStack, *, below: bool) -> Source:

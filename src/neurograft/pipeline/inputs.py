@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from neurograft.core.context import Batch, device_of
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
+from neurograft.core.prompts.collate import collator
 from neurograft.core.prompts.examples import size
 from neurograft.pipeline._usable import check
-from neurograft.pipeline.collator import collator
 from neurograft.pipeline.encode import encode, is_ready
 from neurograft.pipeline.rows import Row, read_rows
 

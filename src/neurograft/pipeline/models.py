@@ -101,6 +101,11 @@ def load_model(
     return loaded
 
 
+def model_name(model: Model) -> str:
+    """Return what a card calls a model: its class, or the path or Hub id it was given by."""
+    return type(model).__name__ if isinstance(model, nn.Module) else str(model)
+
+
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """Return a torch dtype by its name.
 

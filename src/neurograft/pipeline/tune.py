@@ -14,11 +14,11 @@ from neurograft.core.choose import Choice
 from neurograft.core.compact.mount import Mount
 from neurograft.core.context import Batch
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.prompts.collate import collator
 from neurograft.pipeline._reselecting import Reselect, asker
 from neurograft.pipeline._training_arguments import training_arguments
 from neurograft.pipeline._tuned_card import tuned_card
 from neurograft.pipeline.attach import Where, attach, selection_of, takes
-from neurograft.pipeline.collator import collator
 from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest, processor_for
 from neurograft.pipeline.models import Model, load_model
 from neurograft.train.asked import Asked

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from neurograft.core.compact.expose import exposed
 from neurograft.core.compact.mount import Mount
 from neurograft.core.context import shifts
 from neurograft.core.errors import RequestError
-from neurograft.core.selection import Selection
 from neurograft.train import checkpoint, together
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
@@ -21,6 +17,7 @@ from neurograft.train.mixin_loss import Losses
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, forward_only, groups_of
 from neurograft.train.steps import StepEvents, driven
+from neurograft.train.together import Reselect
 from neurograft.train.trl import check_head, heads, is_trl
 
 
@@ -59,7 +56,7 @@ class GraftTrainerMixin(Losses, Files):
         objective: Any = None,
         anchor: Any = None,
         schedule: Any = None,
-        reselect: Callable[[torch.nn.Module, int], Selection] | None = None,
+        reselect: Reselect | None = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -76,27 +73,9 @@ class GraftTrainerMixin(Losses, Files):
         self.asked = objective if objective is None or isinstance(objective, Asked) else Asked.of(objective, anchor)
         self.choice = None if optimizer is None else chosen(optimizer)
         super().__init__(*args, **kwargs)
-        trainer: Any = self
-        if trainer.args.n_gpu > 1:
-            raise RequestError(
-                "several devices in one process, for which the Trainer copies the model",
-                expected="one device a process",
-                do="launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES",
-            )
         self.witness = Witness(mount)
-        several = trainer.args.world_size > 1
-        self.together = several and reselect is not None
-        if self.together and reselect is not None:
-            together.check_wrapping(trainer.accelerator)
-            reselect = together.agreed(reselect)
-        self.conductor = Conductor(
-            schedule,
-            mount,
-            freeze=not several or self.together,
-            reselect=reselect,
-            witness=self.witness,
-            seed=trainer.args.seed,
-        )
+        self.conductor = self._conductor(schedule, reselect)
+        trainer: Any = self
         trainer.add_callback(StepEvents(self))
         if is_trl(self):
             check_head(model, mount)
@@ -106,6 +85,29 @@ class GraftTrainerMixin(Losses, Files):
             trainer.model_accepts_loss_kwargs = True
             trainer.loss_is_scaled_for_ga = True
             trainer._loss_shifts_labels = shifts(model)
+
+    def _conductor(self, schedule: Any, reselect: Reselect | None) -> Conductor:
+        """Return what obeys the schedule, in one process or in several that agree."""
+        trainer: Any = self
+        if trainer.args.n_gpu > 1:
+            raise RequestError(
+                "several devices in one process, for which the Trainer copies the model",
+                expected="one device a process",
+                do="launch with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES",
+            )
+        several = trainer.args.world_size > 1
+        self.together = several and reselect is not None
+        if self.together and reselect is not None:
+            together.check_wrapping(trainer.accelerator)
+            reselect = together.agreed(reselect)
+        return Conductor(
+            schedule,
+            self.mount,
+            freeze=not several or self.together,
+            reselect=reselect,
+            witness=self.witness,
+            seed=trainer.args.seed,
+        )
 
     def _only_one_loss(self) -> None:
         trainer: Any = self

@@ -1,12 +1,15 @@
-"""Whether a graft fits a model: names, shapes, and weights that can be written."""
+"""Whether a graft fits a model and what lies on it: names, shapes, weights that can be written, other grafts."""
 
 from __future__ import annotations
+
+from collections.abc import Container, Iterable
 
 from torch import Tensor
 
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.contents import Contents
 from neurograft.core.grafts.coordinates import Coordinates
+from neurograft.core.grafts.delta import New
 from neurograft.core.marks import Watched
 
 
@@ -48,6 +51,52 @@ def check_writable(name: str, weight: Tensor) -> None:
             expected="a contiguous floating-point weight in memory",
             do="load the base unquantized and not offloaded, or attach the graft with route='side'",
         )
+
+
+def check_room(graft: Contents, reshaped: Iterable[str], changed: Container[str], others: Iterable[Contents]) -> None:
+    """Raise unless the grafts on a model leave room for what one brings of its own.
+
+    Args:
+        graft: the one that comes.
+        reshaped: parameters that it unties or makes longer.
+        changed: parameters that others have changed.
+        others: the grafts that are on.
+
+    Raises:
+        RequestError: a parameter that it reshapes is changed, or another graft brings the same new one.
+    """
+    taken = next((name for name in reshaped if name in changed), None)
+    if taken is not None:
+        raise RequestError(
+            f"a graft that unties {taken} or appends rows to it, while another graft changes it",
+            expected="one of the two on this model",
+            do="remove the other graft first, or train both changes as one graft",
+        )
+    brought = {name: other for other in others for name, delta in other.deltas.items() if isinstance(delta, New)}
+    for name, delta in graft.deltas.items():
+        if isinstance(delta, New) and name in brought:
+            raise RequestError(
+                f"{name!r}, which the graft {brought[name].identity[:12]} on this model brings too",
+                expected="one graft with this new parameter",
+                do="remove the other graft first",
+            )
+
+
+def refuse_overlaps(graft: Contents, others: Iterable[Contents]) -> None:
+    """Raise if an operation of a graft meets one of another at an activation that only one can have.
+
+    Raises:
+        RequestError: naming both.
+    """
+    for operation in graft.operations:
+        for other in others:
+            for theirs in other.operations:
+                if operation.clashes(theirs):
+                    raise RequestError(
+                        f"{operation.describe()} over {theirs.describe()} of the graft {other.identity[:12]}",
+                        expected="operations that do not replace the same activations",
+                        do="remove the other graft first",
+                    )
 
 
 def wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], graft: Contents) -> RequestError:

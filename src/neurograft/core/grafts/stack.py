@@ -18,7 +18,7 @@ from neurograft.core.grafts.combined import patched
 from neurograft.core.grafts.contents import Contents
 from neurograft.core.grafts.coordinates import Coordinates, coordinates, everything, holders
 from neurograft.core.grafts.delta import LowRank, New, Shift
-from neurograft.core.grafts.fits import check_writable, named, other_base, wrong_shape
+from neurograft.core.grafts.fits import check_room, check_writable, named, other_base, refuse_overlaps, wrong_shape
 from neurograft.core.grafts.ledger import Change, Ledger, aligned
 from neurograft.core.grafts.replay import Replay
 from neurograft.core.region import Region, as_matrix, union
@@ -118,7 +118,7 @@ class Stack:
             self._make_room(model, graft, handles)
             where, weights = coordinates(model), holders(model)
             changes = self.translated(model, graft, where, weights)
-            self._refuse_overlaps(graft)
+            refuse_overlaps(graft, self.grafts.values())
             for operation in graft.operations:
                 if not isinstance(operation, Untie):
                     handles.append(operation.scaled(graft.strength).mount(model))
@@ -140,32 +140,19 @@ class Stack:
             raise
 
     def _make_room(self, model: nn.Module, graft: Contents, handles: list[Any]) -> None:
-        """Append rows and untie weights before anything is looked up; what undoes it goes to `handles`."""
+        """Untie weights and append rows before anything is looked up; what undoes it goes to `handles`."""
         alias = Parameters.of(model).alias
         untied = {n for o in graft.operations if isinstance(o, Untie) for n in o.names} - Apart.of(model).held.keys()
-        shared = {alias[n]: n for n in untied if n in alias}
-        shared |= {alias[n]: n for n, d in graft.deltas.items() if isinstance(d, New) and d.after and n in alias}
-        taken = next((n for n in shared if n in self.ledgers), None)
-        if taken is not None:
-            raise RequestError(
-                f"a graft that unties {taken} or appends rows to it, while another graft changes it",
-                expected="one of the two on this model",
-                do="remove the other graft first, or train both changes as one graft",
-            )
+        fresh = {n: d for n, d in graft.deltas.items() if isinstance(d, New) and n in alias}
+        longer = {n: (d.after, d.shape[0]) for n, d in fresh.items() if d.after is not None}
+        reshaped = (untied & alias.keys()) | {n for n, (before, _) in longer.items() if before}
+        check_room(graft, {alias[n] for n in reshaped}, self.ledgers, self.grafts.values())
         for operation in graft.operations:
             if isinstance(operation, Untie):
                 handles.append(operation.mount(model))
-        for name, delta in graft.deltas.items():
-            other = next((g for g in self.grafts.values() if isinstance(g.deltas.get(name), New)), None)
-            if isinstance(delta, New) and other is not None:
-                raise RequestError(
-                    f"{name!r}, which the graft {other.identity[:12]} on this model brings too",
-                    expected="one graft with this new parameter",
-                    do="remove the other graft first",
-                )
-            if isinstance(delta, New) and delta.after is not None and name in alias:
-                growth = grown(model, name, delta.after, delta.shape[0])
-                handles += [growth] if growth else []
+        for name, (before, rows) in longer.items():
+            growth = grown(model, name, before, rows)
+            handles += [growth] if growth else []
 
     def drop(self, model: nn.Module, graft: Contents) -> None:
         """Take a graft off; the model is then what the remaining ones make of the base.
@@ -248,17 +235,6 @@ class Stack:
             raise wrong_shape(tensor, graft.deltas[tensor].shape, shape, graft)
         if self.digest(name, model, where) != graft.base.get(tensor):
             raise other_base(tensor, graft)
-
-    def _refuse_overlaps(self, graft: Contents) -> None:
-        for operation in graft.operations:
-            for other in self.grafts.values():
-                for theirs in other.operations:
-                    if operation.clashes(theirs):
-                        raise RequestError(
-                            f"{operation.describe()} over {theirs.describe()} of the graft {other.identity[:12]}",
-                            expected="operations that do not replace the same activations",
-                            do="remove the other graft first",
-                        )
 
     def _enter(self, name: str, weight: Tensor, identity: str, changes: list[tuple[Change, float]]) -> None:
         ledger = self.ledgers.get(name)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE
+from neurograft.core.batches import IGNORE
 from neurograft.core.errors import RequestError
 
 
