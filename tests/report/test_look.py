@@ -125,8 +125,11 @@ def test_of_many_domains_the_worst_come_first_and_the_rest_is_folded(many):
 
 
 def test_of_many_domains_four_drifts_are_named(many):
-    moved = {n: d["representation_drift"] for n, d in many["domains"].items()}
+    moved = {n: copy.deepcopy(d["representation_drift"]) for n, d in many["domains"].items()}
+    for i, found in enumerate(moved.values()):
+        found["layers"][0]["cka_drift"]["value"] = 0.6 + 0.01 * i
     root, _ = shapes(drifts.drift_lines(moved, "cka_drift"))
+    assert "at most: j 0.73, i 0.72, h 0.71, g 0.7" in root.get("aria-label")
     assert len([t for t in root.iter("text") if re.search(r"\bc\d\b", t.get("class"))]) == drifts.COLOURS
     assert len([p for p in root.iter("path") if p.get("class") == "curve null"]) == len(NAMES) - drifts.COLOURS
 
@@ -188,7 +191,7 @@ def test_texts_are_cut_by_the_columns_they_take():
     for text in NAMES:
         for limit in (8, 14, 20):
             assert wide(shortened(text, limit)) <= limit
-    assert shortened("日本語", 6) == "日本語"
+    assert (shortened("日本語", 6), wide("日本語")) == ("日本語", 6)
     assert wide("e\N{COMBINING ACUTE ACCENT}") == 1
 
 
@@ -240,3 +243,12 @@ def test_the_gains_limit_is_not_called_its_noise_floor(base):
     cells = re.findall(r"<td>(.*?)</td>", row, re.S)
     floor = Report(base).judged({"gain_above": 0.77}).data["verdict"]["gain"]["floor"]
     assert cells[4:6] == ["0.77", number(floor)]
+
+
+def test_where_the_loss_sits_says_on_how_many_items(base):
+    data = copy.deepcopy(base)
+    damage, loss = data["domains"]["a"]["damage"], data["domains"]["a"]["loss"]
+    damage["whole"], loss["items"] = 0.4321, 50
+    assert "On the first 9 of 50 items the whole change costs +0.432 nats." in Report(data).html()
+    loss["items"] = 9
+    assert "On 9 items the whole change costs +0.432 nats." in Report(data).html()
