@@ -125,8 +125,11 @@ def test_of_many_domains_the_worst_come_first_and_the_rest_is_folded(many):
 
 
 def test_of_many_domains_four_drifts_are_named(many):
-    moved = {n: d["representation_drift"] for n, d in many["domains"].items()}
+    moved = {n: copy.deepcopy(d["representation_drift"]) for n, d in many["domains"].items()}
+    for i, found in enumerate(moved.values()):
+        found["layers"][0]["cka_drift"]["value"] = 0.6 + 0.01 * i
     root, _ = shapes(drifts.drift_lines(moved, "cka_drift"))
+    assert "at most: j 0.73, i 0.72, h 0.71, g 0.7" in root.get("aria-label")
     assert len([t for t in root.iter("text") if re.search(r"\bc\d\b", t.get("class"))]) == drifts.COLOURS
     assert len([p for p in root.iter("path") if p.get("class") == "curve null"]) == len(NAMES) - drifts.COLOURS
 
@@ -188,7 +191,7 @@ def test_texts_are_cut_by_the_columns_they_take():
     for text in NAMES:
         for limit in (8, 14, 20):
             assert wide(shortened(text, limit)) <= limit
-    assert shortened("日本語", 6) == "日本語"
+    assert (shortened("日本語", 6), wide("日本語")) == ("日本語", 6)
     assert wide("e\N{COMBINING ACUTE ACCENT}") == 1
 
 
@@ -211,3 +214,41 @@ def test_numbers_of_an_upright_axis_are_not_cut_off(base, high):
     ends = [t for t in root.iter("text") if t.get("text-anchor") == "end"]
     assert len(ends) >= 2
     assert all(float(t.get("x")) >= 6.4 * wide(t.text) for t in ends)
+
+
+def test_the_zone_of_an_interval_ends_at_its_limit_and_the_line_at_its_ends():
+    change = {"value": 0.4, "low": 0.2, "high": 0.8}
+    root, _ = shapes(charts.interval_bar(change, 0.6, (0.0, 1.0), "kept"))
+    zone, whisker = root.find("rect"), root.findall("line")[1]
+    assert (float(zone.get("x")), float(zone.get("width"))) == pytest.approx((14, 0.6 * 152), abs=0.1)
+    assert (float(whisker.get("x1")), float(whisker.get("x2"))) == pytest.approx((44.4, 135.6), abs=0.1)
+    assert root.get("aria-label") == "+0.4, +0.2 to +0.8"
+    assert shapes(charts.interval_bar(change, 7.0, (0.0, 1.0), "kept"))[0].find("rect").get("width") == "152"
+
+
+def test_what_is_accepted_ends_at_the_smallest_limit(many):
+    judged = {
+        n: {**d, "tests": {"loss": {**d["tests"]["loss"], "limit": 3.0}}} for n, d in many["verdict"]["domains"].items()
+    }
+    judged["a"]["tests"]["loss"]["limit"] = 2.0
+    root, _ = shapes(charts.tradeoff(many["gain"], many["domains"], judged))
+    edge = next(e for e in root.iter("line") if e.get("class") == "edge")
+    grid = {t.text: float(t.get("y")) - 4 for t in root.iter("text") if t.get("text-anchor") == "end"}
+    assert float(edge.get("y1")) == pytest.approx(grid["2"], abs=0.2)
+
+
+def test_the_gains_limit_is_not_called_its_noise_floor(base):
+    html = Report(base).judged({"gain_above": 0.77}).html()
+    row = html.split("What was gained on the task")[1].split("<b>")[1].split("</tr>")[0]
+    cells = re.findall(r"<td>(.*?)</td>", row, re.S)
+    floor = Report(base).judged({"gain_above": 0.77}).data["verdict"]["gain"]["floor"]
+    assert cells[4:6] == ["0.77", number(floor)]
+
+
+def test_where_the_loss_sits_says_on_how_many_items(base):
+    data = copy.deepcopy(base)
+    damage, loss = data["domains"]["a"]["damage"], data["domains"]["a"]["loss"]
+    damage["whole"], loss["items"] = 0.4321, 50
+    assert "On the first 9 of 50 items the whole change costs +0.432 nats." in Report(data).html()
+    loss["items"] = 9
+    assert "On 9 items the whole change costs +0.432 nats." in Report(data).html()

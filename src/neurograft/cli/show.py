@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.padding import Padding
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+
+NARROW = 60  # columns of a terminal in which prose does not stand beside numbers
 
 
 def dump(value: Any) -> str:
@@ -32,6 +36,22 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _natural(table: Table) -> int:
+    """Return how wide a table is if nothing is folded."""
+    return sum(max(map(cell_len, (str(c.header), *map(str, c.cells)))) + 3 for c in table.columns)
+
+
+def _records(table: Table) -> Group:
+    """Return a table's rows one below the other, for a terminal in which its columns would be a few signs wide."""
+    names = [str(column.header) for column in table.columns]
+    rows = [
+        (Text(f"{name}: {cell}" if i else str(cell), style="" if i else "bold"), 2 if i else 0)
+        for row in zip(*(column.cells for column in table.columns))
+        for i, (name, cell) in enumerate(zip(names, row))
+    ]
+    return Group(*(Padding(text, (0, 0, 0, indent)) for text, indent in rows))
 
 
 class Shown:
@@ -53,7 +73,11 @@ class Shown:
             return
         for line in lines:
             self.console.print(line, markup=False)
-        if table is not None:
+        if table is None:
+            return
+        if self.console.width < NARROW and _natural(table) > 1.5 * self.console.width:
+            self.console.print(_records(table), soft_wrap=False)
+        else:
             self.console.print(table)
 
     def busy(self, what: str) -> AbstractContextManager[Any]:

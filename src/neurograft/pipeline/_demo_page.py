@@ -18,15 +18,20 @@ from neurograft.report.words import MINUS, interval, number
 Data = Mapping[str, Any]
 STYLE = """
 :root { --d0: #1f5fbf; --d1: #478eb8; --d2: #7b8494; --d3: #a35c00; --d4: #b03a5c; --d5: #00694b; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --d0: #82b1ff; --d1: #8fd0ee; --d2: #a5adbb; --d3: #f0ab52; --d4: #ff9db5; --d5: #4fc79a; }
 }
 h1 { font-size: clamp(17px, 2vw, 21px); }
 circle.run { stroke: var(--paper); stroke-width: 1; }
 .d0 { fill: var(--d0); } .d1 { fill: var(--d1); } .d2 { fill: var(--d2); }
+circle.run.d1 { fill: var(--paper); stroke: var(--d1); stroke-width: 1.8; }
+circle.run.d2 { fill: var(--paper); stroke: var(--d2); stroke-width: 1.8; }
 .d3 { fill: var(--d3); } .d4 { fill: var(--d4); } .d5 { fill: var(--d5); }
 .key i.dot { width: 10px; height: 10px; border-radius: 50%; }
 """ + "".join(f".key i.k{i} {{ background: var(--d{i}); }}\n" for i in range(6))
+STYLE += "".join(
+    f".key i.k{i} {{ background: none; border: 2px solid var(--d{i}); }}\n" for i in (1, 2)
+)  # random: hollow
 LEVEL = "95 %"
 # Trainings that broke the model lose a thousand times what careful ones do: the loss axis is logarithmic.
 LEAST, TICKS = 0.01, (0.01, 0.03, 0.1, 0.3, 1, 3, 10)

@@ -29,13 +29,13 @@ def gain_and_loss(data: Data) -> str:
     pictures, tables = [], []
     if gain and domains:
         limits = {d["tests"]["loss"]["limit"] for d in judged.values()}
-        least = f" (the smallest of {len(limits)} limits)" if len(limits) > 1 else ""
+        accepted = "accepted loss" if len(limits) == 1 else "accepted everywhere"
         key = (
-            f'<ul class="key"><li><i class="allowed"></i>accepted loss{least}</li>'
+            f'<ul class="key"><li><i class="allowed"></i>{accepted}</li>'
             '<li><i class="span"></i>interval of the gain</li>'
             '<li><i class="null"></i>random changes of the same size</li></ul>'
         )
-        caption = "Right is a better task, down a smaller loss. Upright lines are the losses' intervals over items."
+        caption = "Right: better at the task; down: less lost."
         if len(domains) > charts.NAMED:
             caption += f" Named are the {charts.NAMED} largest losses; all stand in the table."
         pictures.append(figure("Gain against loss", charts.tradeoff(gain, domains, judged), caption, key, kind="tall"))
@@ -46,10 +46,10 @@ def gain_and_loss(data: Data) -> str:
         tables.append(loss_table(domains, judged))
     lead = (
         "Base and changed model answered the same items; every number is a difference on the same item. The small "
-        "pictures count items by how their loss changed: right of the line an item got worse, the triangle is the mean."
+        "pictures count items: right of the line they got worse; the triangle is the mean."
     )
     if any("nats" in d["loss"]["measures"]["loss"]["unit"] for d in domains.values()):
-        lead += " With 0.7 nats more loss the right answer is half as likely as before."
+        lead += " 0.7 nats more loss: the right answer is half as likely."
     return section("Gain and loss", lead, grid([*pictures, *items[:SHOWN]], items[SHOWN:]), *tables)
 
 

@@ -100,7 +100,7 @@ def loss_table(domains: Data, judged: Data) -> str:
     head = ["kept domain", "verdict", "change of loss", "interval", axis, "limit", "noise floor", "base", "changed"]
     note = (
         "Dot and line: the change and its interval; thin line: no change; green: what is allowed, up to the limit, "
-        "which is tolerance + noise floor (no more of it than the rules excuse)."
+        "tolerance + noise floor (capped)."
     )
     return table("What was lost on kept domains", head, rows, note)
 
