@@ -148,3 +148,13 @@ def test_a_sum_has_the_same_bits_in_either_order_and_as_a_stack():
     a.remove(base)
     for both in (a + b, b + a):
         assert torch.equal(both.deltas["weight"].values, stacked)
+
+
+def test_a_change_stored_the_other_way_round_is_another_one():
+    """Of a square weight B @ A and its transpose have the same shape, factors and base."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    rng = generator(0, "square")
+    factors = torch.randn(2, 4, generator=rng), torch.randn(4, 2, generator=rng)
+    made = [Graft.made(model, {"0.weight": LowRank((4, 4), *factors, 1.0, way)}) for way in (False, True)]
+    assert not torch.equal(*(g.deltas["0.weight"].product() for g in made))
+    assert made[0].identity != made[1].identity

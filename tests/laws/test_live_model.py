@@ -400,7 +400,9 @@ def test_detaching_leaves_no_trace(route):
 
 
 @pytest.mark.parametrize("route", ["in-place", "side"])
-@pytest.mark.parametrize(("family", "match"), [("llama", ""), ("mixtral", "experts"), ("falcon", "query_key_value")])
+@pytest.mark.parametrize(
+    ("family", "match"), [("llama", ""), ("mixtral", "experts"), ("falcon", "query_key_value"), ("gemma3", "norm")]
+)
 def test_a_compiled_step_is_one_graph_and_trains_the_same(family, match, route):
     eager, made = (Live(family, steps=0, match=match, num_hidden_layers=1, route=route) for _ in range(2))
     torch._dynamo.reset()

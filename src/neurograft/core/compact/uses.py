@@ -124,6 +124,8 @@ def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
             return lookups.gathered(out, source, args[1])
     if torch.compiler.is_compiling() and func not in STILL:
         return NotImplemented
+    if torch.compiler.is_compiling() and func in CASTS and out.dtype == source.dtype:
+        return source  # compilers would take a cast that casts nothing for a plain tensor
     found = [_follow(o, source, copied) for o in (out if isinstance(out, (tuple, list)) else (out,))]
     if any(o is None for o in found):
         return NotImplemented

@@ -51,7 +51,8 @@ class LowRank:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that describe the change."""
-        return {"lora_A": self.A, "lora_B": self.B, "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        found = {"lora_A": self.A, "lora_B": self.B, "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        return found | {"transposed": torch.tensor(True)} if self.transposed else found  # of a square weight, say
 
     def product(self) -> Tensor:
         """Return scale * B @ A in the tensor's own orientation, float32 (float64 for float64 factors)."""
