@@ -15,7 +15,7 @@ from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
 from neurograft.core.taps.table import auroc
 from neurograft.core.taps.tap import watch
-from neurograft.locators._common import need_batches, scored
+from neurograft.locators._common import need_two_sets, scored
 from neurograft.locators._value import Value, errors, fitted
 
 OF, PROBES = ("value", "dopamine"), ("mlp", "linear")
@@ -116,13 +116,7 @@ def _kept(found: Value, x: Tensor, outcome: Tensor) -> dict[str, float]:
 
 def rollouts(context: Context, ends: Sequence[int]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Return states [M, n] for each site, each state's reward to come [M], and the number of the next state [M]."""
-    need_batches(context)
-    if not context.contrast:
-        raise RequestError(
-            "one set of rollouts",
-            expected="successful and failed ones",
-            do="give rows with `positive` and `negative`",
-        )
+    need_two_sets(context, came="one set of rollouts", expected="successful and failed ones")
     pieces: dict[str, list[Tensor]] = {name: [] for name in context.sites}
     numbers: list[Tensor] = []
     rewards: list[Tensor] = []
