@@ -147,5 +147,4 @@ def peaked(rewards: Sequence[float], *, windows: int = WINDOWS) -> dict[str, Any
 def _right(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the share of labelled places whose label is the likeliest."""
     read = [scored(model, batch) for batch in batches]
-    right = sum(int((one.logits.argmax(-1) == one.labels.to(one.logits.device)).sum()) for one in read)
-    return right / max(1, sum(len(one.labels) for one in read))
+    return sum(int(one.right.sum()) for one in read) / max(1, sum(len(one.labels) for one in read))
