@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._changes import as_change, evaluating
+from neurograft.audits._changes import as_change
 from neurograft.audits._numbers import token_ids
 from neurograft.audits._scoring import scored
 from neurograft.audits._statistics import estimate
@@ -58,11 +58,7 @@ def token_marginal(
         each with the spread over samples; `tokens`, `samples`.
     """
     chosen = torch.tensor(token_ids(tokens))
-    made = as_change(model, change)
-    with evaluating(model, made.tuned):
-        base = _read(model, batches, chosen, forced, length)
-        with made.on() as changed:
-            new = _read(changed, batches, chosen, forced, length)
+    base, new = as_change(model, change).both(lambda net: _read(net, batches, chosen, forced, length))
     table = torch.stack([new["mass"][:, 0] - base["mass"][:, 0], torch.ones(len(base["mass"]))], 1).double()
     return {
         "measures": {
