@@ -20,7 +20,7 @@ from neurograft.worlds.mixture import mixture
 from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.tiny import llama
 from tests.proofs import bar, note, patched
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "revffn", "tiny"
 
@@ -301,7 +301,7 @@ def test_experts_are_chosen_as_they_were():
 def test_the_recipe_moves_projections_first_then_everything_and_ships_the_network():
     model = pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     before, plain = snapshot(model), model(**batch).logits
     only = run("revffn", model, rows, changes={"lr": 1e-3, "epochs": 1, "batch": 4, "warmup": 10}).graft
     assert not only.deltas
