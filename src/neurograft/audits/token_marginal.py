@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.audits._changes import as_change
+from neurograft.audits._measures import as_measure
 from neurograft.audits._numbers import token_ids
 from neurograft.audits._scoring import scored
 from neurograft.audits._statistics import estimate
@@ -62,13 +63,13 @@ def token_marginal(
     table = torch.stack([new["mass"][:, 0] - base["mass"][:, 0], torch.ones(len(base["mass"]))], 1).double()
     return {
         "measures": {
-            "token_mass": {
-                "unit": "probability on the tokens",
-                "better": "zero",
-                "base": float(base["mass"][:, 0].mean()),
-                "changed": float(new["mass"][:, 0].mean()),
-                "change": estimate(table, level=level, draws=draws, seed=seed, name="token_marginal"),
-            }
+            "token_mass": as_measure(
+                estimate(table, level=level, draws=draws, seed=seed, name="token_marginal"),
+                unit="probability on the tokens",
+                better="zero",
+                base=float(base["mass"][:, 0].mean()),
+                changed=float(new["mass"][:, 0].mean()),
+            )
         },
         "base": _summary(base),
         "changed": _summary(new),
