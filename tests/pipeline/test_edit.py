@@ -14,7 +14,8 @@ from neurograft.core.prompts.requests import Request, joined
 from neurograft.core.selection import Selection
 from neurograft.core.taps.tap import watch
 from neurograft.edits._amplified import amplified, mask_of
-from neurograft.edits._memory import at_subjects, covariances, earlier_requests, memories
+from neurograft.edits._memory import at_subjects, memories
+from neurograft.edits._protected import covariances, earlier_requests
 from neurograft.edits._values import wanted
 from neurograft.edits.nmke import WIDTH
 from neurograft.pipeline._edited import answered, said

@@ -17,7 +17,8 @@ from neurograft.core.selection import Selection
 from neurograft.core.taps.tap import watch
 from neurograft.edits import _amplified as lens
 from neurograft.edits import _values as values
-from neurograft.edits._memory import at_subjects, caches, memories
+from neurograft.edits._memory import at_subjects, memories
+from neurograft.edits._protected import caches
 from neurograft.edits._values import per_row, wanted
 from neurograft.pipeline._edited import said
 from neurograft.pipeline.edit import edit
