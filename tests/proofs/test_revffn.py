@@ -11,7 +11,8 @@ from neurograft.core.compact.meter import Peak, saved
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
 from neurograft.core.grafts.graft import Graft
-from neurograft.networks._reversing import Block, Wrapped, _halves
+from neurograft.networks._coupling import Block, in_two
+from neurograft.networks._reversing import Wrapped
 from neurograft.networks._routing import Routing
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
@@ -67,7 +68,7 @@ class Stored(Wrapped):
         block, given = self.block, self.block.arguments(args, kwargs)
         given |= {k: v for k, v in (("past_key_values", None), ("use_cache", False)) if k in given}
         block.drawn()
-        return block.out(block.forward(*_halves(hidden_states), given))
+        return block.out(block.forward(*in_two(hidden_states), given))
 
 
 @contextmanager
@@ -181,7 +182,7 @@ def inputs(live, batch):
     seen = []
 
     def watch(hidden, *args, **kwargs):
-        seen.append((_halves(hidden), wrapped.block.arguments(args, kwargs)))
+        seen.append((in_two(hidden), wrapped.block.arguments(args, kwargs)))
         return wrapped(hidden, *args, **kwargs)
 
     layer.forward = watch
