@@ -14,7 +14,7 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
 from neurograft.core.taps.table import auroc
-from neurograft.core.taps.tap import watch
+from neurograft.core.taps.tap import per_unit, watch
 from neurograft.locators._common import need_two_sets, scored
 from neurograft.locators._value import Value, errors, fitted
 
@@ -123,7 +123,7 @@ def rollouts(context: Context, ends: Sequence[int]) -> tuple[dict[str, Tensor], 
     lead, seen = next(iter(context.sites)), 0
 
     def read(name: str, x: Tensor) -> None:
-        x = x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
+        x = per_unit(x)
         pieces[name].append(x.float().cpu())
         if name == lead:
             numbers.append(looking.place()[0] + seen)
