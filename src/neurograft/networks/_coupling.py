@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 from neurograft.networks._routing import Routing
 
 PARTS = (
@@ -188,6 +188,5 @@ def _seeded(seed: int | None, branch: int) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng():
-        torch.manual_seed(derive(seed, branch))
+    with seeded(seed, branch):
         yield
