@@ -72,8 +72,8 @@ def effect(g: Tensor, x: Tensor | None) -> Tensor:
         x: what it is multiplied with, shaped alike; None for the gradient alone.
 
     Example:
-        >>> effect(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0]]])).tolist()
-        [[5.0]]
+        >>> effect(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])).tolist()
+        [[1.0]]
     """
     found = (g if x is None else x * g).float()
     return found.sum(-1) if found.dim() == 3 else found
