@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from neurograft.pipeline.edit import edit
     from neurograft.pipeline.evidence import evidence
     from neurograft.pipeline.intervene import intervene
-    from neurograft.pipeline.locate import locate, select
+    from neurograft.pipeline.locate import locate
     from neurograft.pipeline.neuron import neuron
     from neurograft.pipeline.papers import cite, papers
     from neurograft.pipeline.plan import plan
     from neurograft.pipeline.recipe import Recipe, recipe
     from neurograft.pipeline.rollback import rollback
     from neurograft.pipeline.run import run
+    from neurograft.pipeline.select import select
     from neurograft.pipeline.trim import trim
     from neurograft.pipeline.tune import tune
     from neurograft.train.callback import GraftCallback
@@ -62,7 +63,7 @@ _HOME = {
     "recipe": "neurograft.pipeline.recipe",
     "rollback": "neurograft.pipeline.rollback",
     "run": "neurograft.pipeline.run",
-    "select": "neurograft.pipeline.locate",
+    "select": "neurograft.pipeline.select",
     "trim": "neurograft.pipeline.trim",
     "tune": "neurograft.pipeline.tune",
 }

@@ -9,9 +9,11 @@ from torch import nn
 
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
-from neurograft.core.grafts.delta import LowRank, New, Slice, combined
+from neurograft.core.grafts.codes import narrow_ids, wide_ids
+from neurograft.core.grafts.combined import combined
+from neurograft.core.grafts.delta import LowRank, New, Slice
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.store import FORMAT, narrow_ids, wide_ids
+from neurograft.core.grafts.packing import FORMAT
 from neurograft.core.region import Region
 
 

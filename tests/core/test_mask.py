@@ -13,9 +13,10 @@ from neurograft.anatomy.sites import sites
 from neurograft.core.compact.mask import Mask
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.grafts.delta import Shut, Slice, merged
+from neurograft.core.grafts.codes import packed_bits, shortest, unpacked_bits
+from neurograft.core.grafts.combined import merged
+from neurograft.core.grafts.delta import Shut, Slice
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.store import packed_bits, shortest, unpacked_bits
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
 from neurograft.core.units import Part, Site

@@ -8,8 +8,9 @@ from torch import nn
 
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits
+from neurograft.core.grafts.combined import patched
 from neurograft.core.grafts.coordinates import Same
-from neurograft.core.grafts.delta import LowRank, Slice, patched
+from neurograft.core.grafts.delta import LowRank, Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.stack import ATTRIBUTE, Stack
 from neurograft.core.region import Region, as_matrix

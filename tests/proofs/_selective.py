@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.selection import Selection
-from neurograft.pipeline.locate import locate, select
+from neurograft.pipeline.locate import locate
 from neurograft.pipeline.recipe import recipe
+from neurograft.pipeline.select import select
 from neurograft.worlds.pico import pico_batch
 from neurograft.worlds.tiny import Perceptron
 from neurograft.worlds.vectors import vectors

@@ -24,8 +24,8 @@ from neurograft.locators import shutting as room
 from neurograft.locators.shutting import shutting
 from neurograft.objectives.denoising import denoising, scheduled
 from neurograft.pipeline.edit import edit
-from neurograft.pipeline.locate import select
 from neurograft.pipeline.run import run
+from neurograft.pipeline.select import select
 from neurograft.recipes.cones import LAYERS
 from neurograft.worlds.pico import pico
 from neurograft.worlds.shapes import NOISE, denoiser

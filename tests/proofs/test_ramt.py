@@ -20,9 +20,9 @@ from neurograft.anatomy.roles import with_roles
 from neurograft.anatomy.sites import sites
 from neurograft.core.context import Step
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.codes import packed_bits, unpacked_bits
 from neurograft.core.grafts.delta import Shut
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.store import packed_bits, unpacked_bits
 from neurograft.core.region import Region
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
@@ -59,9 +59,9 @@ def disagreement_counts_as_agreement():
 @contextmanager
 def bits_are_read_from_the_other_end():
     """A file's bytes hold their bits in the reversed order."""
-    store = resolve("neurograft.core.grafts.store")
-    unpacked = store.unpacked_bits
-    with patched(store, "unpacked_bits", lambda bits: unpacked(bits).view(-1, 8).flip(1).reshape(-1)):
+    packing = resolve("neurograft.core.grafts.packing")
+    unpacked = packing.unpacked_bits
+    with patched(packing, "unpacked_bits", lambda bits: unpacked(bits).view(-1, 8).flip(1).reshape(-1)):
         yield
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from neurograft.core.grafts.delta import LowRank, New, Slice
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.store import FORMAT
+from neurograft.core.grafts.packing import FORMAT
 from neurograft.core.region import Region
 from neurograft.core.untie import Untie
 

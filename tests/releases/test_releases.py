@@ -8,7 +8,7 @@ import torch
 
 from neurograft.core.fingerprint import same_bits
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.store import FORMAT
+from neurograft.core.grafts.packing import FORMAT
 
 HERE = Path(__file__).parent
 FORMATS = sorted(p.name for p in HERE.glob("format*") if p.is_dir())

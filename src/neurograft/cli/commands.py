@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 from neurograft import __version__
 from neurograft.cli import arguments as arg
 from neurograft.cli import locating, results, unit_page
+from neurograft.cli.before import keep_inputs, quiet
 from neurograft.cli.options import command_of, value
 from neurograft.cli.recipe_help import recipe_help
 from neurograft.cli.show import Shown
@@ -40,7 +40,7 @@ VERBS: Mapping[str, Row] = {
         results.scores,
     ),
     "select": (
-        "neurograft.pipeline.locate.select", {"scores": arg.SCORES}, "where.safetensors", results.selection,
+        "neurograft.pipeline.select", {"scores": arg.SCORES}, "where.safetensors", results.selection,
     ),
     "evidence": (
         "neurograft.pipeline.evidence", {"model": arg.MODEL, "where": arg.SELECTION, "data": arg.DATA}, None,
@@ -101,29 +101,6 @@ def _verb(row: Row) -> Callable[..., None]:
     return command_of(function, body, arguments=words, extra=_extra(output), without=("output",))
 
 
-def quiet() -> None:
-    """Leave progress bars of libraries to people who watch, and their notes to programmers to programmers."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\b")
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-
-def keep_inputs(target: str | None, given: Mapping[str, Any]) -> None:
-    """Raise if a command would write over something it reads."""
-    if target is None:
-        return
-    words = [v for v in given.values() if isinstance(v, (str, list, tuple))]
-    read = [w for v in words for w in ([v] if isinstance(v, str) else v) if isinstance(w, str)]
-    place = Path(target).resolve()
-    sources = [Path(w).resolve() for w in read if Path(w).exists()]
-    if place in sources or (place.exists() and any(source in place.parents for source in sources)):
-        raise RequestError(
-            f"-o {target}, which is one of the inputs or in one", expected="another path", do="choose a new name"
-        )
-
-
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"neurograft {__version__}")
@@ -150,7 +127,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Carry out a recipe: a name, or a YAML or JSON file that may name model, data and options too."""
-    from neurograft.pipeline.run import run_words
+    from neurograft.pipeline.run_words import run_words
 
     changes = {w.partition("=")[0]: value(w.partition("=")[2]) for w in words if "=" in w}
     names = [w for w in words if "=" not in w]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from neurograft.cli import results
+from neurograft.cli.before import keep_inputs, quiet
 from neurograft.cli.options import command_of
 from neurograft.cli.show import Shown
 from neurograft.core.resolve import resolve
@@ -45,8 +46,6 @@ def command(words: Mapping[str, Any], extra: list[inspect.Parameter]) -> Callabl
 
 
 def _body(given: dict[str, Any]) -> None:
-    from neurograft.cli.commands import keep_inputs, quiet
-
     target, shown = given.pop("output"), Shown(given.pop("as_json"))
     wanted = {name: given.pop(name) for name in ("evidence", "held_out", "fraction", "controls")}
     keep_inputs(target, {**given, "held_out": wanted["held_out"]})

@@ -56,10 +56,11 @@ def merged(
         RunError: what was written is not what the model holds.
     """
     model = base_model(graft, model)
-    on = Stack.of(model).grafts
-    if on.keys() - {graft.identity}:
+    worn = Stack.of(model).grafts.get(graft.identity)
+    others = Stack.of(model).grafts.keys() - {graft.identity}
+    if others:
         raise RequestError(
-            f"a merged export from a model with {len(on.keys() - {graft.identity})} other grafts on",
+            f"a merged export from a model with {len(others)} other grafts on",
             expected="the base, with nothing or this graft on",
             do="remove them, or merge them all with `neurograft apply`",
         )
@@ -73,10 +74,9 @@ def merged(
         raise RequestError(f"shard={shard!r}", expected="a size such as 5GB or 200MB", do="leave it out")
     source = base_name(graft, model, None)[0]
     with ExitStack() as undo:
-        if on:  # at another strength perhaps, and its operations are no weights yet
-            worn = on[graft.identity]
-            worn.remove(model)
-            undo.callback(worn.apply, model)
+        if worn is not None:  # at another strength perhaps, and its operations are no weights yet
+            Stack.of(model).drop(model, worn)
+            undo.callback(lambda: Stack.of(model).add(model, worn))
         undo.enter_context(folded([graft], model))
         return write(model, folder, source=source, shard=shard, verify=verify, text=readme(graft, source, "merged", {}))
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.combined import combined
 from neurograft.core.grafts.coordinates import Piece, coordinates, everything
-from neurograft.core.grafts.delta import Delta, LowRank, New, Shift, Slice, combined
+from neurograft.core.grafts.delta import Delta, LowRank, New, Shift, Slice
 from neurograft.core.grafts.fits import named
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.replay import Replay

@@ -15,7 +15,8 @@ from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
 from neurograft.core.grafts.coordinates import Coordinates, everything
 from neurograft.core.grafts.delta import Delta, LowRank, New, Slice
-from neurograft.core.grafts.graft import Graft, versions
+from neurograft.core.grafts.graft import Graft
+from neurograft.core.grafts.origin import versions
 from neurograft.core.grafts.skeleton import skeleton
 from neurograft.core.region import Region, as_matrix
 from neurograft.pipeline._narrow import narrow_change

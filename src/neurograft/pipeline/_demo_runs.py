@@ -18,7 +18,8 @@ from neurograft.core.compact.mount import Mount
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline._demo_data import Answers, Correction, answers
 from neurograft.pipeline.attach import attach
-from neurograft.pipeline.locate import locate, select
+from neurograft.pipeline.locate import locate
+from neurograft.pipeline.select import select
 from neurograft.train.loop import fit
 from neurograft.worlds import atlas
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from neurograft.core.context import Batch, unlabelled
 from neurograft.core.intervene import Intervention
 from neurograft.core.prompts.examples import singles
-from neurograft.core.taps.stream import Exemplars, Extremes, Moments, Rate, Reducer, Sample, observe
+from neurograft.core.taps.reducers import Exemplars, Extremes, Moments, Rate, Reducer, Sample
+from neurograft.core.taps.stream import observe
 from neurograft.core.taps.tap import per_unit, watch
 from neurograft.core.units import Site
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.coordinates import Coordinates, coordinates
-from neurograft.core.grafts.graft import describe
+from neurograft.core.grafts.origin import describe
 from neurograft.core.grafts.stack import Stack
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.models import SHIPPED, Model, class_of, config_of, load_model

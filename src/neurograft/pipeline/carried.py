@@ -12,7 +12,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.taps.circuit import Circuit
 from neurograft.locators.dcm import dcm
 from neurograft.pipeline.circuit import change_of, prompts_of
-from neurograft.pipeline.locate import located_data
+from neurograft.pipeline.given import located_data
 from neurograft.pipeline.state import as_found
 
 

@@ -20,7 +20,7 @@ from neurograft.core.ranges import above, share
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.taps.circuit import Circuit, Group, units_of
 from neurograft.locators.path_patching import path_patching
-from neurograft.pipeline.locate import located_data
+from neurograft.pipeline.given import located_data
 from neurograft.pipeline.models import load_model
 from neurograft.pipeline.rows import read_rows
 from neurograft.pipeline.state import as_found

@@ -15,7 +15,7 @@ from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.core.taps.table import table
 from neurograft.core.units import Site
-from neurograft.pipeline.locate import located_data
+from neurograft.pipeline.given import located_data
 from neurograft.pipeline.state import as_found
 
 

@@ -16,8 +16,9 @@ from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
 from neurograft.core.grafts.coordinates import Coordinates, everything
 from neurograft.core.grafts.delta import Delta, New
-from neurograft.core.grafts.graft import Graft, versions
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.operation import Operation
+from neurograft.core.grafts.origin import versions
 from neurograft.core.region import as_matrix
 from neurograft.core.untie import FLAG, Untie
 from neurograft.pipeline._adapters import adapter_graft, is_adapter

@@ -10,7 +10,7 @@ from neurograft.core.errors import one_of
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.taps.end_states import best, end_means, joint
 from neurograft.pipeline._earlier import earlier
-from neurograft.pipeline.locate import located_data
+from neurograft.pipeline.given import located_data
 from neurograft.pipeline.state import as_found
 
 LAYER, OF = 9, 32  # the paper's, of Llama-2-7B

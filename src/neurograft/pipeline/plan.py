@@ -20,10 +20,10 @@ from neurograft.core.region import Region
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.units import Site
 from neurograft.pipeline._network import network
-from neurograft.pipeline.locate import select
+from neurograft.pipeline.changed import changed
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe
-from neurograft.pipeline.run import changed
+from neurograft.pipeline.select import select
 
 OWNED = ("dense", "slice")  # adapters that train the numbers which units own
 VALUE = 4  # bytes of a trained value, its gradient and each moment: all float32

@@ -1,95 +1,29 @@
-"""Changes to one parameter: chosen entries, a low-rank product, or a parameter the base lacks.
+"""Changes to one parameter: chosen entries, a low-rank product, a log of seeds, or a parameter the base lacks.
 
 All of them live in the coordinates of the base's checkpoint: its tensor names, full shapes and entry numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from neurograft.core.grafts.coordinates import Piece, everything
 from neurograft.core.grafts.replay import Replay
-from neurograft.core.region import Layout, Region, as_matrix, positions, union
+from neurograft.core.grafts.slices import Shut, Slice
+from neurograft.core.region import Layout, Region, as_matrix
 
-
-@dataclass(frozen=True)
-class Slice:
-    """New values for the entries of a region; a region of layout "all" is a dense change.
-
-    Args:
-        region: which entries.
-        values: their new values, float32 (float64 for a float64 base), shaped `region.values_shape`.
-
-    Example:
-        >>> s = Slice(Region.of((2, 3), "rows", [1]), torch.ones(1, 3))
-        >>> s.numel
-        3
-    """
-
-    region: Region
-    values: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        return self.region.shape
-
-    @property
-    def numel(self) -> int:
-        """How many numbers change."""
-        return self.region.numel
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that describe the change, for digests and files."""
-        found = {"value": self.values}
-        return found if self.region.layout == "all" else found | {self.region.layout: self.region.ids}
-
-    def on(self, base: Tensor) -> Slice:
-        """Return the change as a slice, given the base's tensor."""
-        return self
-
-    def at(self, piece: Piece) -> Slice:
-        """Return the change, or the part of it that lies in a piece, where the piece lies."""
-        return Slice(piece.region, piece.take(self.values))
-
-    def after(self, before: Tensor) -> Tensor:
-        """Return the new values, flat, of the region's numbers before."""
-        return self.values.detach().to("cpu", before.dtype).reshape(-1)
-
-
-class Shut(Slice):
-    """Entries of a parameter set to 0: a slice without values of its own.
-
-    A file holds a bit for each entry of the tensor, or the numbers of the shut ones, whichever is shorter.
-
-    Args:
-        region: which entries.
-
-    Example:
-        >>> shut = Shut(Region.of((2, 3), "flat", [0, 4]))
-        >>> shut.values.tolist(), shut.numel, sorted(shut.tensors())
-        ([0.0, 0.0], 2, ['flat'])
-    """
-
-    def __init__(self, region: Region) -> None:
-        flat = region if region.layout == "flat" else region.flattened()[0]
-        super().__init__(flat, torch.zeros(()).expand(flat.values_shape))  # one number, whatever the shape
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that describe the change."""
-        return {"flat": self.region.ids}
-
-    def after(self, before: Tensor) -> Tensor:
-        """Return zeros, for the whole region or a part of it."""
-        return torch.zeros_like(before)
-
-    def at(self, piece: Piece) -> Shut:
-        """Return the change, or the part of it that lies in a piece, where the piece lies."""
-        return Shut(piece.region)
+__all__ = [
+    "Delta",
+    "LowRank",
+    "New",
+    "Replay",
+    "Shift",
+    "Shut",
+    "Slice",
+]  # every kind there is
 
 
 @dataclass(frozen=True)
@@ -190,85 +124,3 @@ class New:
 
 
 Delta = Slice | LowRank | New | Replay
-
-
-def combined(region: Region, original: Tensor, members: Sequence[tuple[Slice | Shift, float]]) -> Tensor:
-    """Return the numbers of `region` under several scaled changes, before rounding to the base's dtype.
-
-    A number touched by one unscaled change is that change's value, and one that several unscaled `Shut` set to 0 counts
-    as set once; any other is `original + sum of s * (value - original)` in float32, in the order given.
-
-    Args:
-        region: holds every member's entries.
-        original: the base's numbers, shaped `region.values_shape`, on the CPU.
-        members: (change, s), in order of digest.
-
-    Example:
-        >>> r = Region.of((3,), "flat", [0, 1])
-        >>> one = Slice(Region.of((3,), "flat", [0]), torch.tensor([5.0]))
-        >>> two = Slice(r, torch.tensor([2.0, 2.0]))
-        >>> combined(r, torch.tensor([1.0, 1.0]), [(one, 1.0), (two, 0.5)]).tolist()
-        [5.5, 1.5]
-    """
-    base = original.to(torch.float64 if original.dtype == torch.float64 else torch.float32).reshape(-1)
-    places = [_place(change.region, region) for change, _ in members]
-    if len(members) == 1 and members[0][1] == 1.0 and isinstance(places[0], slice):
-        return members[0][0].after(base).reshape(region.values_shape)
-    total, exact, count = base.clone(), base.clone(), torch.zeros(len(base), dtype=torch.uint8)
-    shut = torch.zeros(len(base), dtype=torch.bool)
-    for (change, s), where in zip(members, places):
-        if isinstance(change, Shut) and s == 1.0:
-            fresh = torch.zeros_like(shut)
-            fresh[where] = True
-            where, shut = (fresh & ~shut).nonzero().reshape(-1), shut | fresh
-        before = base[where]
-        values = change.after(before)
-        total[where] += s * (values - before)
-        exact[where] = values
-        count[where] = (count[where] + (1 if s == 1.0 else 2)).clamp_(max=2)
-    return torch.where(count <= 1, exact, total).reshape(region.values_shape)
-
-
-def _place(inner: Region, outer: Region) -> Tensor | slice:
-    same = inner.layout == outer.layout and inner.block == outer.block and torch.equal(inner.ids, outer.ids.cpu())
-    return slice(None) if same else positions(inner, outer)
-
-
-def patched(region: Region, values: Tensor, under: Region, numbers: Tensor) -> Tensor:
-    """Replace, among the values of a region, those that `under` holds too by its numbers; in place, on the CPU.
-
-    Example:
-        >>> rows = Region.of((3, 2), "rows", [0, 2])
-        >>> patched(rows, torch.zeros(2, 2), Region.of((3, 2), "cols", [1]), torch.tensor([[7.0, 8.0, 9.0]])).tolist()
-        [[0.0, 7.0], [0.0, 9.0]]
-    """
-    if region.layout == "all":
-        under.to("cpu").write_(values, numbers)
-        return values
-    if under.layout == "all":
-        return region.to("cpu").read(numbers.reshape(under.shape))
-    if region.layout == under.layout and region.block == under.block:
-        mine, theirs, width = region.ids.cpu(), under.ids.cpu(), values.shape[1:]
-    else:
-        mine, theirs, width = region.flat().cpu(), under.flat().cpu(), torch.Size()
-    theirs, order = theirs.sort()
-    held = torch.isin(mine, theirs).nonzero().reshape(-1)
-    chosen = order[torch.searchsorted(theirs, mine[held])]
-    values.view(-1, *width)[held] = numbers.to(values.dtype).reshape(-1, *width)[chosen]
-    return values
-
-
-def merged(members: list[tuple[Slice, float]], originals: Tensor | None, region: Region | None = None) -> Slice:
-    """Return one slice that equals several scaled ones; `originals` may be None where nothing overlaps."""
-    region = region or union(change.region for change, _ in members)
-    if all(isinstance(change, Shut) and s == 1.0 for change, s in members):
-        return Shut(region)
-    if originals is None:
-        originals = torch.zeros(region.values_shape)
-    return Slice(region, combined(region, originals, members))
-
-
-def narrowed(delta: Slice, keep: Tensor) -> Slice:
-    """Return the slice with only some of its ids (positions in `region.ids`)."""
-    region = replace(delta.region, ids=delta.region.ids[keep])
-    return Shut(region) if isinstance(delta, Shut) else Slice(region, delta.values[keep])

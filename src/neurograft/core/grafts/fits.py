@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.contents import Contents
 from neurograft.core.grafts.coordinates import Coordinates
 from neurograft.core.marks import Watched
 
-if TYPE_CHECKING:
-    from neurograft.core.grafts.graft import Graft
 
-
-def named(tensor: str, graft: Graft, where: Coordinates) -> str:
+def named(tensor: str, graft: Contents, where: Coordinates) -> str:
     """Return what this model's checkpoint calls a graft's tensor.
 
     Conversions change between versions: a tensor that no checkpoint of this model has may still be the parameter
@@ -54,7 +50,7 @@ def check_writable(name: str, weight: Tensor) -> None:
         )
 
 
-def wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], graft: Graft) -> RequestError:
+def wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], graft: Contents) -> RequestError:
     """Return the error for a base whose tensor has another shape."""
     architecture = graft.card.get("base", {}).get("class")
     return RequestError(
@@ -64,7 +60,7 @@ def wrong_shape(tensor: str, made_for: tuple[int, ...], found: tuple[int, ...], 
     )
 
 
-def other_base(tensor: str, graft: Graft) -> RequestError:
+def other_base(tensor: str, graft: Contents) -> RequestError:
     """Return the error for a base with other numbers."""
     origin = graft.card.get("base", {})
     name, revision = origin.get("name") or "it was made on", origin.get("revision") or "any"

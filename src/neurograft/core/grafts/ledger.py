@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from neurograft.core.grafts.delta import Shift, Shut, Slice, combined
+from neurograft.core.grafts.combined import combined
+from neurograft.core.grafts.delta import Shift, Shut, Slice
 from neurograft.core.region import Region
 
 Change = Slice | Shift

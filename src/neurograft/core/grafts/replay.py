@@ -6,18 +6,15 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import Digested, tensor_digest
+from neurograft.core.grafts.slices import Entries, Slice
 from neurograft.core.numerics.noise import Stream, device_kind
-from neurograft.core.region import Region
-
-if TYPE_CHECKING:
-    from neurograft.core.grafts.delta import Slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +74,7 @@ class Home:
 
 
 @dataclass(frozen=True, eq=False)
-class Replay:
+class Replay(Entries):
     """The change that a log makes to the entries of a region.
 
     Args:
@@ -89,27 +86,15 @@ class Replay:
         result: digest of the values it ends at; a replay that ends elsewhere raises.
     """
 
-    region: Region
     stream: str
     held: torch.dtype
     log: Log
     track: int
     result: str
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor."""
-        return self.region.shape
-
-    @property
-    def numel(self) -> int:
-        """How many numbers change."""
-        return self.region.numel
-
     def tensors(self) -> dict[str, Any]:
         """Return what a slice with the values it ends at would, the values as their digest: it is the same change."""
-        found: dict[str, Any] = {"value": Digested(self.result)}
-        return found if self.region.layout == "all" else found | {self.region.layout: self.region.ids}
+        return {"value": Digested(self.result), **self.places()}
 
     def on(self, base: Tensor) -> Slice:
         """Return the change as a slice, given the base's tensor; see `replayed`."""
@@ -122,8 +107,6 @@ class Replay:
             RequestError: this torch or this device would make other bytes.
             RunError: other bytes came out although both are the same.
         """
-        from neurograft.core.grafts.delta import Slice
-
         device = self._device()
         flat = numbers.detach().to(device, self.held, copy=True).reshape(-1)
         stream = Stream(self.stream, self.region.values_shape, self.log.grain)

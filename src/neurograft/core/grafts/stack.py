@@ -7,15 +7,17 @@ applying and removing never matters and an empty stack is the base bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits, tensor_digest
+from neurograft.core.grafts.combined import patched
+from neurograft.core.grafts.contents import Contents
 from neurograft.core.grafts.coordinates import Coordinates, coordinates, everything, holders
-from neurograft.core.grafts.delta import LowRank, New, Shift, patched
+from neurograft.core.grafts.delta import LowRank, New, Shift
 from neurograft.core.grafts.fits import check_writable, named, other_base, wrong_shape
 from neurograft.core.grafts.ledger import Change, Ledger, aligned
 from neurograft.core.grafts.replay import Replay
@@ -23,9 +25,6 @@ from neurograft.core.region import Region, as_matrix, union
 from neurograft.core.tokens import grown
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Apart, Untie
-
-if TYPE_CHECKING:
-    from neurograft.core.grafts.graft import Graft
 
 ATTRIBUTE = "_neurograft_stack"
 
@@ -46,7 +45,7 @@ class Stack:
     """
 
     ledgers: dict[str, Ledger] = field(default_factory=dict)
-    grafts: dict[str, Graft] = field(default_factory=dict)
+    grafts: dict[str, Contents] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     mounted: dict[str, list[Any]] = field(default_factory=dict)
     guard: Any = None
@@ -101,7 +100,7 @@ class Stack:
             self.digests[tensor] = tensor_digest(self.base(tensor, model, where))
         return self.digests[tensor]
 
-    def add(self, model: nn.Module, graft: Graft) -> None:
+    def add(self, model: nn.Module, graft: Contents) -> None:
         """Verify a graft against the base, then put it on.
 
         Raises:
@@ -140,7 +139,7 @@ class Stack:
             self.drop(model, graft)
             raise
 
-    def _make_room(self, model: nn.Module, graft: Graft, handles: list[Any]) -> None:
+    def _make_room(self, model: nn.Module, graft: Contents, handles: list[Any]) -> None:
         """Append rows and untie weights before anything is looked up; what undoes it goes to `handles`."""
         alias = Parameters.of(model).alias
         untied = {n for o in graft.operations if isinstance(o, Untie) for n in o.names} - Apart.of(model).held.keys()
@@ -168,7 +167,7 @@ class Stack:
                 growth = grown(model, name, delta.after, delta.shape[0])
                 handles += [growth] if growth else []
 
-    def drop(self, model: nn.Module, graft: Graft) -> None:
+    def drop(self, model: nn.Module, graft: Contents) -> None:
         """Take a graft off; the model is then what the remaining ones make of the base.
 
         Raises:
@@ -207,7 +206,7 @@ class Stack:
                 self.guard.remove()
 
     def translated(
-        self, model: nn.Module, graft: Graft, where: Coordinates, weights: dict[str, Tensor]
+        self, model: nn.Module, graft: Contents, where: Coordinates, weights: dict[str, Tensor]
     ) -> dict[str, list[Change]]:
         """Check every tensor of a graft against the base and return its changes by parameter."""
         changes: dict[str, list[Change]] = {}
@@ -237,7 +236,7 @@ class Stack:
                 changes.setdefault(piece.name, []).append(change)
         return changes
 
-    def check(self, tensor: str, graft: Graft, model: nn.Module, where: Coordinates) -> None:
+    def check(self, tensor: str, graft: Contents, model: nn.Module, where: Coordinates) -> None:
         """Raise unless a tensor of the base is the one a graft was made on.
 
         Raises:
@@ -250,7 +249,7 @@ class Stack:
         if self.digest(name, model, where) != graft.base.get(tensor):
             raise other_base(tensor, graft)
 
-    def _refuse_overlaps(self, graft: Graft) -> None:
+    def _refuse_overlaps(self, graft: Contents) -> None:
         for operation in graft.operations:
             for other in self.grafts.values():
                 for theirs in other.operations:

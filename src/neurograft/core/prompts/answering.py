@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch, shifts, unlabelled
+from neurograft.core.batches import Batch, shifts, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.places import Placed, answers, ends, rows_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurograft.core.context import IGNORE, Batch
+from neurograft.core.batches import IGNORE, Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.numerics.entropies import relative_entropy
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurograft.core.context import Batch
+from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
 from neurograft.core.prompts.passing import tokens_of

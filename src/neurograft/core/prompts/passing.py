@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE, token_mask
+from neurograft.core.batches import IGNORE, token_mask
 from neurograft.core.errors import RequestError, RunError
 
 Positions = str | Callable[[dict[str, Any]], Tensor]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurograft.core.context import IGNORE, Batch, token_mask
+from neurograft.core.batches import IGNORE, Batch, token_mask
 from neurograft.core.errors import RequestError
 
 WORD = re.compile(r"(end|mention)([+-]\d+)?")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurograft.core.context import IGNORE, Batch
+from neurograft.core.batches import IGNORE, Batch
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neurograft.core.context import Batch
+from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
 from neurograft.core.taps.exemplars import Shown

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE, Batch
+from neurograft.core.batches import IGNORE, Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.intervene import Intervention
 from neurograft.core.prompts.candidates import first_answers

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch, unlabelled
+from neurograft.core.batches import Batch, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
-from neurograft.core.taps.stream import Exemplars, Sample, observe
+from neurograft.core.taps.reducers import Exemplars, Sample
+from neurograft.core.taps.stream import observe
 from neurograft.core.taps.tap import per_unit, watch
 from neurograft.core.units import Site
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from neurograft.core.compact.mount import matrix_of
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.combined import merged
 from neurograft.core.grafts.coordinates import coordinates
-from neurograft.core.grafts.delta import Delta, Slice, merged
+from neurograft.core.grafts.delta import Delta, Slice
 from neurograft.core.grafts.operation import Operation
 from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region, region_of, union

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch, shifts
+from neurograft.core.batches import Batch, shifts
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import Intervention, Mounted

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch
+from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.passing import Positions
 from neurograft.core.selection import Selection
