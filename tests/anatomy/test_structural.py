@@ -6,7 +6,7 @@ from torch import nn
 
 from neurograft.anatomy._reading import Reading
 from neurograft.anatomy.describe import anatomy, describe
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 from neurograft.anatomy.sites import sites
 from neurograft.anatomy.structural import structural
 from neurograft.anatomy.verify import check

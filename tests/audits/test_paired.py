@@ -10,7 +10,7 @@ from _tables import BigramForCausalLM, Table, rows_graft
 
 from neurograft.audits._changes import Null, as_change
 from neurograft.audits._paired import metric_runs, runs
-from neurograft.audits._scoring import scored
+from neurograft.audits._scoring import Scored, scored
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.grafts.graft import Graft
@@ -212,3 +212,34 @@ def test_bad_changes_are_refused():
         runs(model, Graft(), [])
     with pytest.raises(RequestError, match="at least the base's classes"):
         runs(model, Table([[0.0]]), [batch])
+
+
+def test_both_reads_the_base_first_and_each_in_evaluation():
+    model = pico("llama").train()
+    graft = columns_graft(model)
+    name = next(iter(as_change(model, graft).weights))
+    before = model.get_parameter(name).detach().clone()
+    with graft.on(model):
+        after = model.get_parameter(name).detach().clone()
+    assert not torch.equal(before, after)
+
+    def read(net):
+        return net.training, torch.is_grad_enabled(), net.get_parameter(name).detach().clone()
+
+    found = as_change(model, graft).both(read)
+    assert [one[:2] for one in found] == 2 * [(False, False)]
+    assert [torch.equal(one[2], w) for one, w in zip(found, (before, after))] == [True, True]
+    assert model.training
+    assert torch.equal(model.get_parameter(name), before)
+
+
+def test_what_was_scored_is_summed_by_row():
+    logits = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]]).log()
+    found = Scored(logits, torch.tensor([0, 1, 0]), torch.tensor([0, 2, 2]), 3)
+    told = torch.tensor([0.75, 0.5, 0.125]).log()
+    torch.testing.assert_close(found.log_probs, told)
+    torch.testing.assert_close(
+        found.by_row(found.log_probs), torch.stack([told[0], told[0] * 0, told[1:].sum()]).double()
+    )
+    assert found.right.tolist() == [True, False, False]
+    assert found.counts.tolist() == [1, 0, 2]

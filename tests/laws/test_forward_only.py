@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.proofs._tools import rows_in
 
 import neurograft as ng
 from neurograft.anatomy.sites import sites
@@ -287,7 +288,7 @@ def test_what_sleeps_is_neither_shifted_nor_moved(method):
 def test_trainer_runs_resumes_and_repeats_bit_for_bit(method, tmp_path):
     model = pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     args = {
         "learning_rate": 1e-3,
         "weight_decay": 0.1,

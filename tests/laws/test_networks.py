@@ -1,13 +1,11 @@
 """Laws of recipes about networks of their own: each runs on a second configuration and on a user's array file."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
+from tests._command import graft_of_command
 
 import neurograft as ng
-from neurograft.cli import main
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.papers import card
 from neurograft.pipeline.recipe import recipe, recipes
@@ -42,7 +40,7 @@ def test_every_recipe_without_a_task_that_names_a_network_is_here():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs_on_a_second_configuration_with_an_array_file(name, tmp_path, monkeypatch, capsys):
+def test_it_runs_on_a_second_configuration_with_an_array_file(name, tmp_path):
     changes, arrays = SECOND[name]
     np.savez(tmp_path / "data.npz", **arrays())
     network, options = recipe(name, **changes).network
@@ -53,15 +51,7 @@ def test_it_runs_on_a_second_configuration_with_an_array_file(name, tmp_path, mo
     before = {n: p.detach().clone() for n, p in live.named_parameters()}
     assert ng.run(name, live, str(tmp_path / "data.npz"), changes=changes).graft.identity == out.graft.identity
     assert all(torch.equal(p, before[n]) for n, p in live.named_parameters())
-    words = [f"{k}={v}" for k, v in changes.items()]
-    target = tmp_path / "graft"
-    monkeypatch.setattr(
-        sys, "argv", ["neurograft", "run", name, network, str(tmp_path / "data.npz"), *words, "-o", str(target)]
-    )
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert (end.value.code or 0) == 0, capsys.readouterr().err
-    same = ng.Graft.load(target)
+    same = graft_of_command(name, network, tmp_path / "data.npz", changes, tmp_path / "graft")
     assert same.identity == out.graft.identity
     with same.on(live):
         assert any(not torch.equal(p, before[n]) for n, p in live.named_parameters())

@@ -4,14 +4,13 @@ From a saved model folder with a user's JSONL, through `ng.run` and through the 
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests._command import graft_of_command
 
 import neurograft as ng
-from neurograft.cli import main
 from neurograft.core.choose import option_names
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.papers import card, known
@@ -110,21 +109,14 @@ def test_the_proof_has_not_seen_these_families(name):
 
 
 @pytest.mark.parametrize(("name", "family"), CASES, ids=["-".join(c) for c in CASES])
-def test_it_runs_on_two_other_families_from_python_and_the_command_line(name, family, saved, monkeypatch, capsys):
+def test_it_runs_on_two_other_families_from_python_and_the_command_line(name, family, saved):
     model, data = saved(family, card(name).task, card(name).needs)
     changes = changes_of(name)
     graft = ng.run(name, str(model), str(data), changes=changes).graft
     assert graft.numel > 0
     assert graft.card["recipe"]["name"] == name
     assert graft.card["recipe"]["options"].items() >= changes.items()
-    target = model.parent / f"{name}-graft"
-    words = [f"{k}={v}" for k, v in changes.items()]
-    monkeypatch.setattr(sys, "argv", ["neurograft", "run", name, str(model), str(data), *words, "-o", str(target)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    printed = capsys.readouterr()
-    assert (end.value.code or 0) == 0, printed.err
-    same = ng.Graft.load(target)
+    same = graft_of_command(name, model, data, changes, model.parent / f"{name}-graft")
     assert same.identity == graft.identity
     net = type(pico(family)).from_pretrained(model).eval()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from neurograft.networks._reversing import Tape, _halves
+from neurograft.networks._coupling import Tape, in_two
 from neurograft.networks.locally_shared_conv2d import LocallySharedConv2d
 from neurograft.networks.reversible import Reversing, halves
 from neurograft.worlds.pico import pico, pico_batch
@@ -21,7 +21,7 @@ class Stored:
     def __call__(self, hidden, *args, **kwargs):
         given = self.block.arguments(args, kwargs)
         given |= {k: v for k, v in (("past_key_values", None), ("use_cache", False)) if k in given}
-        return self.block.out(self.block.forward(*_halves(hidden), given))
+        return self.block.out(self.block.forward(*in_two(hidden), given))
 
 
 @pytest.mark.parametrize(("family", "form"), [("llama", "standard"), ("llama", "coupled"), ("gpt2", "standard")])

@@ -387,3 +387,17 @@ def test_temperatures_soften_both_and_the_square_makes_up_for_it(name):
     apart = [sum(math.exp(p) * (p - q) for p, q in zip(then[t], now[t])) for t in (3, 0)]
     plain = float(choose("objectives", "likelihood")(Step(model, batch))) if name == "remembered" else 0.0
     assert float(found) == pytest.approx(plain + 4.0 * sum(apart) / 2, abs=1e-6)
+
+
+def test_what_was_remembered_counts_by_its_share_of_the_window():
+    model = pico("llama", dtype=torch.float64)
+    batch = pico_batch(model, batch=3)
+    batch |= {"remembered": torch.randn(*batch["labels"].shape, model.config.vocab_size, dtype=torch.float64)}
+    batch["labels"][0, :5] = -100
+    items = (batch["labels"][:, 1:] != -100).sum()
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(1), slice(1, 3))]
+    remembered = choose("objectives", "remembered", weight=2.0)
+    whole = float(remembered(Step(model, batch)).detach())
+    assert sum(float(remembered(Step(model, part, items=items)).detach()) for part in parts) == pytest.approx(
+        whole, rel=1e-5
+    )

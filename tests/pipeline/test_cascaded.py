@@ -1,13 +1,11 @@
 """The cascade's recipe on another shape of its network and a user's array file, from Python and the command line."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
+from tests._command import graft_of_command
 
 import neurograft as ng
-from neurograft.cli import main
 from neurograft.networks.cascade import Cascade
 from neurograft.worlds.faces import faces
 
@@ -23,7 +21,7 @@ def file(path, count=80, without=(), **changes):
     return str(path / "data.npz"), made
 
 
-def test_it_runs_from_python_and_the_command_line_to_one_graft(tmp_path, monkeypatch, capsys):
+def test_it_runs_from_python_and_the_command_line_to_one_graft(tmp_path):
     data, made = file(tmp_path)
     net = Cascade(**SHAPE)
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -32,13 +30,7 @@ def test_it_runs_from_python_and_the_command_line_to_one_graft(tmp_path, monkeyp
     assert out.graft.card["recipe"]["name"] == "lnet_anet"
     assert len(out.state["accuracy"]) == len(out.state["readouts"]) == len(out.state["concepts"]["concepts"]) == 4
     assert ng.run("lnet_anet", NETWORK, data, changes={**SHAPE, **BRIEF}).graft.identity == out.graft.identity
-    words = [f"{k}={v}" for k, v in {**SHAPE, **BRIEF}.items()]
-    target = tmp_path / "graft"
-    monkeypatch.setattr(sys, "argv", ["neurograft", "run", "lnet_anet", NETWORK, data, *words, "-o", str(target)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert (end.value.code or 0) == 0, capsys.readouterr().err
-    same = ng.Graft.load(target)
+    same = graft_of_command("lnet_anet", NETWORK, data, {**SHAPE, **BRIEF}, tmp_path / "graft")
     assert same.identity == out.graft.identity
     with torch.no_grad(), same.on(net):
         moved = {n.split(".")[0] for n, p in net.named_parameters() if not torch.equal(p, before[n])}

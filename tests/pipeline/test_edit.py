@@ -1,21 +1,21 @@
 """The verb `edit`: requests as people write them, what the card says, sequences, the command line, bad requests."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from tests._command import command
 
 import neurograft as ng
 from neurograft.anatomy.sites import sites
-from neurograft.cli import main
 from neurograft.core.context import Context
 from neurograft.core.prompts.requests import Request, joined
 from neurograft.core.selection import Selection
 from neurograft.core.taps.tap import watch
 from neurograft.edits._amplified import amplified, mask_of
-from neurograft.edits._memory import at_subjects, covariances, earlier_requests, memories
+from neurograft.edits._memory import at_subjects, memories
+from neurograft.edits._protected import covariances, earlier_requests
 from neurograft.edits._values import wanted
 from neurograft.edits.nmke import WIDTH
 from neurograft.pipeline._edited import answered, said
@@ -334,24 +334,18 @@ def test_bad_edits_are_named(family, options, words):
         ng.edit(pico(family), ROWS, **{"by": BY, "processing_class": letters(), **options})
 
 
-def test_the_command_line_edits_and_says_how_far_it_came(tmp_path, monkeypatch, capsys):
+def test_the_command_line_edits_and_says_how_far_it_came(tmp_path):
     pico("llama").save_pretrained(tmp_path / "model")
     letters().save_pretrained(tmp_path / "model")
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     words = ["edit", tmp_path / "model", tmp_path / "asked.jsonl", "--by", "nmke:mask=none,steps=2", "--layers", "0"]
     words += ["--batch", "1", "--json", "-o", tmp_path / "graft"]
-    monkeypatch.setattr(sys, "argv", ["neurograft", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    printed = capsys.readouterr()
-    assert (end.value.code or 0) == 0, printed.err
-    found = json.loads(printed.out)
+    status, out, errors = command(*words)
+    assert status == 0, errors
+    found = json.loads(out)
     assert found["requests"] == 2
     assert set(found) >= {"reliability", "rephrase", "locality", "path"}
     assert ng.Graft.load(tmp_path / "graft").identity == found["identity"]
-    words = ["rollback", tmp_path / "graft", "ab", "--json", "-o", tmp_path / "rest"]
-    monkeypatch.setattr(sys, "argv", ["neurograft", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert (end.value.code or 0) == 0, capsys.readouterr().err
+    status, _, errors = command("rollback", tmp_path / "graft", "ab", "--json", "-o", tmp_path / "rest")
+    assert status == 0, errors
     assert ng.Graft.load(tmp_path / "rest").identity == ng.rollback(tmp_path / "graft", 0).identity

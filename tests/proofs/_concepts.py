@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from neurograft.core.seeds import generator
 from neurograft.worlds.shapes import NOISE, SUBJECTS, denoiser, shapes
+from tests.proofs._tools import rows_in
 
 WORDS = {"checkered": "rare0", "dotted": "rare1"}
 
@@ -20,7 +21,7 @@ def subject(name: str, count: int = 5) -> list[dict[str, Tensor]]:
     own = shapes(name, word=WORDS[name], count=count, seed=20)
     other = shapes(SUBJECTS[name][0], count=count, seed=21)
     batch = {**own, **{f"prior_{k}": v for k, v in other.items()}}
-    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
+    return rows_in(batch)
 
 
 def noise_loss(model: nn.Module, batch: Mapping[str, Tensor], rng: torch.Generator) -> Tensor:

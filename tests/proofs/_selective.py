@@ -13,6 +13,9 @@ from neurograft.pipeline.locate import locate
 from neurograft.pipeline.recipe import recipe
 from neurograft.pipeline.select import select
 from neurograft.worlds.pico import pico_batch
+from neurograft.worlds.tiny import Perceptron
+from neurograft.worlds.vectors import vectors
+from tests.proofs._tools import rows_in
 
 Masks = Mapping[str, Tensor]
 
@@ -26,7 +29,7 @@ def chosen(name: str, model: nn.Module, data: Any = None, **options: Any) -> Sel
 def rows_of(model: nn.Module, count: int = 8) -> list[dict[str, Tensor]]:
     """Return examples of a pico model, one at a time."""
     batch = pico_batch(model, batch=count)
-    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
+    return rows_in(batch)
 
 
 def entries_of(where: Selection) -> dict[str, Tensor]:
@@ -36,6 +39,27 @@ def entries_of(where: Selection) -> dict[str, Tensor]:
         for part in where.sites[name].parts if len(ids) else ():
             found.setdefault(part.param, []).append(part.flat(ids).reshape(-1))
     return {name: torch.cat(flat).unique() for name, flat in found.items()}
+
+
+def twins() -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
+    """Return two equal networks in float64 and a batch, for a method and its literal twin.
+
+    They have no norms, which transformers computes in float32 whatever the model's type.
+    """
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in vectors(count=1)[0].items()}
+    return Perceptron(24).double(), Perceptron(24).double(), batch
+
+
+def weighed(sizes: list[int], *moments: str) -> type[torch.optim.AdamW]:
+    """Return AdamW that notes after each step how many numbers its moments hold."""
+
+    class Weighed(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            out = super().step(closure)
+            sizes.append(sum(s[m].numel() for s in self.state.values() for m in moments))
+            return out
+
+    return Weighed
 
 
 def adam_twin(

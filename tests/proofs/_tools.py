@@ -48,6 +48,11 @@ def gradient_of(objective: str, step: Step, **options: Any) -> Tensor:
     return step.model.logits.grad[0, :-1].clone()
 
 
+def rows_in(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return a batch's examples one by one, as a user's rows come."""
+    return [{k: v[i] for k, v in batch.items()} for i in range(len(next(iter(batch.values()))))]
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of every parameter."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if "neurograft" not in n}

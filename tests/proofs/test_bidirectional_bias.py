@@ -21,6 +21,7 @@ from neurograft.locators.cue_bias import cue_bias
 from neurograft.pipeline.run import run
 from neurograft.worlds.planted import ALWAYS, SEEN, planted
 from tests.proofs import bar, note, patched
+from tests.proofs._spoilt import without_the_activation
 from tests.proofs._tools import Says, moved, snapshot
 
 PAPER, SCALE = "bidirectional-bias", "tiny"
@@ -29,8 +30,7 @@ PAPER, SCALE = "bidirectional-bias", "tiny"
 @contextmanager
 def the_path_forgets_the_activation():
     """Gradients along the path are not multiplied with what they are gradients of."""
-    plain = resolve("neurograft.locators.cue_bias.integrated_gradients")
-    with patched("neurograft.locators.cue_bias", "integrated_gradients", lambda c, **o: plain(c, multiply=False, **o)):
+    with without_the_activation("neurograft.locators.cue_bias"):
         yield
 
 

@@ -16,7 +16,7 @@ from neurograft.train.loop import fit
 from neurograft.worlds.mixture import exact, mixture
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import effect, note, patched
-from tests.proofs._tools import gradient_of, said
+from tests.proofs._tools import gradient_of, rows_in, said
 
 PAPER, SCALE = "dft", "tiny"
 
@@ -81,7 +81,7 @@ def test_alpha_0_is_cross_entropy_and_half_way_is_its_power():
 def test_the_recipe_asks_exactly_this():
     model = pico("llama")
     batch = pico_batch(model, batch=4)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    rows = rows_in(batch)
     graft = run("dft", model, rows, changes={"tune.args": {"max_steps": 1, "learning_rate": 1e-3}}).graft
     logits, labels = Step(model, batch).scored()
     p = logits.softmax(-1)[torch.arange(len(labels)), labels]

@@ -14,7 +14,7 @@ from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import gradient_of, said
+from tests.proofs._tools import gradient_of, rows_in, said
 
 PAPER, SCALE = "eaft", "identity"
 
@@ -90,7 +90,7 @@ def test_alpha_0_is_cross_entropy():
 def test_the_recipe_asks_exactly_this():
     model = pico("llama")
     batch = pico_batch(model, batch=4)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    rows = rows_in(batch)
     graft = run("eaft", model, rows, changes={"tune.args": {"max_steps": 1, "learning_rate": 1e-3}}).graft
     with torch.no_grad():
         logits, labels = Step(model, batch).scored()

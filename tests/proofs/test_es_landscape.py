@@ -21,7 +21,7 @@ from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._forward import better_at_it
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "es-landscape", "tiny"
 
@@ -229,7 +229,7 @@ def test_accuracy_itself_is_climbed_on_a_tiny_decoder():
 def test_the_recipe_climbs_a_reward_without_a_gradient():
     model = pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     before = snapshot(model)
     changes = {"lr": 0.02, "sigma": 0.02, "n": 10, "epochs": 5, "batch": 8}
     out = run(

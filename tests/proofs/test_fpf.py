@@ -20,7 +20,7 @@ from neurograft.train.loop import fit
 from neurograft.train.untouched import untouched
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import Says, moved, snapshot
+from tests.proofs._tools import Says, moved, rows_in, snapshot
 
 PAPER, SCALE = "fpf", "tiny"
 INPUTS, CLASSES = 20, 8
@@ -289,7 +289,7 @@ def test_what_cannot_be_repaired_is_refused():
 
 def test_the_recipe_tunes_the_modules_that_drift():
     model = pico("llama")
-    rows = [{k: v[i] for k, v in pico_batch(model, batch=8).items()} for i in range(8)]
+    rows = rows_in(pico_batch(model, batch=8))
     before = snapshot(model)
     out = run("fpf", model, rows, changes={"modules": 2, "tasks": 2, "batch": 4, "epochs": 1, "lr": 0.1})
     assert not moved(before, model)

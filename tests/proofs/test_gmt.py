@@ -20,7 +20,7 @@ from neurograft.worlds.pico import pico
 from neurograft.worlds.tiny import Perceptron
 from neurograft.worlds.vectors import vectors
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._selective import adam_twin, rows_of
+from tests.proofs._selective import adam_twin, rows_of, twins
 from tests.proofs._tools import base, moved, snapshot
 
 PAPER, SCALE = "gmt", "tiny"
@@ -201,8 +201,7 @@ def test_a_tensor_in_another_memory_order_moves_as_in_the_usual_one():
 
 def test_masks_change_and_moments_are_those_of_a_dense_twin():
     """In float64, to 1e-10; what both masks hold keeps its moments; a checkpoint in the middle changes nothing."""
-    ours, twin = (Perceptron(24).double() for _ in range(2))
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in vectors(count=1)[0].items()}
+    ours, twin, batch = twins()
     options = {"keep": 0.3, "lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.0}
     moving, history, seen = gradient_masked([{"params": list(ours.parameters())}], **options), [snapshot(ours)], []
     for step in range(6):

@@ -27,7 +27,7 @@ from neurograft.worlds.mixture import mixture
 from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.planted import ALWAYS, SAY, UNREAD, planted
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import KNOWN, LEARNED, base, moved, snapshot
+from tests.proofs._tools import KNOWN, LEARNED, base, moved, rows_in, snapshot
 
 PAPER, SCALE = "goodvibe", "tiny"
 
@@ -230,7 +230,7 @@ def test_kmeans_takes_no_more_groups_than_there_are_profiles():
 def test_the_recipe_trains_one_vector_a_cluster():
     model = pico("llama")
     batch, before = pico_batch(model, batch=8), snapshot(model)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     out = run("goodvibe", model, rows, changes={"fraction": 0.2, "k": 3, "lr": 1e-2, "epochs": 2.0})
     assert not moved(before, model)
     assert {n.partition("#")[0] for n in out.where.ids} == {f"model.layers.{i}.mlp/neuron" for i in (0, 1)}

@@ -20,7 +20,7 @@ from neurograft.worlds.mixture import exact, mixture
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._tools import base as knowing
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "hft", "tiny"
 ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -144,7 +144,7 @@ def test_a_family_with_fused_projections_is_halved_as_it_is():
 
 def test_the_recipe_moves_one_half_and_the_ends():
     model = equal()
-    rows = [{k: v[i] for k, v in pico_batch(model, batch=4).items()} for i in range(4)]
+    rows = rows_in(pico_batch(model, batch=4))
     before = snapshot(model)
     changes = {"lr": 1e-2, "batch": 2, "warmup": 0.0, "decay": 0.1, "round": 1, "epochs": 2}
     out = run("hft", model, rows, changes=changes, seed=3)

@@ -16,20 +16,15 @@ from neurograft.pipeline.attach import attach
 from neurograft.pipeline.recipe import recipe
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
-from neurograft.worlds.pairs import CLASSES, pairs
+from neurograft.worlds.pairs import pairs
 from neurograft.worlds.pico import pico
-from neurograft.worlds.tiny import accuracy, classifier, tiny
+from neurograft.worlds.tiny import accuracy
 from tests.proofs import effect, note, patched
+from tests.proofs._relations import pair_rows, reader
+from tests.proofs._spoilt import whole_batches_are_squared
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "layernorm-key", "tiny"
-
-
-@contextmanager
-def whole_batches_are_squared():
-    """Gradients are averaged over a batch before they are squared."""
-    with patched("neurograft.locators.fisher", "singles", lambda batch: [batch]):
-        yield
 
 
 @contextmanager
@@ -62,11 +57,6 @@ def components_are_ranked_by_relative_change():
 BROKEN = (whole_batches_are_squared, gain_and_shift_are_one_unit, components_are_ranked_by_relative_change)
 
 
-def rows_of(count=16):
-    batch = pairs("relation", count=1, batch=count, seed=3)[0]
-    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
-
-
 def test_the_census_of_bert_large_is_the_formula():
     """24 layers x 2 norms x 2 x 1024, and 2048 of the embeddings: 100,352; output norms alone 49,152."""
     from transformers import BertConfig, BertForSequenceClassification
@@ -85,7 +75,7 @@ def test_norms_and_head_move_and_nothing_else():
     model = pico("bert")
     before = snapshot(model)
     changes = {"lr": 1e-2, "epochs": 1, "warmup": 0.0}
-    graft = run("layernorm_key", model, rows_of(), changes=changes).graft
+    graft = run("layernorm_key", model, pair_rows(), changes=changes).graft
     assert not moved(before, model)
     graft.apply(model)
     changed = moved(before, model)
@@ -99,7 +89,7 @@ def test_a_subset_changes_exactly_the_chosen_entries():
     model = pico("bert")
     before = snapshot(model)
     changes = {"lr": 1e-2, "epochs": 1, "warmup": 0.0, "fraction": 0.2, "rehearse": 5}
-    out = run("layernorm_key", model, rows_of(), changes=changes)
+    out = run("layernorm_key", model, pair_rows(), changes=changes)
     total = sum(p.numel() for n, p in model.named_parameters() if "LayerNorm" in n)
     chosen = {n: i for n, i in out.state["norms"].ids.items() if len(i)}
     assert sum(len(i) for i in chosen.values()) == round(0.2 * total)
@@ -178,10 +168,7 @@ def test_norms_beat_the_head_alone():
     names = ("norms", "head", "fisher", "random")
     table = {f"{n}_{what}": [] for n in names for what in ("loss", "accuracy")}
     for seed in range(3):
-        encoder = tiny("bert", seed=seed, steps=200, num_hidden_layers=2, hidden_size=48, intermediate_size=96)
-        model = classifier(encoder, CLASSES["relation"], seed=seed)
-        train = pairs("relation", count=40, batch=32, seed=10 + seed)
-        test = pairs("relation", count=4, batch=128, seed=90)
+        model, train, test = reader(seed, layers=2)
         whole = choose("locators", ("within", {"by": "noise", "apart": True}))(
             Context(model, sites(model, "norm"), seed=seed)
         )

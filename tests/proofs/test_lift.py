@@ -20,10 +20,9 @@ from neurograft.selectors.lora_budget import lora_budget
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico
 from neurograft.worlds.planted_delta import planted_delta
-from neurograft.worlds.tiny import Perceptron, llama
-from neurograft.worlds.vectors import vectors
+from neurograft.worlds.tiny import llama
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._selective import adam_twin, chosen, entries_of, rows_of
+from tests.proofs._selective import adam_twin, chosen, entries_of, rows_of, twins, weighed
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "lift", "tiny"
@@ -120,19 +119,12 @@ def test_choices_made_anew_and_moments_are_those_of_a_dense_twin():
     On a network without norms, which transformers computes in float32 whatever the model's type.
     """
     betas, eps, lr = (0.9, 0.95), 1e-6, 3e-2
-    ours, twin = (Perceptron(24).double() for _ in range(2))
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in vectors(count=1)[0].items()}
+    ours, twin, batch = twins()
     before, sizes, picks = snapshot(ours), [], []
 
     def ask(model, step):
         picks.append(lora_budget(principal(Context(model, sites(model, "weight")), r=2), r=2))
         return picks[-1]
-
-    class Weighed(torch.optim.AdamW):
-        def step(self, closure=None):
-            out = super().step(closure)
-            sizes.append(sum(s[k].numel() for s in self.state.values() for k in ("exp_avg", "exp_avg_sq")))
-            return out
 
     with attach(ours, ask(ours, 0)) as live:
         fit(
@@ -140,7 +132,7 @@ def test_choices_made_anew_and_moments_are_those_of_a_dense_twin():
             [batch],
             steps=8,
             lr=lr,
-            optimizer=(Weighed, {"betas": betas, "eps": eps}),
+            optimizer=(weighed(sizes, "exp_avg", "exp_avg_sq"), {"betas": betas, "eps": eps}),
             schedule=("every", {"steps": 3}),
             reselect=ask,
             max_norm=None,

@@ -20,7 +20,7 @@ from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.tiny import fit as plain_fit
 from neurograft.worlds.tiny import llama
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import KNOWN, LEARNED, moved, snapshot
+from tests.proofs._tools import KNOWN, LEARNED, moved, rows_in, snapshot
 
 PAPER, SCALE = "lisa", "identity"
 
@@ -217,7 +217,7 @@ def test_the_norms_along_the_depth_by_hand():
 
 def test_the_recipe_wakes_gamma_layers():
     model = model_of(3)
-    rows = [{k: v[i] for k, v in pico_batch(model, batch=4).items()} for i in range(4)]
+    rows = rows_in(pico_batch(model, batch=4))
     before = snapshot(model)
     out = run("lisa", model, rows, changes={"gamma": 1, "K": 99, "lr": 1e-2, "batch": 2, "warmup": 0.0}, seed=4)
     assert not moved(before, model)

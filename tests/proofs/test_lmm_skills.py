@@ -17,7 +17,7 @@ from neurograft.pipeline.run import run
 from neurograft.worlds.mixture import DIGITS, mixture
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import Says, base, moved, snapshot, tuned_to
+from tests.proofs._tools import Says, base, moved, rows_in, snapshot, tuned_to
 
 PAPER, SCALE = "lmm-skills", "identity"
 
@@ -74,7 +74,7 @@ def contribution(*args, **options):
 def test_only_the_named_projections_move():
     model = pico("llama")
     batch = pico_batch(model, batch=4)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    rows = rows_in(batch)
     before = snapshot(model)
     for part, names in {"attention": "q_proj k_proj v_proj o_proj", "gate_up": "gate_proj up_proj"}.items():
         graft = run("lmm_skills", model, rows, changes={"train": part, "lr": 1e-3, "warmup": 0.0}).graft

@@ -32,7 +32,8 @@ from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.tiny import fit as plain_fit
 from neurograft.worlds.tiny import llama
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import moved, snapshot, tuned_to
+from tests.proofs._spoilt import without_the_activation
+from tests.proofs._tools import moved, rows_in, snapshot, tuned_to
 
 PAPER, SCALE = "loki", "identity"
 DOWN = "model.layers.{}.mlp.down_proj/row"
@@ -49,10 +50,7 @@ def the_needed_rows_are_overwritten():
 @contextmanager
 def the_path_forgets_the_activation():
     """Gradients along the path are not multiplied with what the row writes."""
-    plain = resolve("neurograft.locators.kva.integrated_gradients")
-    with patched(
-        "neurograft.locators.kva", "integrated_gradients", lambda c, **o: plain(c, **{**o, "multiply": False})
-    ):
+    with without_the_activation("neurograft.locators.kva"):
         yield
 
 
@@ -248,7 +246,7 @@ def test_the_recipe_votes_and_trains_the_rows_with_most_votes():
     model = pico("llama")
     batch, before = pico_batch(model, batch=8), snapshot(model)
     batch["labels"][:, :4] = -100
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     assert plan(model, "loki", changes={"q": 12.5})["trainable"] == 2 * 4 * 48
     assert plan(model, "loki", changes={"q": 12.5, "rank": 2})["trainable"] == 2 * (4 + 48) * 2
     for rank in (None, 2):

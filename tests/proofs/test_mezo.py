@@ -19,7 +19,7 @@ from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._forward import better_at_it, reciprocal_rank
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "mezo", "tiny"
 
@@ -170,7 +170,7 @@ def test_looking_around_leaves_every_bit_and_a_fresh_base_replays_the_log():
 def test_the_recipe_trains_everything_or_lora_without_a_gradient():
     model = pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     before, changes = snapshot(model), {"lr": 1e-3, "epochs": 1, "batch": 4}
     graft = run("mezo", model, rows, changes=changes).graft
     assert graft.logged

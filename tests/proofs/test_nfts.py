@@ -1,12 +1,8 @@
 """NFTS: paths are what they say, and the search finds which unit a family of tasks needs to move."""
 
 import copy
-import json
-import sys
 import tempfile
-from contextlib import redirect_stdout
 from functools import cache
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,6 @@ import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 import neurograft as ng
-from neurograft.cli import main
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.numerics.evolve import bits, distance, diverse, evolution
 from neurograft.core.numerics.prototypes import class_means, cosines, prototypical
@@ -28,6 +23,7 @@ from neurograft.pipeline._episodes import episodes, support
 from neurograft.train.adaptable import pooled, units_of
 from neurograft.train.supernet import Episode, Supernet
 from neurograft.worlds.tiny import fit
+from tests._command import graft_of_command
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._digits import order
 
@@ -339,13 +335,8 @@ def test_it_runs_from_a_saved_folder_and_an_array_file_in_python_and_on_the_comm
             x = torch.randn(16, 3, size, size, generator=rng).numpy()
             np.savez(here / "data.npz", image=x, label=np.arange(16) % 4, group=np.arange(16) // 8)
             graft = ng.run("nfts", str(here / "model"), str(here / "data.npz"), changes=QUICK).graft
-            words = [f"{k}={json.dumps(v)}" for k, v in QUICK.items()]
-            argv = ["neurograft", "run", "nfts", str(here / "model"), str(here / "data.npz"), *words]
-            with patched(sys, "argv", [*argv, "-o", str(here / "graft")]), redirect_stdout(StringIO()):
-                with pytest.raises(SystemExit) as end:
-                    main()
-            assert (end.value.code or 0) == 0
-            assert ng.Graft.load(here / "graft").identity == graft.identity
+            same = graft_of_command("nfts", here / "model", here / "data.npz", QUICK, here / "graft")
+            assert same.identity == graft.identity
             assert graft.card["recipe"]["name"] == "nfts"
             assert len(graft.card["support_losses"]) == len(graft.card["paths"])
             for wrong, text in (

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.context import Context
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.numerics import keyvalue
 from neurograft.core.prompts.requests import joined
 from neurograft.core.resolve import resolve
@@ -17,7 +18,8 @@ from neurograft.core.selection import Selection
 from neurograft.core.taps.tap import watch
 from neurograft.edits import _amplified as lens
 from neurograft.edits import _values as values
-from neurograft.edits._memory import at_subjects, caches, memories
+from neurograft.edits._memory import at_subjects, memories
+from neurograft.edits._protected import caches
 from neurograft.edits._values import per_row, wanted
 from neurograft.pipeline._edited import said
 from neurograft.pipeline.edit import edit
@@ -297,7 +299,7 @@ def test_keys_of_earlier_edits_are_cached():
 
 
 def test_layers_share_what_is_missing():
-    """The first of two layers moves the stream half of the way when it is met exactly."""
+    """The first of two layers moves the stream half of the way when met exactly, the last one what is missing then."""
     model, context, (first, last), rows = setting()
     how = {"steps": 4, "clamp": 2.0, "decay": 0.0}
     goal = wanted(model, last, context.requests, lr=0.5, kl=0.0625, **how)
@@ -306,6 +308,9 @@ def test_layers_share_what_is_missing():
     graft = edit(model, ASKED, by=("nmke", options), general=context.batches)
     size = graft.deltas[first.weight].B.T
     torch.testing.assert_close(size, (goal - start) / 2, rtol=1e-3, atol=1e-4)
+    with Graft.made(model, {first.weight: graft.deltas[first.weight]}).on(model):
+        now = at_subjects(model, {"s": last.stream}, rows)["s"]
+    torch.testing.assert_close(graft.deltas[last.weight].B.T, goal - now, rtol=1e-3, atol=1e-4)
 
 
 def test_the_recipe_edits_in_batches():

@@ -37,7 +37,7 @@ from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.tiny import Scored, accuracy
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._digits import TRAINED, digits, order, reader
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "ramt", "identity"
 
@@ -179,7 +179,7 @@ def test_a_file_is_a_bit_a_weight():
 def test_the_recipe_shuts_weights_of_attention_alone():
     model = pico("bert")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     before = snapshot(model)
     graft = run("ramt", model, rows, changes={"lr": 4e-3, "epochs": 2, "batch": 4}).graft
     assert not moved(before, model)

@@ -11,7 +11,8 @@ from neurograft.core.compact.meter import Peak, saved
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.fingerprint import same_bits
 from neurograft.core.grafts.graft import Graft
-from neurograft.networks._reversing import Block, Wrapped, _halves
+from neurograft.networks._coupling import Block, in_two
+from neurograft.networks._reversing import Wrapped
 from neurograft.networks._routing import Routing
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
@@ -20,7 +21,7 @@ from neurograft.worlds.mixture import mixture
 from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.tiny import llama
 from tests.proofs import bar, note, patched
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "revffn", "tiny"
 
@@ -67,7 +68,7 @@ class Stored(Wrapped):
         block, given = self.block, self.block.arguments(args, kwargs)
         given |= {k: v for k, v in (("past_key_values", None), ("use_cache", False)) if k in given}
         block.drawn()
-        return block.out(block.forward(*_halves(hidden_states), given))
+        return block.out(block.forward(*in_two(hidden_states), given))
 
 
 @contextmanager
@@ -181,7 +182,7 @@ def inputs(live, batch):
     seen = []
 
     def watch(hidden, *args, **kwargs):
-        seen.append((_halves(hidden), wrapped.block.arguments(args, kwargs)))
+        seen.append((in_two(hidden), wrapped.block.arguments(args, kwargs)))
         return wrapped(hidden, *args, **kwargs)
 
     layer.forward = watch
@@ -301,7 +302,7 @@ def test_experts_are_chosen_as_they_were():
 def test_the_recipe_moves_projections_first_then_everything_and_ships_the_network():
     model = pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     before, plain = snapshot(model), model(**batch).logits
     only = run("revffn", model, rows, changes={"lr": 1e-3, "epochs": 1, "batch": 4, "warmup": 10}).graft
     assert not only.deltas

@@ -20,6 +20,7 @@ from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.planted_delta import planted_delta
 from neurograft.worlds.tiny import llama
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._selective import rows_of
 from tests.proofs._tools import base, held_out_at, moved, saving, snapshot
 
 PAPER, SCALE = "s2ft", "identity"
@@ -68,11 +69,6 @@ def channels(model, ids):
     found = sites(model, "neuron")
     chosen = Selection.of(found, dict(zip(found, ids)))
     return chosen.of_parts(2)
-
-
-def rows_of(model, count=8):
-    batch = pico_batch(model, batch=count)
-    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
 
 
 def test_the_recipe_trains_columns_of_down_drawn_over_all_layers():

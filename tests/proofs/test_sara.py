@@ -27,12 +27,10 @@ from neurograft.pipeline.recipe import recipe
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
 from neurograft.worlds.pico import pico, pico_batch
-from neurograft.worlds.tiny import Perceptron
 from neurograft.worlds.tiny import fit as plain_fit
-from neurograft.worlds.vectors import vectors
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._digits import TRAINED, digits, order
-from tests.proofs._selective import adam_twin, chosen, entries_of, rows_of
+from tests.proofs._selective import adam_twin, chosen, entries_of, rows_of, twins, weighed
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "sara", "tiny"
@@ -137,19 +135,12 @@ def test_the_nuclear_gradient_is_that_of_the_directions_on_what_is_trained():
 
 def test_numbers_that_have_grown_are_fixed_and_the_rest_goes_on_with_fresh_moments():
     """A dense twin in float64, to 1e-10; optimizer state for what is awake alone."""
-    ours, twin = (Perceptron(24).double() for _ in range(2))
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in vectors(count=1)[0].items()}
+    ours, twin, batch = twins()
     before, sizes, history, t, lr = snapshot(ours), [], [], 0.05, 8e-3
 
     def ask(model, step):
         found = within(Context(model, sites(model, "module")), by="magnitude", entries=True)
         return choose("selectors", "threshold", below=t)(found)
-
-    class Weighed(torch.optim.AdamW):
-        def step(self, closure=None):
-            out = super().step(closure)
-            sizes.append(sum(s["exp_avg"].numel() for s in self.state.values()))
-            return out
 
     first = ask(ours, 0)
     with attach(ours, first) as live:
@@ -159,7 +150,7 @@ def test_numbers_that_have_grown_are_fixed_and_the_rest_goes_on_with_fresh_momen
             steps=9,
             lr=lr,
             weight_decay=1e-2,
-            optimizer=Weighed,
+            optimizer=weighed(sizes, "exp_avg"),
             schedule=("every", {"steps": 5, "until": 5, "moments": "drop"}),
             reselect=ask,
             max_norm=None,

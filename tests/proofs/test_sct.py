@@ -28,7 +28,7 @@ from neurograft.worlds.tiny import fit as again
 from tests.proofs import bar, effect, note, patched
 from tests.proofs._digits import TRAINED, digits, order, reader
 from tests.proofs._selective import chosen, rows_of
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "sct", "tiny"
 
@@ -246,7 +246,7 @@ def test_the_self_attention_of_a_diffusion_model_gets_maps():
     """diffusers' UNet with cross-attention, at its latents: the recipe leaves out what is not a block's first part."""
     model = pico("unet")
     batch, before = pico_batch(model), snapshot(model)
-    where = chosen("sct", model, [{k: v[i] for k, v in batch.items()} for i in range(2)])
+    where = chosen("sct", model, rows_in(batch))
     assert where.ids
     assert all(".attn1." in name for name in where.ids)
     start = model(**batch).sample

@@ -24,7 +24,7 @@ from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.tiny import Perceptron, accuracy, tiny
 from neurograft.worlds.vectors import FEATURES, vectors
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "skill-grafting", "tiny"
 
@@ -191,7 +191,7 @@ def test_ten_numbers_among_a_thousand_that_moved_more():
 def test_the_recipe_pastes_a_part_of_the_fine_tune():
     model = pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     before = snapshot(model)
     changes = {"fraction": 0.01, "lr": 0.1, "epochs": 2, "batch": 4, "mask_steps": 3}
     out = run("skill_grafting", model, rows, changes=changes)

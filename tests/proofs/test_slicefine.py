@@ -27,7 +27,7 @@ from neurograft.worlds.pico import pico
 from neurograft.worlds.tiny import Perceptron, tiny
 from neurograft.worlds.vectors import vectors
 from tests.proofs import bar, effect, note, patched
-from tests.proofs._selective import adam_twin, chosen, entries_of, rows_of
+from tests.proofs._selective import adam_twin, chosen, entries_of, rows_of, twins, weighed
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "slicefine", "identity"
@@ -143,18 +143,11 @@ def test_moving_slices_change_their_union_and_alternate():
 
 def test_a_slice_that_was_left_keeps_its_bits_and_begins_anew_when_it_comes_back():
     """A dense twin in float64, to 1e-10, under weight decay; 7 columns of 16 and 24, so that windows wrap and meet."""
-    ours, twin = (Perceptron(24).double() for _ in range(2))
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in vectors(count=1)[0].items()}
+    ours, twin, batch = twins()
     history, sizes, decay, lr = [snapshot(ours)], [], 0.1, 1e-2
 
     def ask(model, step):
         return sweep(noise(Context(model, sites(model, "column"))), width=7, turn=step // 2, start="first")
-
-    class Weighed(torch.optim.AdamW):
-        def step(self, closure=None):
-            out = super().step(closure)
-            sizes.append(sum(s["exp_avg"].numel() for s in self.state.values()))
-            return out
 
     with attach(ours, ask(ours, 0)) as live:
         fit(
@@ -163,7 +156,7 @@ def test_a_slice_that_was_left_keeps_its_bits_and_begins_anew_when_it_comes_back
             steps=10,
             lr=lr,
             weight_decay=decay,
-            optimizer=Weighed,
+            optimizer=weighed(sizes, "exp_avg"),
             schedule=("every", {"steps": 2, "moments": "drop"}),
             reselect=ask,
             max_norm=None,

@@ -21,7 +21,7 @@ from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.planted_delta import planted_delta
 from neurograft.worlds.tiny import llama
 from tests.proofs import effect, note, patched
-from tests.proofs._tools import moved, saving, snapshot
+from tests.proofs._tools import moved, rows_in, saving, snapshot
 
 PAPER, SCALE = "smt", "tiny"
 
@@ -132,7 +132,7 @@ def test_what_is_saved_is_as_wide_as_the_distinct_columns_of_blocks():
 def test_the_recipe_trains_the_best_blocks_of_q_k_v_and_nothing_else():
     model = pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     before = snapshot(model)
     out = run("smt", model, rows, changes={"block": 8, "fraction": 0.1, "batch": 8, "lr": 1e-3})
     assert not moved(before, model)

@@ -19,10 +19,11 @@ from neurograft.pipeline.plan import plan
 from neurograft.pipeline.recipe import recipe
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
-from neurograft.worlds.pairs import CLASSES, pairs
+from neurograft.worlds.pairs import pairs
 from neurograft.worlds.pico import pico
-from neurograft.worlds.tiny import accuracy, classifier, tiny
+from neurograft.worlds.tiny import accuracy
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._relations import pair_rows, reader
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "spafit", "tiny"
@@ -67,11 +68,6 @@ def encoder(layers=4):
     return pico("bert", num_hidden_layers=layers)
 
 
-def rows_of(count=16):
-    batch = pairs("relation", count=1, batch=count, seed=3)[0]
-    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
-
-
 def test_the_census_of_bert_large():
     """11,264 biases a layer; 3,932,160 + 194,560 + 2,050 = 1.24 % of 333,581,314."""
     from transformers import BertConfig, BertForSequenceClassification
@@ -108,7 +104,7 @@ def test_each_stratum_moves_what_the_plan_says():
     model = encoder()
     before = snapshot(model)
     changes = {"cuts": (1, 2), "r": 4, "lr": 1e-2, "epochs": 1, "warmup": 0.0, "decay": 0.1, "batch": 4}
-    graft = run("spafit", model, rows_of(), changes=changes).graft
+    graft = run("spafit", model, pair_rows(), changes=changes).graft
     assert not moved(before, model)
     graft.apply(model)
     changed = set(moved(before, model))
@@ -212,10 +208,7 @@ def test_it_reaches_low_rank_everywhere_with_fewer_numbers():
     """A tiny BERT, 3 seeds: accuracy, and how many numbers train."""
     table = {"spafit": [], "lora": [], "spafit_numbers": [], "lora_numbers": []}
     for seed in range(3):
-        size = {"num_hidden_layers": 4, "hidden_size": 48, "intermediate_size": 96}
-        model = classifier(tiny("bert", seed=seed, steps=200, **size), CLASSES["relation"], seed=seed)
-        train = pairs("relation", count=40, batch=32, seed=10 + seed)
-        test = pairs("relation", count=4, batch=128, seed=90)
+        model, train, test = reader(seed, layers=4)
         for name, cuts in (("spafit", (4 / 24, 9 / 24)), ("lora", (0, 0))):
             with attach(model, None, adapter=adapter_of(cuts=cuts, r=8)) as live:
                 table[f"{name}_numbers"].append(sum(p.numel() for p in live.parameters()))

@@ -23,7 +23,7 @@ from neurograft.pipeline.run import run
 from neurograft.worlds.pico import pico, pico_batch
 from neurograft.worlds.tiny import llama
 from tests.proofs import bar, note, patched
-from tests.proofs._tools import moved, snapshot
+from tests.proofs._tools import moved, rows_in, snapshot
 
 PAPER, SCALE = "spectral-layers", "tiny"
 
@@ -265,7 +265,7 @@ def test_swapping_the_planted_layer_back_recovers_the_base_loss():
 
 def test_the_recipe_trains_or_freezes_the_window():
     model = pico("llama", num_hidden_layers=7)
-    rows = [{k: v[i] for k, v in pico_batch(model, batch=8).items()} for i in range(8)]
+    rows = rows_in(pico_batch(model, batch=8))
     before = snapshot(model)
     for use in ("train", "freeze"):
         changes = {"use": use, "window": 3, "lr": 1e-2, "batch": 4, "warmup": 0.0}

@@ -14,20 +14,14 @@ from neurograft.core.units import Part, Site
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run
 from neurograft.train.loop import fit
-from neurograft.worlds.pairs import CLASSES, pairs
 from neurograft.worlds.pico import pico
-from neurograft.worlds.tiny import accuracy, classifier, tiny
+from neurograft.worlds.tiny import accuracy
 from tests.proofs import bar, effect, note, patched
+from tests.proofs._relations import pair_rows, reader
+from tests.proofs._spoilt import whole_batches_are_squared
 from tests.proofs._tools import moved, snapshot
 
 PAPER, SCALE = "surgical-lm", "identity"
-
-
-@contextmanager
-def whole_batches_are_squared():
-    """Gradients are averaged over a batch before they are squared."""
-    with patched("neurograft.locators.fisher", "singles", lambda batch: [batch]):
-        yield
 
 
 @contextmanager
@@ -153,19 +147,14 @@ def test_a_layer_behind_a_closed_gate_scores_nothing_and_ranks_last():
         assert [v == 0.0 for v in found] == [g == 0.0 for g in gates]
 
 
-def encoder_rows(model, count=16):
-    batch = pairs("relation", count=1, batch=count, seed=3)[0]
-    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
-
-
 def test_the_recipe_freezes_the_lowest_layers_and_nothing_else():
     model = pico("bert", num_hidden_layers=4)
     before = snapshot(model)
     changes = {"epochs": 1, "lr": 1e-3, "warmup": 0.0, "accumulate": 1, "batch": 8}
-    out = run("surgical_lm", model, encoder_rows(model), changes=changes)
+    out = run("surgical_lm", model, pair_rows(), changes=changes)
     assert not moved(before, model)
     literal = torch.zeros(4)
-    rows = encoder_rows(model)
+    rows = pair_rows()
     squares = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     for row in rows:
         model.zero_grad()
@@ -202,10 +191,7 @@ def test_either_half_of_the_layers_learns():
     """
     table = {"spearman": [], "top_half": [], "bottom_half": []}
     for seed in range(3):
-        encoder = tiny("bert", seed=seed, steps=200, num_hidden_layers=6, hidden_size=48, intermediate_size=96)
-        model = classifier(encoder, CLASSES["relation"], seed=seed)
-        train = pairs("relation", count=40, batch=32, seed=10 + seed)
-        test = pairs("relation", count=4, batch=128, seed=90)
+        model, train, test = reader(seed, layers=6)
         found = sites(model, "layer")
 
         def ranking(net, found=found, train=train):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.proofs._tools import rows_in
 
 import neurograft as ng
 from neurograft.anatomy.sites import sites
@@ -45,7 +46,7 @@ def test_shira_touches_as_many_weights_of_each_layer_as_pefts():
 
     model, other = pico("llama"), pico("llama")
     batch = pico_batch(model, batch=8)
-    rows = [{k: v[i] for k, v in batch.items()} for i in range(8)]
+    rows = rows_in(batch)
     out = ng.run("shira", model, rows, changes={"r": 2, "roles": "attention", "batch": 8})
     config = ShiraConfig(r=2, mask_type="random", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     theirs = {

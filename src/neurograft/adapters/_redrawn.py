@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 
 
 def redrawn(model: nn.Module, name: str, *, seed: int) -> dict[str, Tensor]:
@@ -25,8 +25,7 @@ def redrawn(model: nn.Module, name: str, *, seed: int) -> dict[str, Tensor]:
         parameter.__dict__.pop("_is_hf_initialized", None)  # the mark of a loaded parameter, which stops the drawing
         parameter.data.fill_(float("nan"))
     draw: Any = getattr(model, "_init_weights", None)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(derive(seed, "redrawn", name))
+    with seeded(seed, "redrawn", name), torch.no_grad():
         for module in fresh.modules():
             own: Any = getattr(module, "reset_parameters", None)
             if draw is not None:

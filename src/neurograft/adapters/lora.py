@@ -14,7 +14,7 @@ from neurograft.core.card import method
 from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.errors import RequestError, near
 from neurograft.core.grafts.delta import Delta, LowRank
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 from neurograft.core.selection import Selection
 from neurograft.core.units import Parameters
 
@@ -84,8 +84,7 @@ class LoraMount(Mount):
     ) -> None:
         super().__init__(model, new=new, within=within)
         self.scale, self.linears = scale, {n: model.get_submodule(n) for n in names}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "lora"))
+        with seeded(seed, "lora"):
             _inject(model, self.linears, r=r, scale=scale, dropout=dropout)
         self.layers: dict[str, Any] = {n: model.get_submodule(n) for n in names}
         for layer in self.layers.values():

@@ -16,7 +16,7 @@ from neurograft.core.errors import one_of
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.operation import Operation
 from neurograft.core.selection import Selection
-from neurograft.networks._reversing import Tape
+from neurograft.networks._coupling import Tape
 from neurograft.networks.reversible import FORMS, Reversible, Reversing, halves
 
 

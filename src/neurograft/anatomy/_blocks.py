@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from neurograft.anatomy._types import Attention, Block, Branch, Ffn, Mixture, Slot
-from neurograft.anatomy.matrix import Bank, Inventory, Matrix, Span
+from neurograft.anatomy.inventory import Inventory
+from neurograft.anatomy.matrix import Bank, Matrix, Span
 
 
 def read_block(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from neurograft.anatomy._reading import AT, Reading, label, whole
-from neurograft.anatomy.matrix import Bank, Matrix, norm_dim, taps_itself
+from neurograft.anatomy.inventory import norm_dim, taps_itself
+from neurograft.anatomy.matrix import Bank, Matrix
 from neurograft.core.errors import RequestError
 from neurograft.core.units import Part, Site, Tap
 

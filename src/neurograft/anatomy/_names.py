@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 
 
 def numbered(inventory: Inventory, name: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.anatomy.matrix import Inventory, Matrix, taps_itself
+from neurograft.anatomy.inventory import Inventory, taps_itself
+from neurograft.anatomy.matrix import Matrix
 from neurograft.core.seeds import generator
 
 NOISE = 1e-5  # a change below this share of the largest one is rounding

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from neurograft.anatomy._types import Anatomy, Slot
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 from neurograft.core.units import Part, Site, Tap
 
 # The activations of each kind, the default first; kinds that are missing take a parameter's short name.

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from neurograft.anatomy._reading import AT, Reading, inside, label, whole
 from neurograft.anatomy._types import Block, Branch
-from neurograft.anatomy.matrix import Matrix, norm_dim
+from neurograft.anatomy.inventory import norm_dim
+from neurograft.anatomy.matrix import Matrix
 from neurograft.core.units import Part, Site, Tap
 
 

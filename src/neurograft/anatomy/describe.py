@@ -14,7 +14,7 @@ from neurograft.anatomy._blocks import read_block
 from neurograft.anatomy._data import Family, families
 from neurograft.anatomy._names import numbered, pattern
 from neurograft.anatomy._types import Anatomy, Block
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 from neurograft.anatomy.structural import structural
 from neurograft.core.errors import RequestError
 

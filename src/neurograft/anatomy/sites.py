@@ -39,7 +39,7 @@ from torch import nn
 from neurograft.anatomy import _block_units, _matrix_units, _stream_units
 from neurograft.anatomy._reading import AT, Reading
 from neurograft.anatomy.describe import describe
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.units import KINDS, Site
 

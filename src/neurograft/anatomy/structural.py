@@ -30,7 +30,7 @@ from neurograft.anatomy._probe import Probe
 from neurograft.anatomy._reading import Reading
 from neurograft.anatomy._silence import ROUNDING, distance, outputs, quiet, silent_taps, silent_weights, some_units
 from neurograft.anatomy._types import Anatomy, Block
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.resolve import resolve
 from neurograft.core.units import Site

@@ -25,7 +25,7 @@ from neurograft.anatomy._silence import (
     some_units,
 )
 from neurograft.anatomy.describe import describe
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 from neurograft.anatomy.sites import of_kind
 from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.seeds import generator

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region, as_matrix, union
 from neurograft.core.seeds import generator
 from neurograft.core.units import Parameters
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,13 @@ class Change:
             else:
                 undo.enter_context(written(self.model, {n: (t.region, t.after) for n, t in self.weights.items()}))
             yield self.model
+
+    def both(self, read: Callable[[nn.Module], Read]) -> tuple[Read, Read]:
+        """Return what is read from the base and from the changed model, evaluating and without gradients."""
+        with evaluating(self.model, self.tuned):
+            before = read(self.model)
+            with self.on() as changed:
+                return before, read(changed)
 
     @contextmanager
     def without(self, names: Iterable[str]) -> Iterator[nn.Module]:

@@ -54,15 +54,36 @@ def measure(
     Returns:
         `unit`, `better`, `base`, `changed`, `change` (see `estimate`) and `noise_floor` (see `floor`).
     """
-    found = estimate(table(runs["change"]), statistic, level=level, draws=draws, seed=seed, name=name)
-    return {
-        "unit": unit,
-        "better": better,
-        "base": base(runs["change"]) if base else None,
-        "changed": new(runs["change"]) if new else None,
-        "change": found,
-        "noise_floor": floor({k: float(statistic(table(r).sum(0, keepdim=True))[0]) for k, r in runs.items()}),
-    }
+    return as_measure(
+        estimate(table(runs["change"]), statistic, level=level, draws=draws, seed=seed, name=name),
+        unit=unit,
+        better=better,
+        base=base(runs["change"]) if base else None,
+        changed=new(runs["change"]) if new else None,
+        noise_floor=floor({k: float(statistic(table(r).sum(0, keepdim=True))[0]) for k, r in runs.items()}),
+    )
+
+
+def as_measure(
+    change: Mapping[str, Any],
+    *,
+    unit: str,
+    better: str,
+    base: float | None = None,
+    changed: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return one number as every audit reports it under `measures`.
+
+    Args:
+        change: see `estimate`.
+        unit: of the number.
+        better: "higher", "lower" or "zero": where a good change would lie.
+        base: the number for the base, if it has one.
+        changed: the number under the change.
+        **more: `noise_floor`, and what else is to be said of it.
+    """
+    return {"unit": unit, "better": better, "base": base, "changed": changed, "change": change, **more}
 
 
 def floor(values: Mapping[str, float], *, tail: float = TAIL) -> dict[str, Any]:
@@ -114,14 +135,14 @@ def by_metric(
     base, new = found["change"]
     moved = sign * (new - base)
     columns = torch.stack([moved, torch.ones_like(base)], 1)
-    made = {
-        "unit": unit,
-        "better": better,
-        "base": sign * float(base.mean()),
-        "changed": sign * float(new.mean()),
-        "change": estimate(columns, level=level, draws=draws, seed=seed, name=unit),
-        "noise_floor": floor({k: sign * float((b - a).mean()) for k, (a, b) in found.items()}),
-    }
+    made = as_measure(
+        estimate(columns, level=level, draws=draws, seed=seed, name=unit),
+        unit=unit,
+        better=better,
+        base=sign * float(base.mean()),
+        changed=sign * float(new.mean()),
+        noise_floor=floor({k: sign * float((b - a).mean()) for k, (a, b) in found.items()}),
+    )
     return made, moved
 
 

@@ -31,6 +31,25 @@ class Scored:
     rows: Tensor
     size: int
 
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probability of each label, float32 [N] on the CPU."""
+        return self.logits.float().log_softmax(-1).gather(1, self.labels.to(self.logits.device)[:, None])[:, 0].cpu()
+
+    @property
+    def right(self) -> Tensor:
+        """Whether the likeliest class is the label, bool [N] on the CPU."""
+        return (self.logits.argmax(-1) == self.labels.to(self.logits.device)).cpu()
+
+    @property
+    def counts(self) -> Tensor:
+        """Labelled places of each row, int64 [size] on the CPU."""
+        return torch.bincount(self.rows.cpu(), minlength=self.size)
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Return a number for each place, [N] on the CPU, summed over the places of each row, float64 [size]."""
+        return torch.zeros(self.size, dtype=torch.float64).index_add_(0, self.rows.cpu(), values.double())
+
 
 def scored(model: nn.Module, batch: Batch) -> Scored:
     """Run a model and gather its logits where there are labels.
@@ -138,10 +157,8 @@ def label_sums(model: nn.Module, batches: list[Batch], *, split: bool = False) -
     sums, counts = [], []
     for batch in batches:
         found = scored_in_halves(model, batch) if split else scored(model, batch)
-        logp = found.logits.float().log_softmax(-1).gather(1, found.labels.to(found.logits.device)[:, None])[:, 0]
-        rows = found.rows.cpu()
-        sums.append(torch.zeros(found.size, dtype=torch.float64).index_add_(0, rows, logp.double().cpu()))
-        counts.append(torch.bincount(rows, minlength=found.size).double())
+        sums.append(found.by_row(found.log_probs))
+        counts.append(found.counts.double())
     return torch.cat(sums), torch.cat(counts)
 
 

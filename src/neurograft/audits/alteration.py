@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from neurograft.anatomy.sites import sites as sites_of
-from neurograft.audits._changes import as_change, evaluating
+from neurograft.audits._changes import as_change
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.prompts.passing import Positions
@@ -55,15 +55,12 @@ def alteration(
         RequestError: no data, or units without activations.
     """
     told = groups or {"all": batches}
-    where, made = sites_of(model, units, at=at), as_change(model, change)
+    where = sites_of(model, units, at=at)
 
     def often(net: nn.Module) -> dict[str, Selection]:
-        with evaluating(net):
-            return rates(net, where, told, positions=positions).often(where, least, within=within)
+        return rates(net, where, told, positions=positions).often(where, least, within=within)
 
-    before = often(model)
-    with made.on() as changed:
-        after = often(changed)
+    before, after = as_change(model, change).both(often)
     found = {}
     for group, old in before.items():
         new = after[group]

@@ -113,8 +113,5 @@ def _answered(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     with evaluating(model):
         for batch in batches:
             read = scored(model, batch)
-            wrong = (read.logits.argmax(-1).cpu() != read.labels.cpu()).long()
-            rows = read.rows.cpu()
-            missed = torch.zeros(read.size, dtype=torch.int64).index_add_(0, rows, wrong)
-            found.append((missed == 0) & (torch.bincount(rows, minlength=read.size) > 0))
+            found.append((read.by_row(read.right) == read.counts) & (read.counts > 0))
     return torch.cat(found)

@@ -11,6 +11,7 @@ from torch import nn
 
 from neurograft.audits._changes import Change, as_change, evaluating
 from neurograft.audits._layers import blocks, by_layer
+from neurograft.audits._measures import as_measure
 from neurograft.audits._scoring import Sums, label_sums, mean_fall
 from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
@@ -80,15 +81,13 @@ def damage(
         "whole": total,
         "rest": total - sum(p["change"]["value"] for p in found),
         "measures": {
-            "worst_part": {
-                "unit": "nats",
-                "better": "lower",
-                "base": None,
-                "changed": None,
-                "change": found[0]["change"] if found else nothing,
-                "noise_floor": {"value": abs(floor), "rerun": abs(floor)},
-                "part": found[0]["name"] if found else None,
-            }
+            "worst_part": as_measure(
+                found[0]["change"] if found else nothing,
+                unit="nats",
+                better="lower",
+                noise_floor={"value": abs(floor), "rerun": abs(floor)},
+                part=found[0]["name"] if found else None,
+            )
         },
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._changes import as_change, evaluating
+from neurograft.audits._changes import as_change
 from neurograft.audits._scoring import scored
 from neurograft.core.card import method
 from neurograft.core.compact.shift import Shift
@@ -83,21 +83,20 @@ def landscape(
                     return _right(net, batches)
                 return sum(float(reward(net, batch)) for batch in batches) / len(batches)
 
-        here, there = at([]), torch.tensor([at([(s, sigma)]) for s in seeds], dtype=torch.float64)
-        if here > top:
-            raise RunError(f"a reward of {here}, above the best possible {top}; pass top=")
-        left = top - here
-        gain = {str(n): (_best_of(there, n) - here) / left for n in best} if left > 0 else None
-        better = float((there > here).double().mean())
-        return {"reward": here, "rewards": there.tolist(), "better": better, "gain": gain}
+        return _gains(at([]), torch.tensor([at([(s, sigma)]) for s in seeds], dtype=torch.float64), best, top)
 
-    with evaluating(model, made.tuned):
-        base = around(model)
-        with made.on() as changed:
-            after = around(changed)
+    base, after = made.both(around)
     losses = made.grafts[0].card.get("losses", []) if len(made.grafts) == 1 else []
     course = peaked([-x for x in losses]) if len(losses) >= 2 * WINDOWS else None
     return {"sigma": sigma, "base": base, "changed": after, "course": course}
+
+
+def _gains(here: float, there: Tensor, best: Sequence[int], top: float) -> dict[str, Any]:
+    if here > top:
+        raise RunError(f"a reward of {here}, above the best possible {top}; pass top=")
+    gain = {str(n): (_best_of(there, n) - here) / (top - here) for n in best} if here < top else None
+    better = float((there > here).double().mean())
+    return {"reward": here, "rewards": there.tolist(), "better": better, "gain": gain}
 
 
 def _best_of(rewards: Tensor, n: int) -> float:
@@ -147,5 +146,4 @@ def peaked(rewards: Sequence[float], *, windows: int = WINDOWS) -> dict[str, Any
 def _right(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the share of labelled places whose label is the likeliest."""
     read = [scored(model, batch) for batch in batches]
-    right = sum(int((one.logits.argmax(-1) == one.labels.to(one.logits.device)).sum()) for one in read)
-    return right / max(1, sum(len(one.labels) for one in read))
+    return sum(int(one.right.sum()) for one in read) / max(1, sum(len(one.labels) for one in read))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neurograft.audits._changes import Null, as_change, evaluating
 from neurograft.audits._layers import blocks
-from neurograft.audits._measures import floor
+from neurograft.audits._measures import as_measure, floor
 from neurograft.audits._paired import Switch
 from neurograft.audits._scoring import forward
 from neurograft.audits._statistics import estimate
@@ -89,15 +89,8 @@ def representation_drift(
 
 def _headline(layers: list[dict[str, Any]], key: str) -> dict[str, Any]:
     most = max(layers, key=lambda layer: layer[key]["value"])
-    return {
-        "unit": "1 - CKA" if key == "cka_drift" else "1 - cosine",
-        "better": "zero",
-        "base": None,
-        "changed": None,
-        "change": most[key],
-        "noise_floor": most["noise_floor"][key],
-        "layer": most["name"],
-    }
+    unit = "1 - CKA" if key == "cka_drift" else "1 - cosine"
+    return as_measure(most[key], unit=unit, better="zero", noise_floor=most["noise_floor"][key], layer=most["name"])
 
 
 def _by_item(values: Tensor, items: Tensor) -> Tensor:

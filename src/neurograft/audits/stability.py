@@ -42,10 +42,10 @@ def stability(model: nn.Module, changes: Sequence[object], batches: Sequence[Bat
     labels: Counter[int] = Counter()
     for number, change in enumerate(changes):
         made, right, places = as_change(model, change), 0, 0
-        with evaluating(model, made.tuned), made.on() as changed, torch.no_grad():
+        with evaluating(model, made.tuned), made.on() as changed:
             for batch in batches:
                 read = scored(changed, batch)
-                right += int((read.logits.argmax(-1) == read.labels).sum())
+                right += int(read.right.sum())
                 places += len(read.labels)
                 if number == 0:
                     labels.update(read.labels.tolist())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._changes import as_change, evaluating
+from neurograft.audits._changes import as_change
+from neurograft.audits._measures import as_measure
 from neurograft.audits._numbers import token_ids
 from neurograft.audits._scoring import scored
 from neurograft.audits._statistics import estimate
@@ -58,21 +59,17 @@ def token_marginal(
         each with the spread over samples; `tokens`, `samples`.
     """
     chosen = torch.tensor(token_ids(tokens))
-    made = as_change(model, change)
-    with evaluating(model, made.tuned):
-        base = _read(model, batches, chosen, forced, length)
-        with made.on() as changed:
-            new = _read(changed, batches, chosen, forced, length)
+    base, new = as_change(model, change).both(lambda net: _read(net, batches, chosen, forced, length))
     table = torch.stack([new["mass"][:, 0] - base["mass"][:, 0], torch.ones(len(base["mass"]))], 1).double()
     return {
         "measures": {
-            "token_mass": {
-                "unit": "probability on the tokens",
-                "better": "zero",
-                "base": float(base["mass"][:, 0].mean()),
-                "changed": float(new["mass"][:, 0].mean()),
-                "change": estimate(table, level=level, draws=draws, seed=seed, name="token_marginal"),
-            }
+            "token_mass": as_measure(
+                estimate(table, level=level, draws=draws, seed=seed, name="token_marginal"),
+                unit="probability on the tokens",
+                better="zero",
+                base=float(base["mass"][:, 0].mean()),
+                changed=float(new["mass"][:, 0].mean()),
+            )
         },
         "base": _summary(base),
         "changed": _summary(new),

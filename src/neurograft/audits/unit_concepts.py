@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.anatomy.sites import sites as sites_of
-from neurograft.audits._changes import as_change, evaluating
+from neurograft.audits._changes import as_change
 from neurograft.core.card import method
 from neurograft.core.context import Batch, unlabelled
 from neurograft.core.errors import RequestError
@@ -74,14 +74,11 @@ def unit_concepts(
     inputs = [unlabelled(b) for b in batches]
 
     def pooled(net: nn.Module) -> Tensor:
-        with evaluating(net):
-            return torch.cat(list(table(net, where, inputs, pool=pool).values()), 1)
+        return torch.cat(list(table(net, where, inputs, pool=pool).values()), 1)
 
-    x, made = pooled(model), as_change(model, change)
-    with made.on() as changed:
-        after = aucs(pooled(changed), concepts)
+    x, changed = as_change(model, change).both(pooled)
     order = torch.randperm(len(concepts), generator=generator(seed, "unit_concepts"))
-    before, chance = aucs(x, concepts), aucs(x, concepts[order])
+    before, after, chance = aucs(x, concepts), aucs(changed, concepts), aucs(x, concepts[order])
     names = [(name, i) for name, site in where.items() for i in range(site.n)]
     tops = [m.amax(0) for m in (before, after, chance)]
     return {

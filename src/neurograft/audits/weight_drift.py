@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neurograft.audits._changes import Touched, as_change
 from neurograft.audits._layers import blocks, by_layer, layer_of
-from neurograft.audits._measures import numbers
+from neurograft.audits._measures import as_measure, numbers
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.units import Parameters
@@ -48,14 +48,12 @@ def weight_drift(model: nn.Module, change: object, batches: Sequence[Batch] = ()
     relative = _norm([p["norm"] for p in parameters]) / max(_norm([p["norm_base"] for p in parameters]), 1e-30)
     return {
         "measures": {
-            "relative_norm": {
-                "unit": "norm of the change / norm of the touched parameters",
-                "better": "zero",
-                "base": None,
-                "changed": None,
-                "change": {"value": relative, "low": relative, "high": relative},
-                "noise_floor": {"value": 0.0, "kind": "stored numbers are compared exactly"},
-            }
+            "relative_norm": as_measure(
+                {"value": relative, "low": relative, "high": relative},
+                unit="norm of the change / norm of the touched parameters",
+                better="zero",
+                noise_floor={"value": 0.0, "kind": "stored numbers are compared exactly"},
+            )
         },
         "entries": sum(p["entries"] for p in parameters),
         "total": sum(w.numel() for w in weights.values()),

@@ -139,6 +139,26 @@ class Step:
         self.counted = True
         return per_token.sum() / self.items
 
+    def share(self, count: Tensor | int) -> Tensor | float:
+        """Return what a term over `count` labelled tokens is of the window's, 1 where the loss counts no tokens."""
+        return count / self.items if self.counted and self.items is not None else 1.0
+
+    def of_base(self, ask: Callable[[], Any], *, who: str, do: str = "use it as objective= of tune or fit") -> Any:
+        """Return what is asked of the base: the change taken out, in evaluation mode, without gradients.
+
+        Args:
+            ask: what to ask.
+            who: the objective that asks.
+            do: where it could be used.
+
+        Raises:
+            RequestError: the training offers no base.
+        """
+        if self.reference is None:
+            raise RequestError(f"{who} without a reference", expected="a training that can take the change out", do=do)
+        with torch.no_grad():
+            return self.reference(ask)
+
     @cached_property
     def _shares(self) -> Tensor | None:
         """What each labelled token counts where rows count alike, [N]; None where tokens do so too."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neurograft.core.asking import asking
 from neurograft.core.context import IGNORE, device_of, unlabelled
 from neurograft.core.errors import RunError
+from neurograft.core.numerics.entropies import relative_entropy
 from neurograft.core.prompts.requests import Request, Rows, joined
 from neurograft.core.taps.tap import change
 from neurograft.edits._memory import Memory, at_subjects
@@ -120,7 +121,7 @@ def drifted(before: Tensor, now: Tensor) -> Tensor:
         >>> round(float(drifted(before, now)), 4), round(float(drifted(now, before)), 4)
         (0.3681, 0.5108)
     """
-    return (now.exp() * (now - before)).sum(-1)
+    return relative_entropy(now, before)
 
 
 def per_row(logits: Tensor, rows: Rows) -> Tensor:

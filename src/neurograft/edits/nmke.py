@@ -18,7 +18,8 @@ from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.edits._amplified import amplified, mask_of
 from neurograft.edits._layers import in_order
-from neurograft.edits._memory import Memory, caches, covariances, memories, reaches
+from neurograft.edits._memory import Memory, memories, reaches
+from neurograft.edits._protected import caches, covariances
 from neurograft.edits._values import wanted
 
 MASKS = ("post", "solve", "none")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from neurograft.core.context import IGNORE, Batch, Context, Step, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import singles, size
+from neurograft.core.ranges import least
 from neurograft.core.selection import Scores
 
 
@@ -29,6 +30,53 @@ def need_batches(context: Context) -> None:
     """Refuse to work without data."""
     if not context.batches:
         raise RequestError("no batches", expected="data to score the units on", do="give data")
+
+
+def need_two_sets(
+    context: Context, *, came: str = "one set of examples", expected: str = "two sets to tell apart"
+) -> None:
+    """Refuse to work without batches and contrast batches."""
+    need_batches(context)
+    if not context.contrast:
+        raise RequestError(came, expected=expected, do="give rows with `positive` and `negative`")
+
+
+def limited(batches: Sequence[Batch], limit: int | None) -> list[Batch]:
+    """Return batches of at most so many examples together, the last one cut; all of them if None.
+
+    Raises:
+        RequestError: a limit below 1.
+
+    Example:
+        >>> [b["x"].tolist() for b in limited(2 * [{"x": torch.arange(2)}], 3)]
+        [[0, 1], [0]]
+    """
+    least(limit=(limit, 1))
+    if limit is None:
+        return list(batches)
+    found: list[Batch] = []
+    for batch in batches:
+        n = size(batch)
+        if limit:
+            cut = {k: v[:limit] if isinstance(v, Tensor) and v.dim() and len(v) == n else v for k, v in batch.items()}
+            found.append(cut)
+        limit = max(0, limit - n)
+    return found
+
+
+def effect(g: Tensor, x: Tensor | None) -> Tensor:
+    """Return what each unit does to first order at each token, g * x summed over its features, float32 [tokens, n].
+
+    Args:
+        g: gradient, [tokens, n] or [tokens, n, w].
+        x: what it is multiplied with, shaped alike; None for the gradient alone.
+
+    Example:
+        >>> effect(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])).tolist()
+        [[1.0]]
+    """
+    found = (g if x is None else x * g).float()
+    return found.sum(-1) if found.dim() == 3 else found
 
 
 def per_example(tokens: Tensor, rows: Tensor, examples: int) -> Tensor:

@@ -13,7 +13,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
 from neurograft.core.taps.tap import change, gradients
 from neurograft.core.units import Site
-from neurograft.locators._common import backward, per_example
+from neurograft.locators._common import backward, effect, per_example
 
 
 def quadrature(steps: int, rule: str) -> list[tuple[float, float]]:
@@ -82,9 +82,8 @@ class Path:
         """Add one point of the path."""
 
         def read(name: str, x: Tensor, g: Tensor, rows: Tensor) -> None:
-            effect = (g * self.way[name].pop().reshape(g.shape) if self.multiply else g).float()
-            effect = effect.sum(-1) if effect.dim() == 3 else effect
-            self.found[name] += weight * per_example(effect, rows, self.examples).cpu()
+            way = self.way[name].pop().reshape(g.shape) if self.multiply else None
+            self.found[name] += weight * per_example(effect(g, way), rows, self.examples).cpu()
 
         with self.at(m, keep=True), gradients(self.context.model, self.sites, read, mask=self.context.positions):
             backward(self.context.scalar(self.batch))

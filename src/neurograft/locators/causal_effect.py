@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from neurograft.core.card import method
 from neurograft.core.context import Context
-from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores
 from neurograft.core.taps.end_states import effects, end_means
-from neurograft.locators._common import need_batches, scored
+from neurograft.locators._common import need_two_sets, scored
 
 
 @method(
@@ -32,13 +31,7 @@ def causal_effect(context: Context, *, measure: str = "probability") -> Scores:
     Raises:
         RequestError: no contrast, or a row without a labelled answer behind a prompt.
     """
-    need_batches(context)
-    if not context.contrast:
-        raise RequestError(
-            "instructed prompts alone",
-            expected="prompts without the instruction too",
-            do="give rows with `positive` and `negative`",
-        )
+    need_two_sets(context, came="instructed prompts alone", expected="prompts without the instruction too")
     values = end_means(context.model, context.sites, context.batches)
     found = effects(context.model, context.sites, context.contrast, values, measure=measure)
     return scored(context, found, {"measure": measure})

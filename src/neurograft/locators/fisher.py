@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from neurograft.core.prompts.examples import singles
 from neurograft.core.selection import Scores
 from neurograft.core.taps.tap import gradients
 from neurograft.core.units import Parameters
-from neurograft.locators._common import backward, need_batches, scored
+from neurograft.locators._common import backward, effect, limited, need_batches, scored
 from neurograft.locators._parts import numbers, owners, squared, view
 from neurograft.locators._weights import weight_gradients
 
@@ -46,23 +46,12 @@ def fisher(
     one_of(labels, LABELS, what="labels")
     one_of(on, ("weights", "gate"), what="on")
     need_batches(context)
-    if limit is not None and limit < 1:
-        raise RequestError(f"limit={limit}", expected="at least one example", do="leave limit out")
+    ones = [one for batch in limited(context.batches, limit) for one in singles(batch)]
+    if labels == "sampled":
+        ones = [sampled(context, one, i) for i, one in enumerate(ones)]
     if on == "gate":
-        return scored(context, _gates(context, labels, limit))
-    return scored(
-        context, _frobenius(context, labels, limit) if aggregate == "fro" else _sums(context, aggregate, labels, limit)
-    )
-
-
-def _examples(context: Context, labels: str, limit: int | None) -> Iterator[Batch]:
-    count = 0
-    for batch in context.batches:
-        for one in singles(batch):
-            if limit is not None and count >= limit:
-                return
-            yield sampled(context, one, count) if labels == "sampled" else one
-            count += 1
+        return scored(context, _gates(context, ones))
+    return scored(context, _frobenius(context, ones) if aggregate == "fro" else _sums(context, aggregate, ones))
 
 
 def sampled(context: Context, batch: Batch, number: int) -> Batch:
@@ -88,27 +77,24 @@ def sampled(context: Context, batch: Batch, number: int) -> Batch:
     return {**batch, "labels": torch.where(labels == IGNORE, labels, drawn.to(labels))}
 
 
-def _gates(context: Context, labels: str, limit: int | None) -> dict[str, Tensor]:
+def _gates(context: Context, ones: Sequence[Batch]) -> dict[str, Tensor]:
     totals = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
     slopes: dict[str, Tensor] = {}  # a module that several layers share tells its part once a layer
 
     def read(name: str, x: Tensor, g: Tensor, rows: Tensor) -> None:
-        effect = (x * g).float()
-        mine = (effect.sum(-1) if effect.dim() == 3 else effect).sum(0).double().cpu()
+        mine = effect(g, x).sum(0).double().cpu()
         slopes[name] = slopes[name] + mine if name in slopes else mine
 
-    count = 0
-    for one in _examples(context, labels, limit):
+    for one in ones:
         slopes.clear()
         with gradients(context.model, context.sites, read, mask=context.positions):
             backward(context.scalar(one))
         for name, slope in slopes.items():
             totals[name] += slope.square()
-        count += 1
-    return {n: v / count for n, v in totals.items()}
+    return {n: v / len(ones) for n, v in totals.items()}
 
 
-def _sums(context: Context, aggregate: str, labels: str, limit: int | None) -> dict[str, Tensor]:
+def _sums(context: Context, aggregate: str, ones: Sequence[Batch]) -> dict[str, Tensor]:
     found = owners(context.sites, context.model)
     totals = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
 
@@ -116,30 +102,26 @@ def _sums(context: Context, aggregate: str, labels: str, limit: int | None) -> d
         for site, part in found[name]:
             totals[site] += squared(part, grad).double()
 
-    count = 0
-    for one in _examples(context, labels, limit):
+    for one in ones:
         with weight_gradients(context.model, found, tell):
             backward(context.scalar(one))
-        count += 1
     sizes = {n: numbers(s) if aggregate == "mean" else 1 for n, s in context.sites.items()}
-    return {n: v / (count * sizes[n]) for n, v in totals.items()}
+    return {n: v / (len(ones) * sizes[n]) for n, v in totals.items()}
 
 
-def _frobenius(context: Context, labels: str, limit: int | None) -> dict[str, Tensor]:
+def _frobenius(context: Context, ones: Sequence[Batch]) -> dict[str, Tensor]:
     found, parameters = owners(context.sites, context.model), Parameters.of(context.model).by_name
     dense = {n: torch.zeros_like(parameters[n], dtype=torch.float32, requires_grad=False) for n in found}
 
     def tell(name: str, weight: Tensor, grad: Tensor) -> None:
         dense[name] += grad.float().square()
 
-    count = 0
-    for one in _examples(context, labels, limit):
+    for one in ones:
         with weight_gradients(context.model, found, tell):
             backward(context.scalar(one))
-        count += 1
     totals = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
     for name, pairs in found.items():
-        dense[name] /= count
+        dense[name] /= len(ones)
         for site, part in pairs:
             totals[site] += view(part, dense[name]).square().sum((1, 2)).sqrt().double().cpu()
     return totals

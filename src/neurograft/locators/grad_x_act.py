@@ -11,7 +11,7 @@ from neurograft.core.errors import one_of
 from neurograft.core.prompts.examples import singles, size
 from neurograft.core.selection import Scores
 from neurograft.core.taps.tap import gradients
-from neurograft.locators._common import backward, need_batches, per_example, scored, tapped
+from neurograft.locators._common import backward, effect, need_batches, per_example, scored, tapped
 from neurograft.locators._parts import owners, summed
 from neurograft.locators._weights import weight_gradients
 
@@ -52,15 +52,13 @@ def _taps(context: Context, signed: bool, over: str, multiply: bool) -> dict[str
     examples = 0
 
     def read(name: str, x: Tensor, g: Tensor, rows: Tensor) -> None:
-        effect = (x * g if multiply else g).float()
-        if effect.dim() == 3:
-            effect = effect.sum(-1)
+        found = effect(g, x if multiply else None)
         if by_row:
-            mine = per_example(effect, rows, here)
+            mine = per_example(found, rows, here)
             each[name] = each[name] + mine if name in each else mine
         else:
-            effect = effect.abs() if over == "token" and not signed else effect
-            totals[name] += here * effect.sum(0).double().cpu()
+            found = found.abs() if over == "token" and not signed else found
+            totals[name] += here * found.sum(0).double().cpu()
 
     with gradients(context.model, context.sites, read, mask=context.positions):
         for batch in context.batches:
@@ -80,11 +78,11 @@ def _weights(context: Context, signed: bool, over: str, multiply: bool) -> dict[
     step = {n: torch.zeros(s.n) for n, s in context.sites.items()}
 
     def tell(name: str, weight: Tensor, grad: Tensor) -> None:
-        effect = weight * grad if multiply else grad
+        each = weight * grad if multiply else grad
         if over == "token" and not signed:
-            effect = effect.abs()
+            each = each.abs()
         for site, part in found[name]:
-            step[site] += summed(part, effect)
+            step[site] += summed(part, each)
 
     examples = 0
     with weight_gradients(context.model, found, tell):

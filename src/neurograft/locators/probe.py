@@ -15,7 +15,7 @@ from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
 from neurograft.core.taps.cett import shares
 from neurograft.core.taps.table import auroc, table
-from neurograft.locators._common import need_batches, scored
+from neurograft.locators._common import need_two_sets, scored
 from neurograft.locators._fits import CHUNK, adam, logistic
 
 FITS, SCORES, STATISTICS = ("adam", "l1", "l2"), ("z", "weight"), ("activation", "cett")
@@ -109,11 +109,7 @@ def examples(
     context: Context, *, pool: str, statistic: str, others: bool, padding: bool, standardize: bool, memory: float
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the probe's table, float32 [N, n] for each site, and its labels, float32 [N]."""
-    need_batches(context)
-    if not context.contrast:
-        raise RequestError(
-            "one set of examples", expected="two sets to tell apart", do="give rows with `positive` and `negative`"
-        )
+    need_two_sets(context)
     sides = [(context.batches, 1.0), (context.contrast, 0.0)]
     count = sum(size(b) for side, _ in sides for b in side) * (2 if others else 1)
     units = sum(site.n for site in context.sites.values())

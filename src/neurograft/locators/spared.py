@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Context, Step
+from neurograft.core.context import Context, Step
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.intervene import Intervention
-from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores, Selection
-from neurograft.locators._common import need_batches, scored
+from neurograft.locators._common import limited, need_batches, scored
 
 METRICS = ("accuracy", "log_prob")
 
@@ -51,11 +49,7 @@ def spared(context: Context, *, among: Any = None, metric: str = "log_prob", lim
     """
     need_batches(context)
     one_of(metric, METRICS, what="metric")
-    if limit is not None and limit < 1:
-        raise RequestError(f"limit={limit}", expected="at least one example", do="leave limit out")
-    batches = list(context.batches)
-    if limit is not None:
-        batches = list(_first(batches, limit))
+    batches = limited(context.batches, limit)
     tried = _tried(context, among)
 
     @torch.no_grad()
@@ -81,17 +75,6 @@ def spared(context: Context, *, among: Any = None, metric: str = "log_prob", lim
     below = min(min(float(v.nan_to_num(0.0).min()) for v in values.values()), 0.0) - 1
     card = {"metric": metric, "tried": sum(map(len, tried.values()))}
     return scored(context, {n: v.nan_to_num(below) for n, v in values.items()}, card)
-
-
-def _first(batches: Sequence[Batch], limit: int) -> Iterator[Batch]:
-    """Yield batches of so many examples together, the last one cut."""
-    for batch in batches:
-        n = size(batch)
-        if limit <= 0:
-            return
-        cut = {k: v[:limit] if isinstance(v, Tensor) and v.dim() and len(v) == n else v for k, v in batch.items()}
-        yield cut
-        limit -= n
 
 
 def _tried(context: Context, among: Any) -> dict[str, list[int]]:

@@ -14,8 +14,8 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
 from neurograft.core.taps.table import auroc
-from neurograft.core.taps.tap import watch
-from neurograft.locators._common import need_batches, scored
+from neurograft.core.taps.tap import per_unit, watch
+from neurograft.locators._common import need_two_sets, scored
 from neurograft.locators._value import Value, errors, fitted
 
 OF, PROBES = ("value", "dopamine"), ("mlp", "linear")
@@ -116,20 +116,14 @@ def _kept(found: Value, x: Tensor, outcome: Tensor) -> dict[str, float]:
 
 def rollouts(context: Context, ends: Sequence[int]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Return states [M, n] for each site, each state's reward to come [M], and the number of the next state [M]."""
-    need_batches(context)
-    if not context.contrast:
-        raise RequestError(
-            "one set of rollouts",
-            expected="successful and failed ones",
-            do="give rows with `positive` and `negative`",
-        )
+    need_two_sets(context, came="one set of rollouts", expected="successful and failed ones")
     pieces: dict[str, list[Tensor]] = {name: [] for name in context.sites}
     numbers: list[Tensor] = []
     rewards: list[Tensor] = []
     lead, seen = next(iter(context.sites)), 0
 
     def read(name: str, x: Tensor) -> None:
-        x = x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
+        x = per_unit(x)
         pieces[name].append(x.float().cpu())
         if name == lead:
             numbers.append(looking.place()[0] + seen)

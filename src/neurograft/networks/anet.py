@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 from neurograft.core.units import Part, Site, Tap
 from neurograft.networks._tagged import Tagged, attribute_loss, rectified
 from neurograft.networks.locally_shared_conv2d import LocallySharedConv2d
@@ -73,8 +72,7 @@ class ANet(nn.Module):
                 do="choose another size, such as 16, or other grids",
             )
         self.size = size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "anet"))
+        with seeded(seed, "anet"):
             wide, cells = (channels, *filters), (1, 1, *grids)
             self.convs = nn.ModuleList(
                 LocallySharedConv2d(a, b, k, grid=g) if g > 1 else nn.Conv2d(a, b, k, padding=k // 2)

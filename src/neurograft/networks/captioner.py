@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 from neurograft.core.taps.exemplars import Shown
 from neurograft.networks._regions import regions
 from neurograft.networks._speech import Language, State, Vocabulary, beams, chosen, cross_entropy, taught
@@ -177,8 +177,7 @@ def captioner(
     texts = [str(p["description"]) for p in pairs]
     with torch.no_grad():
         raw = torch.stack([encode(one.inputs, one.masks) for one in shown])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "captioner"))
+    with seeded(seed, "captioner"):
         how: dict[str, Any] = {"embedding": embedding, "hidden": hidden, "dropout": dropout}
         made = Captioner(Vocabulary.of(texts).words[3:], raw.shape[-1], encode=encode, **how)
         made.middle.copy_(raw.flatten(0, 1).mean(0))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 from neurograft.networks._tagged import Tagged, attribute_loss, rectified
 
 POOLS = ("max", "mean")
@@ -59,8 +58,7 @@ class LNet(nn.Module):
             )
         self.pool = one_of(pool, POOLS, what="pool")
         wide = (channels, *filters)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "lnet"))
+        with seeded(seed, "lnet"):
             self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in zip(wide, filters, kernels))
             rectified(self.convs)
             self.tags = nn.Linear(filters[-1], labels)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.grafts.operation import Operation
-from neurograft.networks._reversing import PARTS, Block, Tape, Wrapped
+from neurograft.networks._coupling import PARTS, Block, Tape
+from neurograft.networks._reversing import Wrapped
 
 FORMS = ("standard", "coupled")
 UP, DOWN = "half_up", "half_down"

@@ -93,5 +93,4 @@ def _balance(step: Step) -> Tensor:
     coefficient = getattr(getattr(step.model, "config", None), "router_aux_loss_coef", None)
     if not isinstance(found, Tensor) or not coefficient:
         return torch.zeros((), device=step.log_probs.device)
-    share = 1.0 if step.items is None else step.log_probs.numel() / step.items
-    return coefficient * found * share
+    return coefficient * found * step.share(step.log_probs.numel())

@@ -52,13 +52,7 @@ def gradient_dropout(step: Step, *, lam: float = 1.0, penalty: float = 1e-4, see
         loss = loss + penalty * share * torch.stack([p.norm() for p in trained.values()]).sum().to(loss.device)
     if not trained or not torch.is_grad_enabled():
         return loss
-    if step.reference is None:
-        raise RequestError(
-            "gradient_dropout without a reference",
-            expected="a training that can take the change out",
-            do="use it as objective= of tune or fit",
-        )
-    base = step.reference(lambda: Step(step.model, step.batch).scored()[0])
+    base = step.of_base(lambda: Step(step.model, step.batch).scored()[0], who="gradient_dropout")
     distance = step.mean(-(base.softmax(-1) * step.scored()[0].log_softmax(-1)).sum(-1))
     pulls = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
     others = torch.autograd.grad(distance, list(trained.values()), allow_unused=True)

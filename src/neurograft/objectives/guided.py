@@ -11,6 +11,7 @@ from neurograft.core.card import method
 from neurograft.core.context import Step
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.numerics.entropies import relative_entropy
 from neurograft.core.taps.instructed import additions, at_prompt_end, need_ahead, prompt_end
 
 NEUTRAL: dict[str, Any] = {"weight": 0.0}
@@ -80,20 +81,13 @@ def guided(
     loss = step.mean(-step.log_probs)
     if not weight and not end_weight:
         return loss
-    if step.reference is None:
-        raise RequestError(
-            "guided without a reference",
-            expected="a training that can take the change out",
-            do="use it as objective= of tune or fit",
-        )
 
     def ask() -> Tensor:
         with at_prompt_end(step.model, operations, where):
             return _logits(Step(step.model, step.batch))
 
-    apart = divergence(student, step.reference(ask), temperature)
-    share = step.log_probs.numel() / step.items if step.counted and step.items is not None else 1.0
-    return loss + share * _pull(step, apart, weight, reduce, end_weight, floor)
+    apart = divergence(student, step.of_base(ask, who="guided"), temperature)
+    return loss + step.share(step.log_probs.numel()) * _pull(step, apart, weight, reduce, end_weight, floor)
 
 
 def stair(step: int, max_steps: int) -> float:
@@ -131,7 +125,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
         (0.1438, 0.1308)
     """
     log_p, log_q = (_wide(logits / temperature).log_softmax(-1) for logits in (student, teacher))
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return relative_entropy(log_p, log_q)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from neurograft.core.card import method
 from neurograft.core.context import Step
-from neurograft.core.errors import RequestError, one_of
+from neurograft.core.errors import one_of
+from neurograft.core.numerics.entropies import relative_entropy
 
 
 @method(needs={"labels", "per_token"}, claims={"anchor"})
@@ -29,13 +29,8 @@ def kl(step: Step, *, direction: Literal["forward", "reverse"] = "forward", temp
         RequestError: the training offers no reference.
     """
     one_of(direction, ("forward", "reverse"), what="direction")
-    if step.reference is None:
-        raise RequestError(
-            "kl without a reference", expected="a training that can take the change out", do="use it as anchor="
-        )
-    mine = (step.scored()[0] / temperature).log_softmax(-1)
-    with torch.no_grad():
-        base = step.reference(lambda: Step(step.model, step.batch).scored()[0])
-    theirs = (base / temperature).log_softmax(-1)
+    own = step.scored()[0]
+    base = step.of_base(lambda: Step(step.model, step.batch).scored()[0], who="kl", do="use it as anchor=")
+    mine, theirs = ((logits / temperature).log_softmax(-1) for logits in (own, base))
     p, q = (theirs, mine) if direction == "forward" else (mine, theirs)
-    return step.mean((p.exp() * (p - q)).sum(-1)) * temperature**2
+    return step.mean(relative_entropy(p, q)) * temperature**2

@@ -12,6 +12,7 @@ from neurograft.core.card import method
 from neurograft.core.choose import choose
 from neurograft.core.context import IGNORE, Step, shifts
 from neurograft.core.errors import RequestError
+from neurograft.core.numerics.entropies import relative_entropy
 
 COLUMN = "remembered"
 NEUTRAL: dict[str, Any] = {}  # what no memory is kept of is plain cross-entropy
@@ -49,11 +50,10 @@ def remembered(step: Step, *, weight: float = 1.0, temperature: float = 1.0) -> 
             do="keep what this model says of the same batch",
         )
     p, q = ((v.float() / temperature).log_softmax(-1) for v in (then, now))
-    places, labels = (p.exp() * (p - q)).sum(-1), plain.batch["labels"]
+    places, labels = relative_entropy(p, q), plain.batch["labels"]
     kept = labels != IGNORE if labels.shape == places.shape else torch.ones_like(places, dtype=torch.bool)
     if shifts(step.model):
         kept = kept.roll(-1, 1)
         kept[:, -1] = False
     mean = places[kept].mean() * temperature**2
-    share = kept.sum() / step.items if step.counted and step.items is not None else 1.0
-    return loss + weight * mean * share
+    return loss + weight * mean * step.share(kept.sum())

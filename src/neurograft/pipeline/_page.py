@@ -14,7 +14,7 @@ from neurograft.core.intervene import Intervention
 from neurograft.core.prompts.examples import singles
 from neurograft.core.taps.reducers import Exemplars, Extremes, Moments, Rate, Reducer, Sample
 from neurograft.core.taps.stream import observe
-from neurograft.core.taps.tap import watch
+from neurograft.core.taps.tap import per_unit, watch
 from neurograft.core.units import Site
 
 QUANTILES = (0.01, 0.5, 0.9, 0.99)
@@ -104,7 +104,7 @@ def _exemplar(model: nn.Module, one: Mapping[str, Site], name: str, row: Batch, 
     values: list[float] = []
 
     def read(_: str, x: Tensor) -> None:
-        flat = x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
+        flat = per_unit(x)
         places.extend(found.place()[1].tolist())
         values.extend(flat[:, 0].float().tolist())
 
@@ -162,7 +162,7 @@ def _partners(model: nn.Module, site: Site, number: int, batches: Sequence[Batch
 
     def read(_: str, x: Tensor) -> None:
         nonlocal tokens
-        x = (x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)).double().cpu()
+        x = per_unit(x).double().cpu()
         sums.add_(torch.stack([x.sum(0), x.square().sum(0), (x * x[:, [number]]).sum(0)]))
         tokens += len(x)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from neurograft.anatomy._reading import AT, Reading
 from neurograft.anatomy.describe import describe
-from neurograft.anatomy.matrix import Inventory
+from neurograft.anatomy.inventory import Inventory
 from neurograft.anatomy.sites import of_kind
 from neurograft.anatomy.verify import Row, check
 from neurograft.core.errors import RequestError

@@ -12,7 +12,7 @@ from torch import nn
 
 from neurograft.core.errors import RequestError, extra, near, one_of
 from neurograft.core.resolve import resolve
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 
 Model = nn.Module | str | Path
 SHIPPED = {"atlas": "neurograft.worlds.atlas.path"}
@@ -73,8 +73,7 @@ def load_model(
         options["device_map"] = device_map
     options |= {"dtype": as_dtype(dtype) or "auto", "use_safetensors": True, "output_loading_info": True}
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "new head"))
+        with seeded(seed, "new head"):
             made, report = factory.from_pretrained(name, config=config, **options)
     except (OSError, SafetensorError) as error:
         raise RequestError(

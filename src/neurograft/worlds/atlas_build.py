@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from neurograft.core.context import IGNORE
 from neurograft.core.fingerprint import digest
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import derive, seeded
 from neurograft.worlds import _atlas_tables, _atlas_text, atlas
 from neurograft.worlds._atlas_measure import measured
 from neurograft.worlds._muon import Muon
@@ -111,8 +111,7 @@ def fresh(tokenizer: Any, seed: int) -> nn.Module:
         eos_token_id=tokenizer.eos_token_id,
         **SHAPE,  # type: ignore[arg-type]
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "atlas", "weights"))
+    with seeded(seed, "atlas", "weights"):
         return transformers.LlamaForCausalLM(config)
 
 

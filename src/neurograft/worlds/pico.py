@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import one_of
-from neurograft.core.seeds import derive
+from neurograft.core.seeds import seeded
 from neurograft.worlds._pico_batches import batch_for
 from neurograft.worlds._picos import DIFFUSERS, PICO
 from neurograft.worlds._strangers import SMALL, STRANGERS
@@ -53,8 +53,7 @@ def pico(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **conf
         1
     """
     one_of(family, [*families(), *STRANGERS], what="pico family")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "pico", family))
+    with seeded(seed, "pico", family):
         model: Any = _diffusion(family, config) if family in DIFFUSERS else _transformer(family, config)
     if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
         model.set_experts_implementation("eager")  # the grouped products of banks have no float64

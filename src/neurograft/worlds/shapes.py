@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import one_of
-from neurograft.core.seeds import derive, generator
+from neurograft.core.seeds import generator, seeded
 
 SIZE, WIDE, FILLERS, RARE = 8, 32, 12, 2
 # 5 x 5 pixels; "#" is bright, "o" dim.
@@ -90,8 +90,7 @@ def denoiser(seed: int = 0, **config: Any) -> nn.Module:
         "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
         "mid_block_type": None, "norm_num_groups": 4, "cross_attention_dim": WIDE, "attention_head_dim": 4,
     }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "denoiser"))
+    with seeded(seed, "denoiser"):
         made: Any = UNet2DConditionModel(**{**fields, **config})
     found: nn.Module = made.eval()
     return found

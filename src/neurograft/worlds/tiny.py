@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from neurograft.core.context import unlabelled
 from neurograft.core.errors import one_of
-from neurograft.core.seeds import derive, generator
+from neurograft.core.seeds import derive, generator, seeded
 from neurograft.worlds.images import images
 from neurograft.worlds.mixture import mixture
 from neurograft.worlds.pairs import pairs
@@ -39,8 +39,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, hidden: int = 64, *, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "perceptron"))
+        with seeded(seed, "perceptron"):
             self.first, self.second = nn.Linear(FEATURES, hidden), nn.Linear(hidden, hidden)
             self.head = nn.Linear(hidden, CLASSES)
 
@@ -117,8 +116,7 @@ def _encoder(seed: int, config: dict[str, Any]) -> nn.Module:
 
     size = {k: v for k, v in _SIZE.items() if k != "num_key_value_heads"}
     shape: Any = pico("bert", seed=seed, **{**size, **_STILL, **config})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "tiny", "bert"))
+    with seeded(seed, "tiny", "bert"):
         return _widened(BertForMaskedLM(shape.config), seed)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neurograft.core.batches import IGNORE, Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.numerics.entropies import relative_entropy
 
 
 def first_answers(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -92,4 +93,4 @@ def divergence(logits: Tensor) -> Tensor:
     """
     logq = logits.log_softmax(-1)
     middle = torch.logsumexp(logq, -2, keepdim=True) - torch.tensor(float(logits.shape[-2])).log().to(logq)
-    return (logq.exp() * (logq - middle)).sum(-1).mean(-1)
+    return relative_entropy(logq, middle).mean(-1)

@@ -19,7 +19,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
 from neurograft.core.taps.reducers import Exemplars, Sample
 from neurograft.core.taps.stream import observe
-from neurograft.core.taps.tap import watch
+from neurograft.core.taps.tap import per_unit, watch
 from neurograft.core.units import Site
 
 SAMPLED = 8192
@@ -200,7 +200,7 @@ def _maps(
     first = 0
 
     def read(name: str, x: Tensor) -> None:
-        x = x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
+        x = per_unit(x)
         rows, at = looking.place()
         assert looking.seen is not None
         lead = looking.seen.lead[1:]

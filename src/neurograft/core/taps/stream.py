@@ -12,7 +12,7 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.prompts.passing import Positions
 from neurograft.core.taps.reducers import Exemplars, Reducer
-from neurograft.core.taps.tap import Watch, watch
+from neurograft.core.taps.tap import Watch, per_unit, watch
 from neurograft.core.units import Site
 
 POOLS = ("token", "mean", "max")
@@ -50,7 +50,7 @@ def observe(
     first, seen = 0, 0
 
     def read(name: str, x: Tensor) -> None:
-        x = x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
+        x = per_unit(x)
         where = None
         if places or pool != "token":
             rows, at = looking.place()

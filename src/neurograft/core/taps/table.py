@@ -14,7 +14,7 @@ from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.prompts.passing import Positions
-from neurograft.core.taps.tap import Watch, change, watch
+from neurograft.core.taps.tap import Watch, change, per_unit, watch
 from neurograft.core.units import Site
 
 POOLS = ("max", "mean", "last", "answer")
@@ -84,7 +84,7 @@ def _pooled_batch(
     made: dict[str, list[Tensor]] = {name: [] for name in sites}
 
     def take(name: str, x: Tensor, rows: Tensor) -> None:
-        x = x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
+        x = per_unit(x)
         x = x.float() if each is None else each(name, x).float()
         made[name].append(pooled(x, rows.to(x.device), here, "max" if pool == "max" else "mean").cpu())
 

@@ -31,6 +31,16 @@ GradientReader = Callable[[str, Tensor, Tensor, Tensor], None]
 Changer = Callable[[str, Tensor], Tensor | None]
 
 
+def per_unit(x: Tensor) -> Tensor:
+    """Return one number for each unit, [tokens, n]: activations as they are, of [tokens, n, w] the norms of features.
+
+    Example:
+        >>> per_unit(torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])).tolist()
+        [[5.0, 1.0]]
+    """
+    return x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
+
+
 @dataclass
 class Watch:
     """What a block of watching has seen.
