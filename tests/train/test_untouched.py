@@ -21,21 +21,26 @@ class Odd(nn.Module):
 
 
 def test_containers_come_back_as_they_were_and_stay_the_same_objects():
-    odd, seen = Odd(), []
+    odd, handles = Odd(), []
     order, lists, sets = odd.order, odd.list, odd.set
-    with pytest.raises(KeyError), untouched(odd):
-        order["a"], odd.extra = order.pop("a"), 1  # another order
-        lists.append(3)
-        sets.add(2)
-        odd.order = {}
-        odd.count += 1
-        handle = odd.register_forward_hook(lambda *_: seen.append(1))
-        raise KeyError
+
+    def interrupted():
+        with untouched(odd):
+            order["a"], odd.extra = order.pop("a"), 1  # another order
+            lists.append(3)
+            sets.add(2)
+            odd.order = {}
+            odd.count += 1
+            handles.append(odd.register_forward_hook(print))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert odd.order is order
     assert (list(order), lists, sets, odd.count.tolist()) == (["a", "b"], [1, 2], {1}, [0.0, 0.0])
     assert not hasattr(odd, "extra")
     assert not odd._forward_hooks
-    handle.remove()  # it finds its dict, though emptied
+    handles[0].remove()  # it finds its dict, though emptied
 
 
 def test_configs_modes_and_random_states_come_back():
