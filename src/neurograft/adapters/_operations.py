@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -57,22 +57,25 @@ class OperationMount(Mount):
 
     Args:
         model: the model.
-        place: called once the model is frozen, puts the operations on and returns them.
+        place: called once the model is frozen, puts the operations on one after the other and yields them.
         new: parameters the base's checkpoint lacks.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        place: Callable[[], Sequence[Live]],
+        place: Callable[[], Iterator[Live]],
         *,
         new: Iterable[str] | Mapping[str, int] = (),
     ) -> None:
         super().__init__(model, new=new)
         self.live: list[Live] = []
         try:
-            self.live += place()
+            for live in place():
+                self.live.append(live)
         except BaseException:
+            for live in self.live:
+                live.remove()
             self.release()
             raise
         register_values(model, [h for live in self.live for h in live.held().values()])
