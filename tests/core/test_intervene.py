@@ -121,10 +121,20 @@ def test_positions_and_rows():
         assert torch.equal(now, plain)
 
 
+@pytest.mark.parametrize(("part", "length"), [("encoder", 7), ("decoder", 4)])
+def test_positions_from_the_end_are_those_of_the_units_own_sequence(part, length):
+    model = pico("t5")
+    site = next(s for s in sites(model, "neuron").values() if part in s.name)
+    batch = {"input_ids": torch.arange(14).reshape(2, 7) + 3, "labels": torch.arange(8).reshape(2, 4) + 3}
+    step = Intervention(site, torch.tensor([4]), "pin", torch.tensor(9.0), (-1, 0))
+    now = seen_at(model, site, batch, step).reshape(2, length, -1)
+    assert (now[:, :, 4] == 9.0).nonzero().tolist() == [[0, 0], [0, length - 1], [1, 0], [1, length - 1]]
+
+
 def test_generation_with_a_cache_is_generation_with_folded_weights():
     model = pico("llama", initializer_range=0.5)
-    site, prompt = first(model, layer=1), {"input_ids": torch.randint(3, 64, (2, 4))}
-    how = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
+    site, prompt = first(model, layer=1), {"input_ids": torch.tensor([[5, 9, 33, 60], [7, 3, 41, 12]])}
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": True}
     plain = model.generate(**prompt, **how)
     step = Intervention(site, torch.arange(24), "zero")
     mounted = step.mount(model)
@@ -139,17 +149,18 @@ def test_generation_with_a_cache_is_generation_with_folded_weights():
 
 def test_positions_count_on_through_a_cache():
     model = pico("llama", initializer_range=0.5)
-    site, ids, prompt = first(model, layer=0), torch.arange(48), torch.randint(3, 64, (1, 4))
-    full = model.generate(input_ids=prompt, max_new_tokens=3, do_sample=False)
+    site, ids, prompt = first(model, layer=0), torch.arange(48), torch.tensor([[5, 9, 33, 60]])
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    full = model.generate(input_ids=prompt, **how)
     for positions, changed in ((("generated"), [4, 5]), ((4,), [4]), ((-1,), [3])):
         values = []
         mounted = Intervention(site, ids, "pin", torch.tensor(0.25), positions).mount(model)
         with watch(model, {"s": site}, lambda n, x: values.append(x.clone())):  # noqa: B023
-            model.generate(input_ids=prompt, max_new_tokens=3, do_sample=False)
+            model.generate(input_ids=prompt, **how)
         mounted.remove()
         pinned = (torch.cat(values) == 0.25).all(1).nonzero()[:, 0].tolist()
         assert pinned == changed, positions
-    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=3, do_sample=False), full)
+    assert torch.equal(model.generate(input_ids=prompt, **how), full)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "whisper"])

@@ -357,6 +357,23 @@ def test_what_has_no_gradient_is_refused_by_optimizers_that_need_one():
         )
 
 
+def test_a_step_that_nobody_can_take_is_refused_and_moves_nothing():
+    held = torch.nn.Parameter(torch.ones(2))
+    made = ForwardOnly([{"params": [held], "name": "x"}], lr=1.0, directions=1, scales=(1.0,), pull=lambda x: x[:, 0])
+    with pytest.raises(RequestError, match="closure"):
+        made.step(lambda: None)
+    for bad in ("nan", "inf", "-inf"):
+        made.probe(lambda terms, bad=bad: float(bad))
+        with pytest.raises(RunError, match="no finite step"):
+            made.step()
+        made.losses.zero_()
+    assert torch.equal(held.detach(), torch.ones(2))
+    assert not made.seeds
+    made.probe(lambda terms: 1.0)
+    made.step()
+    assert not torch.equal(held.detach(), torch.ones(2))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_most_tensor_bytes_alive_are_those_of_inference(method):
     model = pico("llama", hidden_size=128, intermediate_size=344, num_hidden_layers=16)

@@ -16,7 +16,7 @@ from neurograft.pipeline.attach import attach
 from neurograft.pipeline.inputs import as_batches
 from neurograft.train.loop import fit, rehearsal
 from neurograft.train.moved import Witness
-from neurograft.train.optimizers import built, chosen, groups_of, named
+from neurograft.train.optimizers import built, chosen, decaying, groups_of, named
 from neurograft.train.steps import reference_of
 from neurograft.worlds.pico import pico, pico_batch
 
@@ -278,6 +278,43 @@ def test_rates_by_hand():
 
     assert [_factor(s, 6, 2, "linear") for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert [_factor(s, 6, 2, "constant") for s in range(6)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+class Slope(nn.Module):
+    """A loss of slope 3 in w."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return ((3.0 * self.w + 4.0 * self.v) * x).sum()
+
+
+@pytest.mark.parametrize(("max_norm", "steps"), [(None, [3.0, 4.0]), (1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
+def test_gradients_are_of_one_step_and_clipped_to_their_norm(max_norm, steps):
+    net = Slope()
+    with attach(net, adapter="dense") as live:
+        how = {"optimizer": "SGD", "lr": 0.5, "max_norm": max_norm, "objective": lambda model, batch: model(batch["x"])}
+        fit(live, [{"x": torch.ones(1)}], steps=3, **how)
+        moved = [float(net.w.detach()), float(net.v.detach())]
+    assert moved == pytest.approx([-0.5 * 3 * s for s in steps], rel=1e-5)
+
+
+def test_all_wake_up_after_a_training_in_which_some_slept():
+    net = Slope()
+    how = {"optimizer": "SGD", "lr": 0.5, "objective": lambda model, batch: model(batch["x"])}
+    with attach(net, adapter="dense") as live:
+        fit(live, [{"x": torch.ones(1)}], steps=1, schedule=lambda step, names: Phase(awake=frozenset({"w"})), **how)
+        assert all(p.requires_grad for p in live.parameters())
+        assert float(net.v.detach()) == 0.0
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.ModuleDict({"normed": nn.Linear(2, 2)})["normed"])
+    net.add_module("final_norm", nn.RMSNorm(2))
+    with attach(net, adapter="dense") as live:
+        assert decaying(net, live) == ["0.weight", "2.weight"]
 
 
 class Product(torch.autograd.Function):

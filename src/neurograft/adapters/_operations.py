@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -57,20 +57,28 @@ class OperationMount(Mount):
 
     Args:
         model: the model.
-        place: called once the model is frozen, puts the operations on and returns them.
+        place: called once the model is frozen, puts the operations on one after the other and yields them.
         new: parameters the base's checkpoint lacks.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        place: Callable[[], Sequence[Live]],
+        place: Callable[[], Iterator[Live]],
         *,
         new: Iterable[str] | Mapping[str, int] = (),
     ) -> None:
+        self.live: list[Live] = []
         super().__init__(model, new=new)
-        self.live = list(place())
+        for live in place():
+            self.live.append(live)
         register_values(model, [h for live in self.live for h in live.held().values()])
+
+    def undo(self) -> None:
+        """Take back what an attachment did that failed half way."""
+        for live in self.live:
+            live.remove()
+        super().undo()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the operations' tensors."""

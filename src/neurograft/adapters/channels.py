@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ def channels(
             "at='residual'",
         )
 
-    def place() -> list[LiveMap]:
-        return [LiveMap(model, s, stream_of(known, s), ids, start=start, seed=seed) for s, ids in chosen]
+    def place() -> Iterator[LiveMap]:
+        return (LiveMap(model, s, stream_of(known, s), ids, start=start, seed=seed) for s, ids in chosen)
 
     return OperationMount(model, place, new=new)
 

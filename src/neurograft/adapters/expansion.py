@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -71,8 +71,8 @@ def expansion(
         b.name: {p for c in b.branches for k in c.banks for p in (k.first.param, k.first.bias)} for b in known.blocks
     }
 
-    def place() -> list[LiveBlock]:
-        return [LiveBlock(model, n, len(layers) + layers.index(n), silent[n], banks[n]) for n in names]
+    def place() -> Iterator[LiveBlock]:
+        return (LiveBlock(model, n, len(layers) + layers.index(n), silent[n], banks[n]) for n in names)
 
     mount = OperationMount(model, place, new=new)
     mount.declared = False  # a block is asked for and not its tensors: some (a key's bias) no objective reaches

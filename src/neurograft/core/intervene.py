@@ -239,7 +239,7 @@ class Intervention:
         """Return which activations change, bool shaped like their leading axes; None for all."""
         flags: Tensor | None = None
         if isinstance(self.positions, tuple):
-            wanted = [p if p >= 0 else p + seen.now.first for p in self.positions]
+            wanted = [p if p >= 0 else p + seen.first for p in self.positions]
             flags = torch.isin(seen.place()[1], torch.tensor(wanted))
         elif self.positions != "all":
             flags = seen.mask(self.positions)

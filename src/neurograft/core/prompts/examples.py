@@ -14,6 +14,7 @@ from neurograft.core.fingerprint import digest
 from neurograft.core.prompts.passing import tokens_of
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
+BESIDE = ("pixel_values", "input_values", "input_features")  # inputs that may stand beside tokens
 
 
 def size(batch: Mapping[str, Any]) -> int:
@@ -62,7 +63,9 @@ def _row_digest(one: Batch) -> str:
         real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if isinstance(attention, Tensor) and attention.shape == real.shape:
             real = attention.bool()
-        return digest(tokens[real])[:16]
+        # The picture a question is about; patches of a whole batch in one row say nothing of this example.
+        seen = {n: one[n] for n in BESIDE if isinstance(one.get(n), Tensor) and len(one[n]) == 1}
+        return digest(tokens[real], *([seen] if seen else []))[:16]
     return digest({n: one[n] for n in INPUTS if isinstance(one.get(n), Tensor)} or dict(_tensors(one)))[:16]
 
 

@@ -27,12 +27,13 @@ class Pass:
         number: forward passes so far, this one included.
         batch: the arguments of this pass by name, or None outside of one (an inner module called alone).
         offset: tokens that came before, in a key-value cache.
+        first: tokens of the first pass, without a cache: of the batch, and of what the decoder is given.
     """
 
     number: int = 0
     batch: dict[str, Any] | None = None
     offset: int = 0
-    first: int = 0
+    first: tuple[int, int] = (0, 0)
     masks: dict[tuple[Any, bool], Tensor | None] = field(default_factory=dict)
     under_way: bool = False
     unfinished: int = 0
@@ -44,9 +45,9 @@ class Pass:
         self.batch = {**dict(zip(names, args)), **kwargs}
         self.number += 1
         self.offset = _cached(self.batch)
-        tokens = tokens_of(self.batch)
-        if self.offset == 0 and tokens is not None:
-            self.first = tokens.shape[1]
+        if self.offset == 0:
+            tokens, answers = tokens_of(self.batch), tokens_of(_told(self.batch, True))
+            self.first = tuple(0 if t is None else t.shape[1] for t in (tokens, answers))  # type: ignore[assignment]
         self.masks, self.under_way = {}, True
         self.unfinished += torch.is_grad_enabled()
 
@@ -178,6 +179,11 @@ class Seen:
             return None
         found: Tensor = shrink(self.lead[1], attention).bool()
         return found
+
+    @property
+    def first(self) -> int:
+        """How many tokens the first pass brought: where positions from its end are counted from."""
+        return self.now.first[self.decoder]
 
     def place(self) -> tuple[Tensor, Tensor]:
         """Return the batch row and the position of each activation, int64 shaped `lead`; positions count from the
