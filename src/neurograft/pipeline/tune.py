@@ -18,10 +18,11 @@ from neurograft.core.compact.mount import Mount
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, near
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.prompts.collate import collator
 from neurograft.core.seeds import derive
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import Where, attach, selection_of, takes
-from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest, processor_for
+from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest, processor_for
 from neurograft.pipeline.locate import locate, select
 from neurograft.pipeline.models import Model, load_model
 from neurograft.train.asked import Asked
