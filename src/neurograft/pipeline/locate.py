@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from neurograft.anatomy.sites import sites
 from neurograft.core.card import Card
 from neurograft.core.choose import Choice, choose, option_names
-from neurograft.core.context import IGNORE, Batch, Context, Step
+from neurograft.core.context import IGNORE, Batch, Context, Step, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import describe
 from neurograft.core.prompts.examples import row_digests
@@ -77,7 +77,8 @@ def locate(
         seed: root of every random number.
 
     Returns:
-        Scores over all units of the kind, with provenance in `card`.
+        Scores over all units of the kind, with provenance in `card`. Examples without a label tell nothing to a locator
+        that needs labels and are left out, however they are batched; the card says how many as `unlabelled`.
 
     Raises:
         RequestError: an unknown method, kind, site or option, data that the locator needs and did not get.
@@ -94,6 +95,9 @@ def locate(
         sides = located_data(data, net, **reading)
     batches, contrast = sides
     goal = target_of(target, net, processing_class)
+    unlabelled = 0
+    if "labels" in chosen.card.needs and goal is None and not contrast and not groups:
+        batches, unlabelled = _labelled(batches, net)
     _check_needs(chosen.card, chosen.name, units, batches, contrast, goal, against, groups)
     with as_found(net):
         context = Context(
@@ -119,6 +123,7 @@ def locate(
         "target": target if isinstance(target, (str, tuple, list)) else getattr(target, "__qualname__", None),
         "positions": positions if isinstance(positions, str) else "callable",
         "data": data_digest(batches) if batches else None,
+        **({"unlabelled": unlabelled} if unlabelled else {}),
         "contrast": data_digest(contrast) if contrast else None,
         **({"groups": {name: data_digest(group) for name, group in groups.items()}} if groups else {}),
         "examples": row_digests([*batches, *contrast]),
@@ -253,6 +258,29 @@ def _check_needs(
     for need, found in have.items():
         if need in card.needs and not found:
             raise RequestError(f"no {need} for {name}", expected=f"{need}, which this locator needs", do=how[need])
+
+
+def _labelled(batches: list[Batch], model: nn.Module) -> tuple[list[Batch], int]:
+    """Return the batches without the rows that have no label to learn from, and how many these were."""
+    found, left_out = [], 0
+    for batch in batches:
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.dim():
+            asked = labels[:, 1:] if shifts(model) and labels.dim() == 2 else labels
+            has = (asked != IGNORE).reshape(len(labels), -1).any(1)
+            if not bool(has.all()):
+                left_out += int((~has).sum())
+                batch = _rows(batch, has)
+        if batch:
+            found.append(batch)
+    return (found, left_out) if found else (batches, 0)
+
+
+def _rows(batch: Batch, keep: Tensor) -> Batch:
+    """Return some rows of a batch, nothing if there is none."""
+    if not bool(keep.any()):
+        return {}
+    return {k: v[keep] if isinstance(v, Tensor) and v.dim() and len(v) == len(keep) else v for k, v in batch.items()}
 
 
 def _has_labels(batch: Batch) -> bool:
