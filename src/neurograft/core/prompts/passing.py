@@ -39,6 +39,7 @@ class Pass:
     under_way: bool = False
     unfinished: int = 0
     task: int = -1
+    two_sided: bool = False
     stood: set[str] = field(default_factory=set)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -46,6 +47,7 @@ class Pass:
         names = list(inspect.signature(model.forward).parameters) if args else []
         self.batch = {**dict(zip(names, args)), **kwargs}
         self.number += 1
+        self.two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.offset = _cached(self.batch)
         tokens = tokens_of(self.batch)
         if self.offset == 0 and tokens is not None:
@@ -86,7 +88,10 @@ class Pass:
         if key not in self.masks:
             batch = self.current()
             word = "all" if positions == "generated" else positions
-            flags = None if batch is None else token_mask(_told(batch, decoder), word)
+            told = {} if batch is None else _told(batch, decoder)
+            if self.two_sided and not decoder and not callable(word):
+                told.pop("labels", None)  # they are the decoder's, also where both sides are of one length
+            flags = None if batch is None else token_mask(told, word)
             if positions == "generated" and flags is not None and self.offset == 0:
                 flags = torch.zeros_like(flags)
             self.masks[key] = flags
@@ -182,8 +187,8 @@ class Seen:
 
         DeBERTa projects its relative positions with the weights of its tokens: they belong to no example.
         """
-        two = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)  # embeddings serve both sides
-        flags = None if two or self.tokens is not None else self.now.mask("all")
+        either = self.now.two_sided or self.tokens is not None  # embeddings of encoder-decoders serve both sides
+        flags = None if either else self.now.mask("all")
         if flags is None:
             return False
         if self.lead in (tuple(flags.shape), (flags.numel(),)):
