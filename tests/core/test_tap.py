@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from neurograft.anatomy.sites import sites
 from neurograft.core.context import token_mask
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.taps.board import ATTRIBUTE, put, take
@@ -298,3 +299,19 @@ def test_reader_inside_a_change_sees_what_the_model_goes_on_with():
     with watch(model, neurons(1), lambda n, x: seen.append(x)), change(model, neurons(1), lambda n, x: x * 0):
         model(**batch)
     assert seen[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("length", [8, 6])
+def test_labels_of_an_encoder_decoder_are_its_decoders(length):
+    """Also where inputs and answers happen to be of one length."""
+    model = pico("t5")
+    batch = pico_batch(model, batch=2, length=8)
+    batch["labels"] = batch["labels"][:, :length].clone()
+    batch["labels"][1, 4:] = -100
+    sides = {side: {n: s for n, s in sites(model, "neuron").items() if n.startswith(side)} for side in ("en", "de")}
+    seen = []
+    with watch(model, sides["de"], lambda name, x: seen.append(len(x)), mask="answer"):
+        model(**batch)
+    assert seen == [length + 4] * len(sides["de"])
+    with pytest.raises(RequestError, match="without token labels"), watch(model, sides["en"], print, mask="answer"):
+        model(**batch)

@@ -15,12 +15,12 @@ from neurograft.locators.fisher import fisher
 from neurograft.locators.grad_x_act import grad_x_act
 from neurograft.worlds.pico import pico, pico_batch
 
-# They make an optimizer's step for each batch, as their papers do, so batches are part of what they are.
-STEPS = {"dcm", "drift", "rehearsed", "shutting"}
-LOCATORS = [name for name in methods("locators") if name not in STEPS]
+LOCATORS = methods("locators")
 # contrastive pairs are not here: their loss compares the examples of a batch
 WORLDS = [("llama", "neuron"), ("llama", "head"), ("llama", "row"), ("llama", "channel"), ("mixtral", "neuron"),
-          ("t5", "neuron"), ("wav2vec2", "neuron")]  # fmt: skip
+          ("t5", "neuron"), ("wav2vec2", "neuron"), ("swin", "head"), ("deberta_v2", "row")]  # fmt: skip
+SHARED = {"share_att_key": True, "max_relative_positions": 8, "position_buckets": 4}  # as every DeBERTa-v3 that is used
+CONFIG = {"deberta_v2": SHARED}
 UNIT_BY_UNIT = {"described", "spared"}  # slow, so on heads and rows alone
 FAINT = 1e-9  # what float32 leaves of scores that are 0 by construction
 
@@ -49,16 +49,16 @@ def fits(card, kind, family):
 
 @pytest.mark.parametrize(("family", "kind"), WORLDS)
 def test_scores_do_not_depend_on_the_batch_size(family, kind):
-    model, auto = pico(family), choose("objectives", "auto")
-    where = dict([pair for pair in sites(model, kind).items() if pair[1].layer == 1][:2])
+    model, auto = pico(family, **CONFIG.get(family, {})), choose("objectives", "auto")
+    where = dict([pair for pair in sites(model, kind).items() if pair[1].layer == (0 if family == "swin" else 1)][:2])
     sides = rows(model, 1), rows(model, 2)
     for name in LOCATORS:
         method = choose("locators", name)
-        cheap = {"steps": 2, "joint": True, "epochs": 20}
+        cheap = {"steps": 2, "joint": True, "epochs": 20, "batch_size": 4}
         method = choose("locators", name, **{k: v for k, v in cheap.items() if k in option_names(method.function)})
         if not fits(method.card, kind, family) or (name in UNIT_BY_UNIT and kind not in ("head", "row")):
             continue
-        other = pico(family, seed=1) if "against" in method.card.needs else None
+        other = pico(family, seed=1, **CONFIG.get(family, {})) if "against" in method.card.needs else None
         one, four = (
             method(Context(model, where, *(cut(side, count) for side in sides), asked=auto, against=other))
             for count in (1, 4)
@@ -136,3 +136,53 @@ def test_a_module_that_layers_share_counts_the_sum_of_its_uses():
     assert grad_x_act(given).values["u"].tolist() == [0.0]
     assert grad_x_act(given, over="token").values["u"].tolist() == [8.0]
     assert fisher(given, on="gate").values["u"].tolist() == [0.0]
+
+
+def mentions(side, counts):
+    """Prompts of six lengths whose last token but two stands earlier too, and others that have no such token."""
+    rng = torch.Generator().manual_seed(3)
+    found = []
+    for ask in (True, False):
+        rows = []
+        for length, place in ((9, 1), (6, 0), (8, 3), (12, 2), (7, 2), (10, 0)):
+            tokens = torch.randint(10, 64, (length,), generator=rng)
+            tokens[-4] = tokens[place] if ask else 5  # the answer is last, the end stands before it
+            rows.append(tokens)
+        batches, at = [], 0
+        for count in counts:
+            part = rows[at : at + count]
+            wide = max(map(len, part))
+            pads = [((wide - len(t), 0) if side == "left" else (0, wide - len(t))) for t in part]
+            ids, mask, labels = (
+                torch.stack([nn.functional.pad(v, p, value=fill) for v, p in zip(values, pads)])
+                for values, fill in (
+                    (part, 0),
+                    ([torch.ones_like(t) for t in part], 0),
+                    ([torch.where(torch.arange(len(t)) == len(t) - 1, t, -100) for t in part], -100),
+                )
+            )
+            batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+            at += count
+        found.append(batches)
+    return found
+
+
+PLACES = [("path_patching", at) for at in ("mention", "mention+1", "end-2", "end-5")] + [
+    ("dcm", "end-2"),
+    ("dcm", "end-5"),
+]
+
+
+@pytest.mark.parametrize(("name", "at"), PLACES)
+def test_places_are_the_same_whatever_the_batches_and_the_side_of_padding(name, at):
+    model = pico("llama")
+    where = sites(model, "head")
+    options = {} if name == "path_patching" else {"batch_size": 4}
+    found = [
+        choose("locators", name, at=at, **options)(Context(model, where, *mentions(side, counts)))
+        for side, counts in (("right", (6,)), ("right", (1,) * 6), ("left", (4, 2)), ("left", (1, 5)))
+    ]
+    for other in found[1:]:
+        for site, value in found[0].values.items():
+            torch.testing.assert_close(other.values[site], value, rtol=2e-3, atol=1e-5)
+        assert other.card == found[0].card

@@ -81,6 +81,7 @@ def loss(model, batch):
 def scores_of(model, batches, **options):
     """Return the scores of a linear model's entries, [n]."""
     where = sites(model, "weight")
+    options = {"batch_size": len(batches[0]["x"]), **options}
     (values,) = shutting(Context(model, where, batches, loss=loss), **options).values.values()
     return values
 
@@ -144,7 +145,7 @@ def test_a_rate_of_stable_diffusion_leaves_a_tiny_model_where_it_is():
     where = keys_and_values(model)
     given = Context(model, where, [batch], asked=choose("objectives", "denoising", scheduler=NOISE))
     before = snapshot(model)
-    still, paper, brisk = (_flat(shutting(given, steps=2, rho=rho)) for rho in (0.0, 2e-5, 300.0))
+    still, paper, brisk = (_flat(shutting(given, steps=2, rho=rho, batch_size=8)) for rho in (0.0, 2e-5, 300.0))
     assert not moved(before, model)
     assert (still - paper).norm() < 1e-3 * still.norm()
     assert (still - brisk).norm() > 0.01 * still.norm()
@@ -161,7 +162,7 @@ def test_every_step_draws_anew_and_scores_add_up():
             weight = model.get_parameter(name)
             total[name] += weight.detach() * weight.grad
     model.zero_grad(set_to_none=True)
-    found = shutting(Context(model, where, [batch], asked=asked), steps=3, rho=0.0)
+    found = shutting(Context(model, where, [batch], asked=asked), steps=3, rho=0.0, batch_size=8)
     assert len(found.values) == 6
     for site, values in found.values.items():
         torch.testing.assert_close(values, total[f"{site.split('/')[0]}.weight"].reshape(-1), rtol=1e-4, atol=1e-7)

@@ -156,7 +156,7 @@ def test_learned_drift_is_that_of_the_literal_loop_and_leaves_the_model():
     batches = world(3, count=6, batch=8)
     before = snapshot(net)
     context = Context(net, modules_of(net), batches, loss=loss_of)
-    found = resolve("neurograft.locators.drift")(context, tasks=3, epochs=2, lr=0.1)
+    found = resolve("neurograft.locators.drift")(context, tasks=3, epochs=2, lr=0.1, batch_size=8)
     assert not moved(before, net)
     assert all(p.grad is None for p in net.parameters())
     ends, inside = [], []

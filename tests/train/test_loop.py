@@ -97,7 +97,7 @@ def test_uneven_batches_accumulate_to_one_big_batch(objective, pick, examples):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit"])
+@pytest.mark.parametrize("family", ["bert", "vit", "wav2vec2"])
 def test_losses_of_the_model_itself_accumulate_too(family):
     model = pico(family, dtype=torch.float64)
     batch = pico_batch(model, batch=5)
@@ -105,9 +105,10 @@ def test_losses_of_the_model_itself_accumulate_too(family):
     parts = [{k: v[:1] for k, v in batch.items()}, {k: v[1:] for k, v in batch.items()}]
     whole, expected = gradients(model, None, [batch])
     loss, found = gradients(model, None, parts)
-    assert abs(loss - whole) < 1e-10
+    rtol = 1e-5 if family == "wav2vec2" else 0.0  # whose loss is taken in float32
+    assert abs(loss - whole) < 1e-10 + rtol * whole
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10)
+        torch.testing.assert_close(found[name], expected[name], rtol=rtol, atol=1e-10 + rtol)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

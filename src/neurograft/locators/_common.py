@@ -91,9 +91,9 @@ def per_example(tokens: Tensor, rows: Tensor, examples: int) -> Tensor:
     """
     if len(rows) and int(rows[0]) < 0:
         raise RequestError(
-            "scores by example of an expert that does not tell whose tokens it got",
+            "scores by example of units that do not tell whose tokens they got, as some experts and relative positions",
             expected="units of which every token's example is known",
-            do="leave experts out (match=), or take over='data' or 'token'",
+            do="leave them out (match=), or take over='data' or 'token'",
         )
     length = len(tokens) // examples
     if length and length * examples == len(rows):

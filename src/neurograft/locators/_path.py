@@ -64,12 +64,14 @@ class Path:
     def at(self, m: float, *, keep: bool) -> Iterator[None]:
         """Put activations at b + m (a - b), where they count, for a block."""
 
-        def move(name: str, x: Tensor) -> Tensor:
+        def move(name: str, x: Tensor) -> Tensor | None:
+            assert watch.seen is not None
+            if watch.seen.astray(name):
+                return None
             base = self.base[name].to(x).expand_as(x) if name in self.base else torch.zeros_like(x)
             if keep and self.multiply:
                 self.way[name].append((x - base).detach())
             moved = base + m * (x - base)
-            assert watch.seen is not None
             kept = watch.seen.mask("all" if self.everywhere else self.context.positions)
             if kept is None:
                 return moved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from neurograft.core.compact.mask import Mask
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.answering import both, need_causal, paired
+from neurograft.core.prompts.collate import rebatched
 from neurograft.core.prompts.places import answers, ends, place
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.taps.capture import capture
@@ -25,7 +28,7 @@ Pair = tuple[Batch, Batch, Tensor, Tensor]
     needs={"batches", "contrast", "labels", "taps", "per_token", "gradients"},
     claims={"finite", "length", "mask"},
     departs="The last mask is kept, where the reference keeps the one that did best on a quarter of the pairs. The "
-    "first half of the batches trains the mask, the rest tells its accuracy. Rows that lack the place are left out.",
+    "first half of the pairs trains the mask, the rest tells its accuracy. Rows that lack the place are left out.",
 )
 def dcm(
     context: Context,
@@ -36,6 +39,7 @@ def dcm(
     lam: float = 0.01,
     lr: float = 0.1,
     epochs: int = 2,
+    batch_size: int = 32,
 ) -> Scores:
     """Score heads by 1 - w, w a mask learned so that patching from the other prompt brings the answer wanted.
 
@@ -52,19 +56,17 @@ def dcm(
         lam: price of a patched head.
         lr: learning rate.
         epochs: passes over the pairs.
+        batch_size: pairs in a step, however the data are batched.
 
     Returns:
-        Scores, 0 for heads outside `heads`; the card holds `accuracy`, the share of pairs of the second half of the
-        batches (of all, if there is one) whose wanted answer is the likeliest with the rounded mask.
+        Scores, 0 for heads outside `heads`; the card holds `accuracy`, the share of the second half of the pairs (of
+        all, if there is one) whose wanted answer is the likeliest with the rounded mask.
 
     Raises:
         RequestError: no causal language model, prompts that do not come in pairs, or none that has the place.
     """
     need_causal(context.model)
-    pairs = []
-    for base, other in paired(context.batches, context.contrast):
-        found = both(base, other, place(base, at, query=query), place(other, at, query=query))
-        pairs += [found] if len(found[2]) else []
+    pairs = _placed(context, context.batches, context.contrast, 1, at, query)
     if not pairs:
         raise RequestError(
             f"pairs none of which has the place {at!r}", expected="some that do", do="choose another at= or query="
@@ -72,11 +74,26 @@ def dcm(
     may = {n: heads.masks()[n] if heads is not None else torch.ones(s.n) > 0 for n, s in context.sites.items()}
     middle = -(-len(pairs) // 2)
     patch = _Patch(context, may)
-    held = patch.learned(pairs[:middle], lam=lam, lr=lr, epochs=epochs)
-    accuracy = patch.accuracy(pairs[middle:] or pairs, patch.mask.hard(held).float())
+    first, rest = (
+        _placed(context, [p[0] for p in part], [p[1] for p in part], batch_size, at, query)
+        for part in (pairs[:middle], pairs[middle:] or pairs)
+    )
+    held = patch.learned(first, lam=lam, lr=lr, epochs=epochs)
+    accuracy = patch.accuracy(rest, patch.mask.hard(held).float())
     w = dict(zip(context.sites, held.split([s.n for s in context.sites.values()])))
     scores = {n: torch.where(may[n], 1 - w[n], torch.zeros(())) for n in w}
     return scored(context, scores, {"at": at, "query": query, "accuracy": accuracy, "lam": lam})
+
+
+def _placed(
+    context: Context, bases: Sequence[Batch], others: Sequence[Batch], batch_size: int, at: str, query: str
+) -> list[Pair]:
+    """Return pairs of batches of that size with the place in either, without the rows that lack it."""
+    found = []
+    for base, other in paired(*(rebatched(context.model, side, batch_size) for side in (bases, others))):
+        pair = both(base, other, place(base, at, query=query), place(other, at, query=query))
+        found += [pair] if len(pair[2]) else []
+    return found
 
 
 class _Patch:

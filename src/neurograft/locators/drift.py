@@ -14,6 +14,7 @@ from neurograft.core.choose import choose
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.prompts.collate import rebatched
 from neurograft.core.selection import Scores
 from neurograft.core.units import Parameters
 from neurograft.locators._common import backward, scored
@@ -29,28 +30,31 @@ State = Mapping[str, Tensor]
     "consecutive tasks, and the change between epochs inside a task is reported beside it (`inside`). Their ratio is "
     "no rank: units that hardly move inside a task come first by it. Batch statistics stay as they are.",
 )
-def drift(context: Context, *, tasks: int = 2, epochs: int = 2, lr: float = 0.05) -> Scores:
+def drift(context: Context, *, tasks: int = 2, epochs: int = 2, lr: float = 0.05, batch_size: int = 16) -> Scores:
     """Score each unit by mean over n of (1 / its size) sum |theta_n - theta_(n-1)|, theta_n the model after task n.
 
-    The model learns task after task by plain SGD and is put back; the tasks are consecutive parts of the data.
+    The model learns task after task by plain SGD and is put back; the tasks are consecutive parts of the examples.
 
     Args:
-        context: model, batches in the order of the tasks, loss; or `against`, a list of models or grafts at the ends
+        context: model, examples in the order of the tasks, loss; or `against`, a list of models or grafts at the ends
             of tasks that were learned already, which are then compared and nothing is trained.
-        tasks: parts of the data.
+        tasks: parts of the data, of as many examples each as divides.
         epochs: passes over each part.
         lr: learning rate of SGD.
+        batch_size: examples in a step, however the data are batched.
 
     Returns:
         Scores; the card holds `tasks`, and `inside`: site -> the same between consecutive epochs of one task.
 
     Raises:
-        RequestError: fewer than two tasks, or fewer batches than tasks.
+        RequestError: fewer than two tasks, or fewer examples than tasks.
     """
     mine = {n: p for n, p in Parameters.of(context.model).by_name.items() if p.is_floating_point()}
     start = {n: p.detach().clone() for n, p in mine.items()}
     try:
-        ends, steps = _given(context, mine) if context.against is not None else _learned(context, tasks, epochs, lr)
+        ends, steps = (
+            _given(context, mine) if context.against is not None else _learned(context, tasks, epochs, lr, batch_size)
+        )
         if len(ends) < 2:
             raise RequestError(f"{len(ends)} tasks", expected="at least 2, to compare", do="give more of them")
         between = _mean(context, mine, list(itertools.pairwise(ends)))
@@ -61,12 +65,17 @@ def drift(context: Context, *, tasks: int = 2, epochs: int = 2, lr: float = 0.05
     return scored(context, between, card)
 
 
-def _learned(context: Context, tasks: int, epochs: int, lr: float) -> tuple[list[State], list[tuple[State, State]]]:
-    batches = list(context.batches)
-    if tasks < 2 or len(batches) < tasks:
+def _learned(
+    context: Context, tasks: int, epochs: int, lr: float, batch_size: int
+) -> tuple[list[State], list[tuple[State, State]]]:
+    rows = rebatched(context.model, context.batches, 1)
+    if tasks < 2 or len(rows) < tasks:
         raise RequestError(
-            f"{tasks} tasks of {len(batches)} batches", expected="2 or more tasks, each of a batch", do="give more data"
+            f"{tasks} tasks of {len(rows)} examples",
+            expected="2 or more tasks, each of an example",
+            do="give more data",
         )
+    parts = [rows[task * len(rows) // tasks : (task + 1) * len(rows) // tasks] for task in range(tasks)]
     flags = {p: p.requires_grad for p in context.model.parameters()}
     mine = {n: p for n, p in Parameters.of(context.model).by_name.items() if p.is_floating_point()}
     for parameter in mine.values():
@@ -76,10 +85,11 @@ def _learned(context: Context, tasks: int, epochs: int, lr: float) -> tuple[list
     steps: list[tuple[State, State]] = []
     try:
         optimizer = torch.optim.SGD(mine.values(), lr=lr)
-        for task in range(tasks):
+        for part in parts:
+            batches = rebatched(context.model, part, batch_size)
             last: State | None = None
             for _ in range(epochs):
-                for batch in batches[task * len(batches) // tasks : (task + 1) * len(batches) // tasks]:
+                for batch in batches:
                     optimizer.zero_grad(set_to_none=True)
                     backward(context.scalar(batch))
                     optimizer.step()

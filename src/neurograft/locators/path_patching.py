@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from neurograft.core.card import method
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.answering import both, paired, said
-from neurograft.core.prompts.places import Placed, answers, ends, place
+from neurograft.core.prompts.places import Placed, answers, ends, on_tokens, place
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.taps.capture import capture
 from neurograft.core.taps.tap import change
@@ -70,9 +70,13 @@ def path_patching(
     total = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
     rows = 0
     rng = context.generator("path_patching", at)
-    for clean, corrupt in paired(context.batches, context.contrast):
-        here = place(clean, at, query=query)
-        there = _drawn(clean, corrupt, here, rng) if at.startswith("mention") else place(corrupt, at)
+    prompts = list(paired(context.batches, context.contrast))
+    places = [place(clean, at, query=query) for clean, _ in prompts]
+    if at.startswith("mention"):
+        others = _drawn(prompts, places, rng)
+    else:
+        others = [place(corrupt, at) for _, corrupt in prompts]
+    for (clean, corrupt), here, there in zip(prompts, places, others):
         pair = both(clean, corrupt, here, there)
         if len(pair[2]):
             rows += len(pair[2])
@@ -86,14 +90,18 @@ def path_patching(
     return scored(context, {n: v / rows for n, v in total.items()}, card)
 
 
-def _drawn(clean: Batch, corrupt: Batch, here: Placed, rng: torch.Generator) -> Placed:
-    """Return in each corrupt prompt the place of some row's mention, counted from the end."""
-    found = here.found.nonzero()[:, 0]
-    if not len(found):
-        return here
-    pick = found.cpu()[torch.randint(len(found), (len(here.at),), generator=rng)].to(here.at.device)
-    far = (ends(clean) - here.at)[pick]
-    return Placed((ends(corrupt).to(far.device) - far).clamp(min=-1))
+def _drawn(prompts: Sequence[tuple[Batch, Batch]], places: Sequence[Placed], rng: torch.Generator) -> list[Placed]:
+    """Return in each corrupt prompt the place of some row's mention, counted from the end: of any row of the data, so
+    that the draw does not depend on how rows are batched."""
+    far = torch.cat([(ends(clean) - here.at)[here.found].cpu() for (clean, _), here in zip(prompts, places)])
+    if not len(far):
+        return list(places)
+    counts = [len(here.at) for here in places]
+    picks = far[torch.randint(len(far), (sum(counts),), generator=rng)].split(counts)
+    return [
+        Placed(on_tokens(corrupt, ends(corrupt) - pick.to(here.at.device)))
+        for (_, corrupt), here, pick in zip(prompts, places, picks)
+    ]
 
 
 class _Run:

@@ -10,6 +10,7 @@ from torch import Tensor
 from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
+from neurograft.core.prompts.collate import rebatched
 from neurograft.core.selection import Scores
 from neurograft.core.units import Parameters, Part
 from neurograft.locators._common import backward, need_batches, scored
@@ -24,7 +25,7 @@ from neurograft.locators._weights import put_back, weight_gradients
     departs="Weights shrink in float32 whatever the model's dtype, where the reference's half precision rounds most "
     "steps away. A unit of several numbers scores their sum.",
 )
-def shutting(context: Context, *, steps: int | None = None, rho: float = 2e-5) -> Scores:
+def shutting(context: Context, *, steps: int | None = None, rho: float = 2e-5, batch_size: int = 2) -> Scores:
     """Score each unit by the sum over steps of theta * dL/dtheta, with theta <- theta * (1 - rho * theta * dL/dtheta).
 
     To first order the loss falls by theta * dL/dtheta where theta becomes 0: the units to shut are those with high
@@ -36,13 +37,15 @@ def shutting(context: Context, *, steps: int | None = None, rho: float = 2e-5) -
         context: model, sites, batches, loss or target. A loss may draw anew in every step, as those of diffusion do.
         steps: backward passes, one batch each, the batches in turn; one for each batch if None. The paper makes 1000.
         rho: rate of the path; 0 to stay at theta_0. What a rate does depends on the size of the loss.
+        batch_size: examples in a step, however the data are batched.
 
     Raises:
         RequestError: no data, no step, a rate below 0, no scalar, units without weights, or a path that ran off to
             where the loss is no number.
     """
     need_batches(context)
-    steps = len(context.batches) if steps is None else steps
+    batches = rebatched(context.model, context.batches, batch_size)
+    steps = len(batches) if steps is None else steps
     if steps < 1 or not 0 <= rho < math.inf:
         raise RequestError(
             f"steps={steps}, rho={rho}", expected="at least one step and a rate of 0 or more", do="steps=1000, rho=2e-5"
@@ -61,7 +64,7 @@ def shutting(context: Context, *, steps: int | None = None, rho: float = 2e-5) -
         owned = {n: _owned(p, [part for _, part in found[n]]) for n, p in path.items()}
         for step in range(steps):
             effects.clear()
-            backward(context.scalar(context.batches[step % len(context.batches)], step=step))
+            backward(context.scalar(batches[step % len(batches)], step=step))
             with torch.no_grad():  # only now: what lies below still had to read the weights
                 for name, effect in effects.items():
                     totals[name] += effect

@@ -36,7 +36,8 @@ def auto(step: Step) -> Tensor:
     """Return the token likelihood for causal language models, and the loss the model returns for any other.
 
     A loss that is a mean over labels is weighted by the batch's share of the accumulation window, so that uneven
-    batches add up to the loss of one big batch. A router's balance loss is added as the model adds it.
+    batches add up to the loss of one big batch; one that is a sum over rows (CTC) is added up as it is. A
+    router's balance loss is added as the model adds it.
 
     Args:
         step: the batch, its outputs and the size of the window.
@@ -64,9 +65,11 @@ def auto(step: Step) -> Tensor:
         )
     if step.apart and isinstance(labels, Tensor) and (step.items is None or _sums(step.model)):
         return _by_row(step, loss, labels)
-    if step.items is None or not isinstance(labels, Tensor) or not mean:
+    if step.items is None or not isinstance(labels, Tensor) or not (mean or _sums(step.model)):
         return loss
     step.counted = True
+    if _sums(step.model):  # sums over rows add up as they are: a row counts alike in windows of one batch and of many
+        return loss
     return loss * (labels != IGNORE).sum() / step.items
 
 

@@ -48,6 +48,7 @@ def carried(
     model, found = state["model"], _circuit(state)
     options: Mapping[str, Any] = state.get("common", {})
     how = {"processing_class": options.get("processing_class"), "batch_size": batch}
+    learning: dict[str, Any] = {"query": query, "lam": lam, "lr": lr, "epochs": epochs}
     told: dict[str, dict[str, Any]] = {name: {} for name, group in found.items() if len(group.where)}
     with as_found(model):
         where = sites(model, "head")
@@ -56,7 +57,7 @@ def carried(
             context = Context(model, where, base, other, seed=options.get("seed", 0))
             for name, mine in told.items():
                 group = found[name]
-                scores = dcm(context, heads=group.where, at=group.at, query=query, lam=lam, lr=lr, epochs=epochs)
+                scores = dcm(context, heads=group.where, at=group.at, batch_size=batch, **learning)
                 heads = {s: (v > 0.5).nonzero()[:, 0] for s, v in scores.values.items()}
                 mine[variable] = {
                     "where": type(group.where).of(where, heads, {"rule": "dcm", "of": [group.where.digest]}),

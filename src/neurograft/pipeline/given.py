@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from neurograft.core.card import Card
-from neurograft.core.context import IGNORE, Batch
+from neurograft.core.context import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import row_digests
 from neurograft.pipeline.grouped import grouped_rows, row_of
@@ -47,6 +47,20 @@ class Given:
             return Given(*located_data(data, model, **reading))
         groups = {name: as_batches(rows, model, **reading) for name, rows in grouped_rows(data).items()}
         return Given([b for group in groups.values() for b in group], [], groups)
+
+    def labelled(self, model: nn.Module) -> tuple[Given, int]:
+        """Return one set without the examples that have no label to learn from, and how many these were."""
+        if self.contrast or self.groups:
+            return self, 0
+        found, left_out = [], 0
+        for batch in self.batches:
+            has = _learnable(batch, model)
+            if has is not None and not bool(has.all()):
+                left_out += int((~has).sum())
+                batch = _rows(batch, has)
+            if batch:
+                found.append(batch)
+        return (replace(self, batches=found), left_out) if found else (self, 0)
 
     def check(self, card: Card, name: str, *, units: str, target: Any, against: Any) -> None:
         """Raise unless a locator's card allows these units, and all that it needs is there.
@@ -90,6 +104,22 @@ def located_data(data: Any, model: nn.Module, **options: Any) -> tuple[list[Batc
         sides = [[row_of(row[side]) for row in rows] for side in ("positive", "negative")]
         return as_batches(sides[0], model, **options), as_batches(sides[1], model, **options)
     return as_batches(rows, model, **options), []
+
+
+def _learnable(batch: Batch, model: nn.Module) -> Tensor | None:
+    """Say which rows of a batch have a label that the model is asked for, bool [B]; None if it has no labels."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or not labels.dim():
+        return None
+    asked = labels[:, 1:] if shifts(model) and labels.dim() == 2 else labels
+    return (asked != IGNORE).reshape(len(labels), -1).any(1)
+
+
+def _rows(batch: Batch, keep: Tensor) -> Batch:
+    """Return some rows of a batch, nothing if there is none."""
+    if not bool(keep.any()):
+        return {}
+    return {k: v[keep] if isinstance(v, Tensor) and v.dim() and len(v) == len(keep) else v for k, v in batch.items()}
 
 
 def _has_labels(batch: Batch) -> bool:

@@ -71,7 +71,9 @@ def locate(
         seed: root of every random number.
 
     Returns:
-        Scores over all units of the kind, with provenance in `card`.
+        Scores over all units of the kind, with provenance in `card`. Examples without a label tell nothing to a locator
+        that needs labels and are left out, however they are batched; the card says how many as `unlabelled`.
+        that needs labels and are left out, however they are batched; the card says how many as `unlabelled`.
 
     Raises:
         RequestError: an unknown method, kind, site or option, data that the locator needs and did not get.
@@ -82,6 +84,9 @@ def locate(
     reading = {"processing_class": processing_class, "batch_size": batch_size, "max_length": max_length, "limit": limit}
     given = Given.read(data, net, in_groups="groups" in chosen.card.needs, **reading)
     goal = target_of(target, net, processing_class)
+    unlabelled = 0
+    if "labels" in chosen.card.needs and goal is None:
+        given, unlabelled = given.labelled(net)
     given.check(chosen.card, chosen.name, units=units, target=goal, against=against)
     with as_found(net):
         context = Context(
@@ -106,6 +111,7 @@ def locate(
         "objective": choose("objectives", objective).as_dict() if given.batches else None,
         "target": target if isinstance(target, (str, tuple, list)) else getattr(target, "__qualname__", None),
         "positions": positions if isinstance(positions, str) else "callable",
+        **({"unlabelled": unlabelled} if unlabelled else {}),
         **given.card(),
         "model": describe(net),
         "seed": seed,

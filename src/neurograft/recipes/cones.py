@@ -75,7 +75,7 @@ def cones(
     recipe: list[dict[str, Any]] = [
         {
             "do": "locate",
-            "by": ("shutting", {"steps": steps, "rho": rho}),
+            "by": ("shutting", {"steps": steps, "rho": rho, "batch_size": batch}),
             "units": "weight",
             "match": list(LAYERS[layers]),
             "objective": objective,

@@ -40,7 +40,7 @@ def fpf(
         batch: examples in a batch.
         warmup: share of the steps.
     """
-    by = ("drift", {"tasks": tasks, "epochs": rehearse, "lr": lr})
+    by = ("drift", {"tasks": tasks, "epochs": rehearse, "lr": lr, "batch_size": batch})
     return Recipe(
         "fpf",
         (

@@ -1,4 +1,4 @@
-"""Encoded examples side by side, as one batch."""
+"""Examples joined into batches, and batches cut anew."""
 
 from __future__ import annotations
 
@@ -8,8 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.batches import IGNORE
+from neurograft.core.batches import IGNORE, Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.prompts.examples import singles, size
+
+
+def rebatched(model: nn.Module, batches: Sequence[Batch], batch_size: int) -> list[Batch]:
+    """Return the same examples in the same order, `batch_size` of them in each batch.
+
+    For methods that make a step for each batch: what they find must not depend on how examples came.
+
+    Args:
+        model: its config names the padding token, where batches of different widths meet.
+        batches: model inputs; what has no axis of examples is taken from the first batch.
+        batch_size: examples in a batch; the last may hold fewer.
+
+    Raises:
+        RequestError: a size below 1, or examples that cannot stand in one batch.
+
+    Example:
+        >>> [b["x"].tolist() for b in rebatched(nn.Identity(), [{"x": torch.arange(3)}, {"x": torch.arange(2)}], 2)]
+        [[0, 1], [2, 0], [1]]
+    """
+    if batch_size < 1:
+        raise RequestError(f"batch_size={batch_size}", expected="at least 1", do="give batch_size=8")
+    sizes = [size(batch) for batch in batches]
+    if all(n == batch_size for n in sizes[:-1]) and all(n <= batch_size for n in sizes[-1:]):
+        return list(batches)
+    rows, join = [one for batch in batches for one in singles(batch)], collator(model)
+    return [_joined(rows[i : i + batch_size], join) for i in range(0, len(rows), batch_size)]
+
+
+def _joined(rows: Sequence[Batch], join: Callable[[Sequence[Mapping[str, Tensor]]], dict[str, Tensor]]) -> Batch:
+    own = [{k: v[0] for k, v in row.items() if isinstance(v, Tensor) and v.dim() and len(v) == 1} for row in rows]
+    made = join(own)
+    if "attention_mask" not in rows[0] and bool(made.get("attention_mask", torch.ones(())).all()):
+        made.pop("attention_mask", None)  # nothing was padded, and the model may not take one
+    return {**{k: v for k, v in rows[0].items() if k not in made}, **made}
 
 
 def collator(
@@ -40,8 +75,9 @@ def collator(
         fill = {k: IGNORE if k == "labels" else pad if k.endswith("input_ids") else 0 for k in keys}
         made = {k: _stacked(k, [e[k] for e in examples], fill[k]) for k in keys}
         if "input_ids" in made and "attention_mask" not in made and made["input_ids"].dim() == 2:
-            lengths = torch.tensor([len(e["input_ids"]) for e in examples])
-            made["attention_mask"] = (torch.arange(made["input_ids"].shape[1]) < lengths[:, None]).long()
+            device = made["input_ids"].device
+            lengths = torch.tensor([len(e["input_ids"]) for e in examples], device=device)
+            made["attention_mask"] = (torch.arange(made["input_ids"].shape[1], device=device) < lengths[:, None]).long()
         return made
 
     return join

@@ -11,9 +11,8 @@ from torch import Tensor
 from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
-from neurograft.core.prompts.passing import tokens_of
+from neurograft.core.prompts.passing import INPUTS, examples, tokens_of
 
-INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 BESIDE = ("pixel_values", "input_values", "input_features")  # inputs that may stand beside tokens
 
 
@@ -27,11 +26,11 @@ def size(batch: Mapping[str, Any]) -> int:
         >>> size({"input_ids": torch.zeros(3, 5)})
         3
     """
-    named = [batch[n] for n in INPUTS if isinstance(batch.get(n), Tensor)]
-    for value in (*named, *batch.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    raise RequestError(f"a batch of {', '.join(batch) or 'nothing'}", expected="tensors", do="give encoded examples")
+    if not any(isinstance(value, Tensor) and value.dim() for value in batch.values()):
+        raise RequestError(
+            f"a batch of {', '.join(batch) or 'nothing'}", expected="tensors", do="give encoded examples"
+        )
+    return examples(batch)
 
 
 def singles(batch: Mapping[str, Any]) -> Iterator[Batch]:

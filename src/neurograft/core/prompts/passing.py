@@ -6,6 +6,7 @@ Shape letters: B batch rows, T tokens of this pass, n units, w features of a uni
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from neurograft.core.batches import IGNORE, token_mask
 from neurograft.core.errors import RequestError, RunError
 
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 Positions = str | Callable[[dict[str, Any]], Tensor]
 
 
@@ -38,17 +40,20 @@ class Pass:
     under_way: bool = False
     unfinished: int = 0
     task: int = -1
+    two_sided: bool = False
+    stood: set[str] = field(default_factory=set)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take over the arguments of a forward pass of the root."""
         names = list(inspect.signature(model.forward).parameters) if args else []
         self.batch = {**dict(zip(names, args)), **kwargs}
         self.number += 1
+        self.two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.offset = _cached(self.batch)
         if self.offset == 0:
             tokens, answers = tokens_of(self.batch), tokens_of(_told(self.batch, True))
             self.first = tuple(0 if t is None else t.shape[1] for t in (tokens, answers))  # type: ignore[assignment]
-        self.masks, self.under_way = {}, True
+        self.masks, self.stood, self.under_way = {}, set(), True
         self.unfinished += torch.is_grad_enabled()
 
     def end(self) -> None:
@@ -84,7 +89,10 @@ class Pass:
         if key not in self.masks:
             batch = self.current()
             word = "all" if positions == "generated" else positions
-            flags = None if batch is None else token_mask(_told(batch, decoder), word)
+            told = {} if batch is None else _told(batch, decoder)
+            if self.two_sided and not decoder and not callable(word):
+                told.pop("labels", None)  # they are the decoder's, also where both sides are of one length
+            flags = None if batch is None else token_mask(told, word)
             if positions == "generated" and flags is not None and self.offset == 0:
                 flags = torch.zeros_like(flags)
             self.masks[key] = flags
@@ -104,6 +112,12 @@ def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:
             found: Tensor = batch[name]
             return found
     return None
+
+
+def examples(batch: Mapping[str, Any]) -> int:
+    """Return how many examples a batch holds, 0 if that cannot be told."""
+    named = [batch[n] for n in INPUTS if isinstance(batch.get(n), Tensor)]
+    return next((len(v) for v in (*named, *batch.values()) if isinstance(v, Tensor) and v.dim()), 0)
 
 
 def _cached(batch: Mapping[str, Any]) -> int:
@@ -169,6 +183,20 @@ class Seen:
             )
         return None
 
+    def astray(self, name: str) -> bool:
+        """Say whether a site that stood at the batch's tokens in this pass is met at something else now.
+
+        DeBERTa projects its relative positions with the weights of its tokens: they belong to no example.
+        """
+        either = self.now.two_sided or self.tokens is not None  # embeddings of encoder-decoders serve both sides
+        flags = None if either else self.now.mask("all")
+        if flags is None:
+            return False
+        if self.lead in (tuple(flags.shape), (flags.numel(),)):
+            self.now.stood.add(name)
+            return False
+        return name in self.now.stood
+
     def _frames(self) -> Tensor | None:
         """Return the mask of an audio model's frames, which are fewer than its samples."""
         batch = self.now.current() or {}
@@ -186,8 +214,12 @@ class Seen:
         return self.now.first[self.decoder]
 
     def place(self) -> tuple[Tensor, Tensor]:
-        """Return the batch row and the position of each activation, int64 shaped `lead`; positions count from the
-        first token ever seen, so that they go on through a key-value cache."""
+        """Return the batch row and the position of each activation, int64 shaped `lead`.
+
+        Positions count from the first token ever seen, so that they go on through a key-value cache. Several on the
+        first axis for each row, such as the windows an image is cut into, are taken as that row's; where they do not
+        go into the rows, what they stand at is no example's, and the row is -1.
+        """
         batch = self.now.current() or {}
         ids = tokens_of(_told(batch, self.decoder))
         width = 1 if ids is None else ids.shape[1]
@@ -196,8 +228,11 @@ class Seen:
         if len(self.lead) == 1 and ids is not None and self.lead[0] == ids.shape[0] * width:
             flat = torch.arange(self.lead[0])
             return flat // width, flat % width + self.now.offset
-        rows = torch.arange(self.lead[0]).reshape(-1, *[1] * (len(self.lead) - 1)).expand(self.lead)
-        rest = self.lead[1:]
-        count = torch.arange(max(1, int(torch.tensor(rest).prod())) if rest else 1).reshape(1, *rest)
+        rest, first = self.lead[1:], torch.arange(self.lead[0]).reshape(-1, *[1] * (len(self.lead) - 1))
+        inside = math.prod(rest)
+        windows, odd = divmod(self.lead[0], examples(batch) or self.lead[0])
+        told = not odd and (windows == 1 or len(rest) > 0)
+        rows = first // windows if told else torch.full_like(first, -1)
+        count = torch.arange(inside).reshape(1, *rest) + (first % windows * inside if told else 0)
         offset = self.now.offset if len(self.lead) == 2 else 0
-        return rows, (count if rest else count.reshape(1)).expand(self.lead) + offset
+        return rows.expand(self.lead), count.expand(self.lead) + offset

@@ -67,7 +67,7 @@ def place(batch: Mapping[str, Any], at: str, *, query: str = "end-2") -> Placed:
         raise RequestError(f"the place {at!r}", expected="end, end-2, mention, mention+1 ...", do="write it like these")
     shift, finish = int(known[2] or 0), ends(batch)
     if known[1] == "end":
-        return Placed(_on_tokens(batch, finish + shift))
+        return Placed(on_tokens(batch, finish + shift))
     if query.startswith("mention"):
         raise RequestError(f"query={query!r}", expected="a place counted from the end", do="query='end-2'")
     tokens, asked = batch["input_ids"], place(batch, query).at
@@ -76,11 +76,17 @@ def place(batch: Mapping[str, Any], at: str, *, query: str = "end-2") -> Placed:
     like &= (index < asked[:, None]) & _real(batch)
     first = torch.where(like, index, tokens.shape[1]).min(1).values
     found = like.any(1) & (first + shift >= 0) & (first + shift <= finish)
-    return Placed(_on_tokens(batch, torch.where(found, first + shift, -1)))
+    return Placed(on_tokens(batch, torch.where(found, first + shift, -1)))
 
 
-def _on_tokens(batch: Mapping[str, Any], at: Tensor) -> Tensor:
-    """Return positions [B], -1 for those before a row or at its padding."""
+def on_tokens(batch: Mapping[str, Any], at: Tensor) -> Tensor:
+    """Return positions int64 [B], -1 for those before a row's first token or at its padding.
+
+    Example:
+        >>> batch = {"input_ids": torch.ones(3, 2), "attention_mask": torch.tensor([[0, 1], [0, 1], [1, 1]])}
+        >>> on_tokens(batch, torch.tensor([1, 0, -1])).tolist()
+        [1, -1, -1]
+    """
     real = _real(batch).gather(1, at.clamp(min=0)[:, None])[:, 0]
     return torch.where((at >= 0) & real, at, -1)
 

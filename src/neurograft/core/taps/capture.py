@@ -23,6 +23,8 @@ def capture(model: nn.Module, sites: Mapping[str, Site], batch: Batch) -> dict[s
     found: dict[str, Tensor] = {}
 
     def visit(name: str, x: Tensor, seen: Seen) -> None:
+        if seen.astray(name):
+            return
         if len(seen.lead) != 2:
             raise RequestError(
                 f"the activations of {name!r}, shaped {tuple(x.shape)}",

@@ -4,8 +4,9 @@
     with change(model, sites, fn): model(**batch)             fn(name, x) -> x       x [..., n] or [..., n, w]
     with gradients(model, sites, reader): loss.backward()     reader(name, x, g, rows)
 
-Padding never reaches a reader. Everybody asserts on leaving that every tap fired and saw tokens: a hook that a fused
-kernel or a compiled graph bypasses is an error, not a silence.
+Padding never reaches a reader, nor do uses of a module elsewhere than at the tokens it stands at. Everybody asserts
+on leaving that every tap fired and saw tokens: a hook that a fused kernel or a compiled graph bypasses is an error,
+not a silence.
 """
 
 from __future__ import annotations
@@ -63,15 +64,15 @@ class Watch:
         """Return the batch row and the position of the tokens that are being read, int64 [tokens] each.
 
         Raises:
-            RequestError: the tokens are those sent to an expert that does not say which they are.
+            RequestError: it is not told whose tokens they are, as inside some experts.
         """
         if self.seen is None:
             raise RunError("place() was asked for outside of a reader")
         if self.lost:
             raise RequestError(
-                f"activations at {self.lost!r}, an expert that does not tell whose tokens it got",
+                f"activations at {self.lost!r}, which does not tell whose tokens it got",
                 expected="units of which every token's example is known",
-                do="leave experts out (match=), or do not ask by example (over='data', pool='token')",
+                do="leave it out (match=), or do not ask by example (over='data', pool='token')",
             )
         rows, at = (p.reshape(-1) for p in self.seen.place())
         if self.kept is None:
@@ -110,6 +111,8 @@ def watch(
     found = Watch(board.now)
 
     def visit(name: str, x: Tensor, seen: Seen) -> None:
+        if seen.astray(name):
+            return
         kept = seen.mask(mask or "all")
         x = x.detach()
         if kept is not None and not bool(kept.all()):
@@ -178,8 +181,8 @@ def gradients(
         model: the root that will be called.
         sites: what to read; each needs a tap.
         reader: gets activations and the gradient of the scalar with respect to them, both [tokens, n] or
-            [tokens, n, w], and the batch row of each token, int64 [tokens], -1 inside an expert that does not tell
-            whose tokens it got; tokens outside of the mask have g = 0.
+            [tokens, n, w], and the batch row of each token, int64 [tokens], -1 where it is not told
+            whose tokens those are, as inside some experts; tokens outside of the mask have g = 0.
         mask: which tokens count, as for `watch`.
 
     Raises:
@@ -191,7 +194,7 @@ def gradients(
     anchor = torch.zeros((), requires_grad=True)
 
     def visit(name: str, x: Tensor, seen: Seen) -> Tensor | None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or seen.astray(name):
             return None
         kept, rows = seen.mask(mask or "all"), seen.place()[0].reshape(-1)
         rows = torch.full_like(rows, -1) if _lost(sites[name], seen) else rows
@@ -254,8 +257,10 @@ def _seated(board: Board, guest: Guest, found: Watch, why: str = "") -> Iterator
 
 
 def _lost(site: Site, seen: Seen) -> bool:
-    """Say whether tokens are some that were sent to an expert, and nobody knows which."""
-    return routed(site) and seen.tokens is None and len(seen.lead) == 1
+    """Say whether tokens are some that were sent to an expert and nobody knows which, or no example's at all."""
+    if seen.tokens is not None:
+        return False
+    return (routed(site) and len(seen.lead) == 1) or bool((seen.place()[0] < 0).any())
 
 
 def routed(site: Site) -> bool:
