@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neurograft.core.errors import RequestError
-from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest
+from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest, processor_for
 from neurograft.pipeline.models import load_model
 from neurograft.pipeline.rows import read_rows
 from neurograft.worlds.letters import letters
@@ -166,7 +166,14 @@ BAD = {
     "foreign token": ([{"input_ids": [3, 999]}], "vocabulary of 64"),
     "negative token": ([{"input_ids": [3, -100]}], "token -100 in row 0"),
     "foreign label": ([{"input_ids": [3, 4], "labels": [-100, 64]}], "label 64 of row 0"),
-    "no text": ([{"text": "1"}, {"text": None}], "None, a NoneType, where text belongs"),
+    "no text": ([{"text": "1"}, {"text": None}], r"None, a NoneType, where text belongs \(row 1\)"),
+    "empty text": ([{"text": "1"}, {"text": ""}], "row 1, whose text is empty"),
+    "a prompt of a number": ([{"prompt": 3, "completion": "y"}], "3, a int"),
+    "an answer of a number": ([{"prompt": "x", "completion": 3}], "3, a int"),
+    "messages that are none": ([{"messages": "hi"}], "messages of row 0, 'hi'"),
+    "messages without a role": ([{"messages": [{"content": "x"}]}], "each with role and content"),
+    "messages as pairs": ([{"messages": [["user", "x"]]}], "each with role and content"),
+    "labels of another length": ([{"input_ids": [3, 4, 5], "labels": [3, 4]}], r"labels of shape \(2,\) .* in row 0"),
     "empty answer": ([{"prompt": "x" * 70, "completion": "y"}], "cut off"),
 }
 
@@ -180,7 +187,7 @@ def test_bad_data_is_named(case, llama):
     assert error.value.do
 
 
-@pytest.mark.parametrize("more", [{"batch_size": 0}, {"limit": 0}, {"limit": -1}])
+@pytest.mark.parametrize("more", [{"batch_size": 0}, {"limit": 0}, {"limit": -1}, {"max_length": -1}])
 def test_batches_of_nothing_are_refused(more, llama):
     with pytest.raises(RequestError, match="at least 1"):
         as_batches(ROWS, llama, processing_class=T, **more)
@@ -299,6 +306,65 @@ def test_models_that_cannot_be_had_are_named(tmp_path, llama):
     torch.save(llama.state_dict(), tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(RequestError, match="pickled weights are never read"):
         load_model(tmp_path / "model")
+
+
+def test_a_hub_id_without_a_connection_is_named_at_once_unless_it_is_in_the_cache(tmp_path, monkeypatch, llama):
+    """The Hub's library asks six times for a file it does not have, and waits half a minute in between."""
+    import datasets
+    import huggingface_hub
+    import transformers
+    from huggingface_hub import constants
+
+    class ConnectError(Exception):
+        """As the library's own, which has this name too."""
+
+    def unreachable(url):
+        raise ConnectError(url)
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: asked.append(name) or ROWS)
+    for kind in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda name, **more: asked.append(name))
+    for wrong in (
+        lambda: load_model("nobody/modle"),
+        lambda: read_rows("nobody/rows"),
+        lambda: as_batches(ROWS, llama, processing_class="nobody/modle"),
+    ):
+        with pytest.raises(RequestError, match="nobody/"):
+            wrong()
+    assert asked == []
+    (tmp_path / "datasets--nobody--rows").mkdir()
+    assert read_rows("nobody/rows") == ROWS
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
+    processor_for(llama, "nobody/modle")
+    assert asked == ["nobody/rows", "nobody/modle"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: [], "a JSON list"),
+        (lambda config: {**config, "hidden_size": "big"}, "cannot read .*hidden_size"),
+        (lambda config: {**config, "intermediate_size": 40}, "other shapes than its config says"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(change, words, tmp_path, llama):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(change(config)))
+    with pytest.raises(RequestError, match=f"(?s){words}"):
+        load_model(tmp_path)
+
+
+def test_a_graft_and_nothing_in_the_place_of_a_model_are_named(tmp_path):
+    (tmp_path / "graft.json").write_text("{}")
+    with pytest.raises(RequestError, match="a graft's folder stands behind its base"):
+        load_model(tmp_path)
+    with pytest.raises(RequestError, match="an empty name"):
+        load_model("")
 
 
 def test_sounds_are_samples_at_the_processor_s_rate(tmp_path):

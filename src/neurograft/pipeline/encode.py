@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,9 @@ def encode(
     if "prompt" in keys and "completion" in keys:
         return _completion(row["prompt"], row["completion"], model, processor, max_length, index)
     if "source" in keys and "target" in keys:
-        return _translated(row["source"], row["target"], processor, max_length)
+        return _translated(row["source"], row["target"], processor, max_length, index)
     if "text" in keys and "label" in keys:
-        return _labelled(_tokens(processor, row["text"], max_length), row, model, index)
+        return _labelled(_some(_tokens(processor, row["text"], max_length, index), index), row, model, index)
     if "text" in keys:
         return _plain_text(row["text"], model, processor, max_length, index, seed)
     raise RequestError(
@@ -92,21 +92,34 @@ def _tensor(value: Any, name: str, index: int) -> Tensor:
     return found.float() if found.dtype == torch.float64 else found
 
 
-def _tokens(processor: Any, text: str, max_length: int, *, special: bool = True) -> dict[str, Tensor]:
+def _text(text: Any, index: int) -> str:
     if not isinstance(text, str):
         raise RequestError(
-            f"{text!r}, a {type(text).__name__}, where text belongs", expected="text", do="clean that row of the data"
+            f"{text!r}, a {type(text).__name__}, where text belongs (row {index})",
+            expected="text",
+            do="clean that row of the data",
         )
+    return text
+
+
+def _tokens(processor: Any, text: Any, max_length: int, index: int) -> dict[str, Tensor]:
+    text = _text(text, index)
     tokenizer = getattr(processor, "tokenizer", processor)
-    found = tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=special)
+    found = tokenizer(text, truncation=True, max_length=max_length)
     return {k: torch.tensor(v) for k, v in found.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
 
 
-def _translated(source: str, target: str, processor: Any, max_length: int) -> dict[str, Tensor]:
+def _some(made: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    if not len(made["input_ids"]):
+        raise RequestError(f"row {index}, whose text is empty", expected="at least one token", do="drop the row")
+    return made
+
+
+def _translated(source: Any, target: Any, processor: Any, max_length: int, index: int) -> dict[str, Tensor]:
     """Encode a text for an encoder, and its answer as a decoder's, which some tokenizers write in other tokens."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    answer = tokenizer(text_target=target, truncation=True, max_length=max_length)["input_ids"]
-    return {**_tokens(processor, source, max_length), "labels": torch.tensor(answer)}
+    answer = tokenizer(text_target=_text(target, index), truncation=True, max_length=max_length)["input_ids"]
+    return {**_tokens(processor, source, max_length, index), "labels": torch.tensor(answer)}
 
 
 def _labelled(made: dict[str, Tensor], row: Mapping[str, Any], model: nn.Module, index: int) -> dict[str, Tensor]:
@@ -134,12 +147,13 @@ def _labelled(made: dict[str, Tensor], row: Mapping[str, Any], model: nn.Module,
 def _completion(
     prompt: Any, completion: Any, model: nn.Module, processor: Any, max_length: int, index: int
 ) -> dict[str, Tensor]:
-    if not isinstance(prompt, str):
+    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
         return _chat([*prompt, *completion], processor, max_length, index)
+    prompt, completion = _text(prompt, index), _text(completion, index)
     if getattr(model.config, "is_encoder_decoder", False):
-        return _translated(prompt, completion, processor, max_length)
+        return _translated(prompt, completion, processor, max_length, index)
     tokenizer = getattr(processor, "tokenizer", processor)
-    asked = opened(_tokens(processor, prompt, max_length)["input_ids"].tolist(), tokenizer.eos_token_id)
+    asked = opened(_tokens(processor, prompt, max_length, index)["input_ids"].tolist(), tokenizer.eos_token_id)
     head = torch.tensor(asked, dtype=torch.int64)
     tail = torch.tensor(continued(tokenizer, prompt, asked, completion), dtype=torch.int64)
     if tokenizer.eos_token_id is not None:
@@ -149,9 +163,17 @@ def _completion(
     return _checked({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}, index)
 
 
-def _chat(messages: Sequence[Mapping[str, str]], processor: Any, max_length: int, index: int) -> dict[str, Tensor]:
+def _chat(messages: Any, processor: Any, max_length: int, index: int) -> dict[str, Tensor]:
     """Encode a conversation; only the last answer has labels."""
     tokenizer = getattr(processor, "tokenizer", processor)
+    if not isinstance(messages, (list, tuple)) or not all(
+        isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages
+    ):
+        raise RequestError(
+            f"the messages of row {index}, {messages!r:.60}",
+            expected="a list of messages, each with role and content",
+            do='write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]',
+        )
     if not messages or messages[-1].get("role") != "assistant":
         raise RequestError(
             f"the messages of row {index}, which do not end with the assistant",
@@ -195,7 +217,7 @@ def _checked(made: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 def _plain_text(
     text: str, model: nn.Module, processor: Any, max_length: int, index: int, seed: int
 ) -> dict[str, Tensor]:
-    made = _tokens(processor, text, max_length)
+    made = _some(_tokens(processor, text, max_length, index), index)
     tokens = made["input_ids"]
     if shifts(model):
         return {**made, "labels": tokens.clone()}

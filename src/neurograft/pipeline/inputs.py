@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from neurograft.core.context import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
+from neurograft.pipeline._hub import cut_off
 from neurograft.pipeline.encode import encode, is_ready
 from neurograft.pipeline.rows import Row, read_rows
 
@@ -48,6 +49,8 @@ def processor_for(model: nn.Module, processing_class: Any = None) -> Any:
     tries += [(AutoFeatureExtractor, {})]
     if _has(name, "processor_config.json"):
         tries.insert(0, (AutoProcessor, {}))
+    if not Path(name).is_dir() and cut_off(str(name), file="tokenizer_config.json"):
+        tries = []
     for kind, options in tries:
         try:
             return kind.from_pretrained(str(name), **options)
@@ -86,6 +89,8 @@ def as_dataset(
     Raises:
         RequestError: empty data, unknown columns, numbers that are not finite, tokens outside the vocabulary.
     """
+    if max_length < 1:
+        raise RequestError(f"max_length={max_length}", expected="at least 1", do="give max_length=1024")
     rows = read_rows(data, limit=None if _maybe_batches(data) else limit)
     if all(is_batch(row) for row in rows):
         rows = [example for row in rows for example in _unbatched(row)]
@@ -243,6 +248,13 @@ def check(example: Mapping[str, Any], model: nn.Module, index: int) -> None:
                 do="encode with the tokenizer saved beside the model",
             )
     labels, kind = example.get("labels"), type(model).__name__
+    beside = shifts(model) or kind.endswith(("ForMaskedLM", "ForTokenClassification"))  # a label for every token
+    if beside and isinstance(tokens, Tensor) and isinstance(labels, Tensor) and tokens.shape != labels.shape:
+        raise RequestError(
+            f"labels of shape {tuple(labels.shape)} beside tokens of shape {tuple(tokens.shape)} in row {index}",
+            expected="a label for every token",
+            do=f"fill up with {IGNORE}, which stands for none",
+        )
     known = size if shifts(model) or kind.endswith("ForMaskedLM") else 0
     if kind.endswith(CLASSIFIERS) and getattr(config, "problem_type", None) in (None, "single_label_classification"):
         known = int(getattr(config, "num_labels", 1))  # 1 for numbers instead of classes

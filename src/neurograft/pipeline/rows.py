@@ -8,6 +8,7 @@ from typing import Any
 
 from neurograft.core.errors import RequestError, near
 from neurograft.pipeline._files import READERS, SAVED, saved
+from neurograft.pipeline._hub import cut_off
 
 Row = dict[str, Any]
 
@@ -87,6 +88,9 @@ def _hub(name: str, split: str) -> Iterable[Mapping[str, Any]]:
     import datasets
 
     try:
+        kept = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+        if not kept.exists() and cut_off(name, file="README.md", kind="dataset"):
+            raise ConnectionError
         found: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds for a name that cannot be had
         raise RequestError(
