@@ -53,7 +53,7 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> str:
                 dot(x, y, 3.5, f"c{number}", title=f"{name}, {p['edits']} edits: {p[key]:.3f}")
                 for (x, y), p in zip(points, row["curve"])
             ]
-    body.append(words(40, BOTTOM + 36, "edits", "s"))
+    body.append(words(40, BOTTOM + 36, "edits made →   (up: the share answered right, word for word)", "s"))
     x = 40.0
     for number, name in enumerate(found):
         body += [dot(x + 4, HEIGHT - 24, 4, f"c{number}"), words(x + 14, HEIGHT - 20, name)]

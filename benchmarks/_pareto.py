@@ -21,6 +21,7 @@ STYLE = (
     ".edge{stroke:#82b1ff}.best{fill:#82b1ff}.reference{fill:#ff8a57}}</style>"
 )
 FLOOR = -3  # a smaller rise, and a fall, stand there
+KEY = ("no other is better in both (dashed)", "for comparison: PEFT, full, random", "a paper's recipe")
 REFERENCES = ("full fine-tuning", "random neurons", "PEFT LoRA", "PEFT SHiRA", "PEFT Super-Tuning", "full, class means")
 
 
@@ -52,11 +53,20 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> str:
         body.append(dot(x, y, size, kind, title=f"{name}: accuracy {point[0]:.2f}, loss rise {10 ** point[1]:.3g}"))
         places.append((x, y, name, kind))
     body += _labels(places)
-    body.append(words(LEFT, HEIGHT - 16, "accuracy on the new task, to the right", "s"))
-    body.append(words(LEFT, TOP - 16, "loss rise on what was known, less is higher; a larger dot: a larger graft", "s"))
+    body.append(words((LEFT + RIGHT) / 2, BOTTOM + 34, "accuracy on the new task →", "s", anchor="middle"))
+    body.append(words(LEFT, TOP - 16, "↑ smaller rise of the loss on what was known, nats (logarithmic)", "s"))
+    body += _key([("best", KEY[0]), ("reference", KEY[1]), ("one", KEY[2])])
     return drawing(body, HEIGHT, title="Gain against forgetting of selective tuning", width=WIDTH).replace(
         "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1
     )
+
+
+def _key(entries: list[tuple[str, str]]) -> list[str]:
+    body, x = [], float(LEFT)
+    for kind, text in entries:
+        body += [dot(x + 5, HEIGHT - 18, 5, kind), words(x + 15, HEIGHT - 14, text, "s")]
+        x += 35 + 5.9 * len(text)
+    return [*body, words(x, HEIGHT - 14, "larger dot: larger graft", "s")]
 
 
 def _log(rise: float) -> float:

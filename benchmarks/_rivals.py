@@ -128,7 +128,7 @@ def peft(config: Callable[[World, int], Any]) -> Contender:
         from peft import get_peft_model
         from transformers import PrinterCallback
 
-        from neurograft.pipeline.inputs import collator
+        from neurograft.pipeline.collator import collator
         from neurograft.pipeline.tune import _arguments
 
         torch.manual_seed(seed)

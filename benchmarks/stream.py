@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from neurograft.anatomy.sites import sites
 from neurograft.core.context import Context
 from neurograft.core.seeds import generator
-from neurograft.core.taps.stream import Exemplars, Extremes, Moments, Rate, Reducer, Sample, Sums, observe
+from neurograft.core.taps.reducers import Exemplars, Extremes, Moments, Rate, Reducer, Sample, Sums
+from neurograft.core.taps.stream import observe
 from neurograft.locators.grad_x_act import grad_x_act
 
 HIDDEN, FFN, LAYERS, VOCABULARY, ROWS, LENGTH = 512, 1536, 8, 4096, 4, 256

@@ -6,8 +6,9 @@ import torch
 from neurograft.anatomy.sites import sites
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.intervene import Intervention, capture
+from neurograft.core.intervene import Intervention
 from neurograft.core.taps.board import ATTRIBUTE
+from neurograft.core.taps.capture import capture
 from neurograft.core.taps.tap import change, watch
 from neurograft.core.units import Parameters, Part, Site, Tap
 from neurograft.worlds.pico import families, pico, pico_batch

@@ -7,7 +7,8 @@ import torch
 
 from neurograft.core.context import token_mask
 from neurograft.core.taps.board import ATTRIBUTE
-from neurograft.core.taps.stream import Exemplars, Extremes, Moments, Rate, Sample, observe
+from neurograft.core.taps.reducers import Exemplars, Extremes, Moments, Rate, Sample
+from neurograft.core.taps.stream import observe
 from neurograft.core.taps.table import table
 from neurograft.core.taps.tap import change, gradients, watch
 from neurograft.core.units import Site, Tap

@@ -102,7 +102,7 @@ def test_files_are_written_whole_and_checked_when_read(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("neurograft.core.selection.save_file", full)
+        patch.setattr("neurograft.core.unit_files.save_file", full)
         with pytest.raises(OSError, match="disk full"):
             Selection.of(sites, {"a": [3]}).save(path)
     assert path.read_bytes() == whole

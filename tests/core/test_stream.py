@@ -5,7 +5,8 @@ import torch
 
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import generator
-from neurograft.core.taps.stream import Exemplars, Extremes, Moments, Rate, Sample, Sums, means, observe
+from neurograft.core.taps.reducers import Exemplars, Extremes, Moments, Rate, Sample, Sums
+from neurograft.core.taps.stream import means, observe
 from neurograft.core.taps.tap import watch
 from neurograft.core.units import Site, Tap
 from neurograft.worlds.pico import pico, pico_batch

@@ -1,11 +1,15 @@
 """Every operation a live weight may meet: its gradient against the dense one, and the numbers it sees."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurograft.core.compact import products
+from neurograft.core.compact.beside import Beside
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.uses import USES, tag, untag
 from neurograft.core.errors import RunError
@@ -83,28 +87,64 @@ def regions(name):
     return found
 
 
-def made(name, region=None):
+def made(name, region=None, kind=Live):
     weight = nn.Parameter(rand(*OPERATIONS[name][0], seed=1), requires_grad=region is None)
     if region is None:
         return weight, None
-    live = Live("w", weight, region)
+    live = kind("w", weight, region)
     tag(live)
     return weight, live
 
 
+INPUTS = ("X", "LINE", "IMAGE")
+
+
+@pytest.mark.parametrize("kind", [Live, Beside])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_gradients_equal_the_dense_twin(name):
+def test_numbers_and_gradients_equal_the_dense_twin(name, kind, monkeypatch):
+    """The values have moved, so that what stands beside the weight takes part in everything."""
     run = OPERATIONS[name][1]
-    twin, _ = made(name)
-    wanted = run(twin)
-    wanted.backward(rand(*wanted.shape, seed=2))
     for region in regions(name):
-        weight, live = made(name, region)
-        found = run(weight)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-        found.backward(rand(*wanted.shape, seed=2))
+        (weight, live), (twin, _) = made(name, region, kind), made(name)
+        before, at_rest = weight.detach().clone(), run(weight).detach()
+        torch.testing.assert_close(at_rest, run(twin).detach(), rtol=0, atol=1e-12)
+        live.theta.data += 0.1 * rand(*live.theta.shape, seed=3)
+        region.write_(twin, live.theta)
+        reached = {}
+        for w in (weight, twin):
+            for given in INPUTS:
+                monkeypatch.setitem(globals(), given, globals()[given].detach().clone().requires_grad_())
+            found = run(w)
+            found.backward(rand(*found.shape, seed=2))
+            reached[w is twin] = found.detach(), [globals()[given].grad for given in INPUTS]
+            with torch.no_grad():
+                torch.testing.assert_close(run(w), found.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(reached[False], reached[True], rtol=0, atol=1e-10)
         torch.testing.assert_close(live.theta.grad, region.read(twin.grad), rtol=0, atol=1e-10)
         assert weight.grad is None
+        if kind is Beside:
+            assert torch.equal(weight.detach(), before)
+            live.resting = True
+            assert torch.equal(run(weight).detach(), at_rest)
+
+
+@pytest.mark.parametrize("kind", [Live, Beside])
+def test_a_dispatch_mode_sees_the_same_step(kind, monkeypatch):
+    """It calls kernels once more with the weight itself, also in a backward pass."""
+    reached = []
+    for watched in (False, True):
+        weight, live = made("linear", Region.of((R, C), "rows", [1]), kind)
+        live.theta.data += 1.0
+        monkeypatch.setitem(globals(), "X", X.detach().clone().requires_grad_())
+        with Watching() if watched else contextlib.nullcontext():
+            F.linear(F.linear(X, weight) @ weight, weight).square().sum().backward()
+        reached.append((X.grad, live.theta.grad))
+    torch.testing.assert_close(*reached, rtol=0, atol=0)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -24,11 +24,11 @@ from neurograft.worlds.pico import pico, pico_batch
 class Live:
     """A live pico Llama after a step of the fused optimizer, which raises no version counter."""
 
-    def __init__(self, family="llama", dtype=None, steps=1, match="", **config):
+    def __init__(self, family="llama", dtype=None, steps=1, match="", route="in-place", **config):
         self.model = pico(family, dtype=dtype, **config)
         self.batch, self.base = pico_batch(self.model), bits(self.model)
         self.where = some_of(self.model, match=match)
-        self.mount = compact(self.model, self.where, tied="both")
+        self.mount = compact(self.model, self.where, tied="both", route=route)
         self.optimizer = torch.optim.AdamW(self.mount.parameters(), lr=1e-2, fused=True)
         for _ in range(steps):
             self.step()
@@ -205,7 +205,8 @@ def test_a_refused_attachment_leaves_the_first_one_training():
     assert not any(torch.equal(p, before[n]) for n, p in made.mount.named_parameters().items())
 
 
-def test_a_failed_attachment_leaves_no_trace(monkeypatch):
+@pytest.mark.parametrize("route", ["in-place", "side"])
+def test_a_failed_attachment_leaves_no_trace(monkeypatch, route):
     model, failing = pico("llama"), "model.layers.1.mlp.up_proj.weight"
     before = bits(model)
     plain = InPlaceMount._prepare
@@ -217,7 +218,7 @@ def test_a_failed_attachment_leaves_no_trace(monkeypatch):
 
     monkeypatch.setattr(InPlaceMount, "_prepare", prepare)
     with pytest.raises(MemoryError):
-        compact(model, some_of(model, match="proj"))
+        compact(model, some_of(model, match="proj"), route=route)
     assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in model.parameters())
     assert not any("neurograft" in n for n, _ in model.named_modules())
     assert not model._forward_pre_hooks
@@ -271,9 +272,10 @@ def test_generate_right_after_a_step(live):
     live.step()  # and training goes on after inference mode
 
 
+@pytest.mark.parametrize("route", ["in-place", "side"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_and_accumulation_train_the_same(reentrant):
-    plain, made = Live(steps=0), Live(steps=0)
+def test_checkpointing_and_accumulation_train_the_same(reentrant, route):
+    plain, made = Live(steps=0, route=route), Live(steps=0, route=route)
     made.model.train()
     made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for _ in range(3):
@@ -287,7 +289,8 @@ def test_checkpointing_and_accumulation_train_the_same(reentrant):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_autocast_gives_the_gradient_of_dense_autocast():
+@pytest.mark.parametrize("route", ["in-place", "side"])
+def test_autocast_gives_the_gradient_of_dense_autocast(route):
     model = pico("llama")
     batch, where = pico_batch(model), some_of(model, ("rows", "cols"), match="proj")
 
@@ -296,7 +299,7 @@ def test_autocast_gives_the_gradient_of_dense_autocast():
             return loss_of(batch)(m)
 
     twin = dense_gradients(model, loss)
-    with compact(model, where) as live:
+    with compact(model, where, route=route) as live:
         loss(model).backward()
         for name, region in regions(model, where).items():
             found = live.named_parameters()[name].grad
@@ -312,12 +315,13 @@ def test_replaced_embeddings_are_refused_aloud():
         made.model(**made.batch)
 
 
-def test_detaching_leaves_no_trace():
+@pytest.mark.parametrize("route", ["in-place", "side"])
+def test_detaching_leaves_no_trace(route):
     model = pico("llama")
     model.model.norm.weight.requires_grad_(False)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     before, hooks = bits(model), len(model._forward_pre_hooks)
-    with pytest.raises(ZeroDivisionError), compact(model, some_of(model)):
+    with pytest.raises(ZeroDivisionError), compact(model, some_of(model), route=route):
         raise ZeroDivisionError
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert all(type(p) is torch.nn.Parameter and not hasattr(p, "neurograft") for p in model.parameters())
@@ -326,9 +330,10 @@ def test_detaching_leaves_no_trace():
     assert not any("neurograft" in n for n, _ in model.named_modules())
 
 
+@pytest.mark.parametrize("route", ["in-place", "side"])
 @pytest.mark.parametrize(("family", "match"), [("llama", ""), ("mixtral", "experts"), ("falcon", "query_key_value")])
-def test_a_compiled_step_is_one_graph_and_trains_the_same(family, match):
-    eager, made = (Live(family, steps=0, match=match, num_hidden_layers=1) for _ in range(2))
+def test_a_compiled_step_is_one_graph_and_trains_the_same(family, match, route):
+    eager, made = (Live(family, steps=0, match=match, num_hidden_layers=1, route=route) for _ in range(2))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(made.model, fullgraph=True, backend=counter)

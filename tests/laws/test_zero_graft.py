@@ -13,15 +13,16 @@ def output(model, batch, *, grad=False):
         return model(**batch)[1 if "labels" in batch else 0].detach()
 
 
+@pytest.mark.parametrize("route", ["in-place", "side"])
 @pytest.mark.parametrize("family", families())
-def test_attaching_changes_no_bit_of_the_output(family):
+def test_attaching_changes_no_bit_of_the_output(family, route):
     model = pico(family)
     batch, before = pico_batch(model), bits(model)
     wanted = {grad: output(model, batch, grad=grad) for grad in (False, True)}
     fused = any(
         isinstance(m, torch.nn.MultiheadAttention) for m in model.modules()
     )  # its fast path asks for plain weights
-    with compact(model, some_of(model), tied="both", allow_dense=True):
+    with compact(model, some_of(model), tied="both", allow_dense=True, route=route):
         assert torch.equal(output(model, batch, grad=True), wanted[True])
         if fused:
             torch.testing.assert_close(output(model, batch), wanted[False], rtol=1e-5, atol=1e-6)
@@ -45,15 +46,16 @@ def test_an_untrained_graft_changes_nothing(name):
     assert same_bits(bits(model), before)
 
 
+@pytest.mark.parametrize("route", ["in-place", "side"])
 @pytest.mark.parametrize("family", families())
-def test_every_awake_tensor_that_the_batch_reaches_moves(family):
+def test_every_awake_tensor_that_the_batch_reaches_moves(family, route):
     model = pico(family)
     loss = loss_of(pico_batch(model, batch=4, length=16))
     where = some_of(model, fraction=0.5)
     dense = dense_gradients(model, loss)
     reached = {n for n, r in regions(model, where).items() if r.read(dense[n]).abs().max() > 1e-7}
     assert len(reached) > 0.6 * len(dense)
-    with compact(model, where, tied="both", allow_dense=True) as live:
+    with compact(model, where, tied="both", allow_dense=True, route=route) as live:
         before = live.state_dict()
         optimizer = torch.optim.AdamW(live.parameters(), lr=1e-3, weight_decay=0.0)  # decay would move anything
         for _ in range(2):

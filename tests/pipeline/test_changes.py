@@ -3,8 +3,8 @@
 import pytest
 
 import neurograft as ng
+from neurograft.pipeline.changed import changed
 from neurograft.pipeline.few_shot import few_shot
-from neurograft.pipeline.run import changed
 from neurograft.worlds.pico import pico, pico_batch
 
 

@@ -13,7 +13,7 @@ from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
 from neurograft.core.taps.board import ATTRIBUTE
 from neurograft.core.units import Site
-from neurograft.pipeline.evidence import located_on
+from neurograft.pipeline._located_on import located_on
 from neurograft.worlds.pico import pico, pico_batch
 
 SITE = "model.layers.1.mlp/neuron"

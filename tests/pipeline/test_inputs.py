@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from neurograft.core.errors import RequestError
-from neurograft.pipeline.inputs import as_batches, as_dataset, collator, data_digest, processor_for
+from neurograft.pipeline.collator import collator
+from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest, processor_for
 from neurograft.pipeline.models import load_model
 from neurograft.pipeline.rows import read_rows
 from neurograft.worlds.letters import letters

@@ -33,11 +33,11 @@ from neurograft.audits.minimality import minimality
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.intervene import capture
 from neurograft.core.prompts.answering import credit, said
 from neurograft.core.prompts.places import answers, place
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Selection
+from neurograft.core.taps.capture import capture
 from neurograft.core.taps.circuit import Bench, Group, random_like, units_of, without
 from neurograft.core.taps.head_means import Means
 from neurograft.core.taps.tap import change

@@ -16,10 +16,10 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits.readout import readout
 from neurograft.core.context import IGNORE, Context
 from neurograft.core.errors import RequestError
-from neurograft.core.intervene import capture
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Scores
+from neurograft.core.taps.capture import capture
 from neurograft.core.taps.cett import shares
 from neurograft.core.taps.table import auroc
 from neurograft.locators._fits import logistic

@@ -161,3 +161,20 @@ def test_of_several_lost_domains_the_worst_is_told_first():
     assert found["reasons"][1].startswith("“mild” lost")
     capped = judged(GOOD, {"tolerances": {"worst": 0.88}}, mild=measure(0.05), worst=measure(0.9))
     assert capped["sentence"].startswith("Do not ship: “mild” lost 0.05 ")
+
+
+def test_one_item_has_no_interval_and_is_told_in_english():
+    one = judged(measure(0.02, n=1), a=measure(0.0, n=1))
+    assert one["reasons"] == [
+        "the task's likelihood changed by +0.02 nats per token (no interval), but 1 item is too few to decide",
+        "too few items were given for “a”",
+    ]
+    assert "but 7 items are too few to decide" in judged(measure(0.02, n=7), a=measure(0.0))["sentence"]
+
+
+def test_many_uncertain_domains_make_no_endless_sentence():
+    two = judged(GOOD, a=measure(0.01), b=measure(0.01))["reasons"][0]
+    assert two.startswith("the intervals of “a” and “b” reach beyond")
+    six = judged(GOOD, **{name: measure(0.01) for name in "abcdef"})["reasons"][0]
+    assert six.startswith("the intervals of “a”, “b”, “c”, “d” and 2 more reach beyond")
+    assert judged(GOOD, a=measure(0.01))["reasons"][0].startswith("the interval of “a” reaches beyond")

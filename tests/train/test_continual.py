@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import neurograft as ng
+from neurograft.pipeline.collator import collator
 from neurograft.pipeline.continual import Continual, continual
-from neurograft.pipeline.inputs import collator
 
 MATRIX = torch.tensor([[0.9, 0.2, 0.1], [0.7, 0.8, 0.3], [0.8, 0.5, 0.9]])
 

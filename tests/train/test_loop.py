@@ -12,7 +12,8 @@ from neurograft.core.compact.expose import exposed
 from neurograft.core.context import Phase, Step
 from neurograft.core.errors import RequestError, RunError
 from neurograft.pipeline.attach import attach
-from neurograft.pipeline.inputs import as_batches, collator
+from neurograft.pipeline.collator import collator
+from neurograft.pipeline.inputs import as_batches
 from neurograft.train.loop import fit, rehearsal
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, groups_of, named

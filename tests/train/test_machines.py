@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import neurograft as ng
-from neurograft.pipeline.inputs import collator
+from neurograft.pipeline.collator import collator
 from neurograft.train.loop import fit
 
 sys.path.insert(0, str(Path(__file__).parent))

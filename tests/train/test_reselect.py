@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import neurograft as ng
-from neurograft.pipeline.inputs import collator
+from neurograft.pipeline.collator import collator
 from neurograft.train.checkpoint import mark, write
 from neurograft.train.conductor import Conductor
 from neurograft.train.loop import fit

@@ -9,7 +9,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer, Tr
 
 import neurograft as ng
 from neurograft.core.grafts.delta import New
-from neurograft.pipeline.inputs import collator
+from neurograft.pipeline.collator import collator
 from neurograft.worlds.pico import pico, pico_batch
 
 

@@ -37,13 +37,13 @@ class InPlaceMount(Mount):
         self.allow_dense, self.lives, self.handles = allow_dense, list[Live](), list[Any]()
         self.heads: list[Live] = []
         self.start: dict[str, torch.Tensor] = {}
-        try:
-            narrow = (torch.bfloat16, torch.float16)
-            self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in narrow]
-            self._attach([self._live(n, weights[n], r) for n, r in regions.items() if n not in self.whole()])
-        except BaseException:  # out of memory, say: the model is not left half attached
-            self.detach()
-            raise
+        narrow = (torch.bfloat16, torch.float16)
+        self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in narrow]
+        self._attach([self._live(n, weights[n], r) for n, r in regions.items() if n not in self.whole()])
+
+    def undo(self) -> None:
+        """Take back what an attachment did that failed half way."""
+        self.detach()
 
     def _attach(self, lives: list[Live]) -> None:
         self.lives = lives
@@ -112,8 +112,7 @@ class InPlaceMount(Mount):
             for parameter in group["params"]:
                 live = self.by_theta.get(id(parameter))
                 if live is not None:
-                    live.write()
-                    live.epoch += 1
+                    live.stepped()
 
     def deltas(self) -> dict[str, Slice]:
         """Return the trained values; on top of other grafts, relative to the base below them."""
@@ -159,7 +158,7 @@ class InPlaceMount(Mount):
     def _untag(self) -> None:
         for live in (*self.lives, *self.heads):
             live.write()
-            untag(live)
+            self._off(live)
         unregister_values(self.model)
 
     def _tag(self, lives: list[Live]) -> None:
@@ -168,7 +167,14 @@ class InPlaceMount(Mount):
         register_values(self.model, every)
         for live in every:
             self._prepare(live)
-            tag(live)
+            self._on(live)
+
+    def _on(self, live: Live) -> None:
+        tag(live)
+
+    def _off(self, live: Live) -> None:
+        if isinstance(live.weight, LiveWeight):
+            untag(live)
 
     def unmount(self) -> None:
         """Make every weight plain again, with its original numbers."""
@@ -176,8 +182,7 @@ class InPlaceMount(Mount):
             handle.remove()
         for live in (*self.lives, *self.heads):
             live.restore()
-            if isinstance(live.weight, LiveWeight):
-                untag(live)
+            self._off(live)
         unregister_values(self.model)
 
     def check(self) -> None:
@@ -186,12 +191,15 @@ class InPlaceMount(Mount):
         `.to("meta")`, offloading, sharding and `load_state_dict(assign=True)` rebuild parameters.
         """
         for live in (*self.lives, *self.heads):
-            owner, _, leaf = live.name.rpartition(".")
-            if self.model.get_submodule(owner)._parameters.get(leaf) is not live.weight:
+            if self._lost(live):
                 raise RunError(
                     f"{live.name} was replaced after it was attached (moved, offloaded, sharded or assigned); "
-                    "attach after such changes, or use route='side'"
+                    "attach after such changes"
                 )
+
+    def _lost(self, live: Live) -> bool:
+        owner, _, leaf = live.name.rpartition(".")
+        return self.model.get_submodule(owner)._parameters.get(leaf) is not live.weight
 
 
 class _Guard:

@@ -1,82 +1,78 @@
-"""The side path: y += x @ (values - base).T beside a linear layer that is packed or sharded, and on its bias."""
+"""The side path: weights that are never written, beside which every use adds what the trained values differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.compact.gradients import sampled_product
-from neurograft.core.compact.mount import Mount
-from neurograft.core.compact.values import register_values, unregister_values
+from neurograft.adapters._in_place import InPlaceMount
+from neurograft.core.compact.additions import product
+from neurograft.core.compact.beside import Beside
+from neurograft.core.compact.live import Live
+from neurograft.core.compact.uses import LiveWeight
 from neurograft.core.errors import RequestError
-from neurograft.core.grafts.delta import Slice
 from neurograft.core.region import Region
 
 
-class SideMount(Mount):
-    """Values trained beside frozen linear layers.
+class SideMount(InPlaceMount):
+    """Values trained beside frozen weights.
 
     The trainable tensor of a weight holds values, as on the in-place route, so that weight decay means the
-    same; the module adds what they differ from the base.
+    same; every use of the weight adds what they differ from the base. Plain weights are live ones that are not
+    written; a linear layer that is packed or sharded gets a hook. Parameters the base lacks are trained in place.
     """
 
-    def __init__(
-        self, model: nn.Module, regions: Mapping[str, Region], *, new: Iterable[str] | Mapping[str, int] = ()
-    ) -> None:
-        super().__init__(model, new=new)
-        self.sides: dict[str, Side] = {}
-        try:
-            for name, region in regions.items():
-                if name not in self.whole():
-                    self.sides[name] = self._side(name, region)
-            register_values(model, list(self.sides.values()))
-        except BaseException:
-            for side in self.sides.values():
-                side.handle.remove()
-            self.release()
-            raise
-
-    def _side(self, name: str, region: Region) -> Side:
-        owners = {self.model.get_submodule(n.rpartition(".")[0]) for n in (name, *self.found.tied(name))}
-        if len(owners) > 1:
+    def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
+        owner, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(owner)
+        if _plain(weight) and not _packs(module):
+            return Beside(name, weight, region, allow_dense=self.allow_dense)
+        if self.found.tied(name):
             raise RequestError(
-                f"{name} on the side path, which is tied with {', '.join(self.found.tied(name))}",
-                expected="a weight with one use",
-                do="use route='in-place', or tied='untie'",
+                f"{name} on the side path, packed and tied with {', '.join(self.found.tied(name))}",
+                expected="a packed weight with one use",
+                do="leave it out of the selection, or load the base unquantized",
             )
-        return Side(name, owners.pop(), name.rpartition(".")[2], region)
+        return Packed(name, module, leaf, region)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the values by the names of the weights they belong to."""
-        return {name: side.theta for name, side in self.sides.items()}
+    @staticmethod
+    def _checked(name: str, weight: nn.Parameter) -> nn.Parameter:
+        return InPlaceMount._checked(name, weight) if isinstance(weight, LiveWeight) else weight
 
-    def deltas(self) -> dict[str, Slice]:
-        """Return the trained values."""
-        return {n: Slice(s.region.to("cpu"), s.theta.detach().cpu().clone()) for n, s in self.sides.items()}
+    def _on(self, live: Live) -> None:
+        if isinstance(live, Packed):
+            live.hook()
+        else:
+            super()._on(live)
 
-    def rest(self) -> Callable[[], None]:
-        """Leave the side paths out for a moment."""
-        for side in self.sides.values():
-            side.resting = True
+    def _off(self, live: Live) -> None:
+        if isinstance(live, Packed):
+            live.unhook()
+        else:
+            super()._off(live)
 
-        def ended() -> None:
-            for side in self.sides.values():
-                side.resting = False
-
-        return ended
-
-    def unmount(self) -> None:
-        """Take the hooks and the registered tensors off."""
-        for side in self.sides.values():
-            side.handle.remove()
-        unregister_values(self.model)
+    def _lost(self, live: Live) -> bool:
+        return not isinstance(live, Packed) and super()._lost(live)
 
 
-class Side:
-    """One linear layer with its side path.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _plain(weight: nn.Parameter) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.is_contiguous()
+
+
+def _packs(module: nn.Module) -> bool:
+    """Say whether a layer holds packed or sharded weights, and has a kernel of its own for them and its bias."""
+    held = (p for p in module._parameters.values() if p is not None)
+    return any(type(p) is not nn.Parameter or p.dtype not in FLOATS for p in held)
+
+
+class Packed(Beside):
+    """The trainable side of a linear layer whose weight is no plain parameter: a hook adds to the layer's output.
 
     Args:
         name: the weight's name.
@@ -86,75 +82,39 @@ class Side:
     """
 
     def __init__(self, name: str, owner: nn.Module, leaf: str, region: Region) -> None:
-        weight = dequantized(name, owner, leaf)
-        region = region.flattened()[0] if region.layout == "block" else region
-        self.name, self.owner, self.transposed = name, owner, type(owner).__name__ == "Conv1D"
-        self.region = region.to(weight.device)
-        original = self.region.read(weight)
-        self.base = original if original.dtype == torch.float64 else original.float()
-        self.theta = nn.Parameter(self.base.clone())
-        self.resting = False
-        self.handle = owner.register_forward_hook(self._add)
+        super().__init__(name, nn.Parameter(dequantized(name, owner, leaf), requires_grad=False), region)
+        self.weight, self.owner = getattr(owner, leaf), owner
+        self.transposed = type(owner).__name__ == "Conv1D"
+        self.handle: Any = None
 
-    def moved(self, device: torch.device) -> None:
-        """Follow the layer to another device."""
-        self.theta.data, self.base = self.theta.data.to(device), self.base.to(device)
-        self.region = self.region.to(device)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        # A copy of the model has a copy of the hook, with values of its own.
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
-    def write(self) -> None:
-        """Nothing to write: the base's weight is left alone."""
+    def hook(self) -> None:
+        """Add to every output of the layer."""
+        self.handle = self.owner.register_forward_hook(self._add)
+
+    def unhook(self) -> None:
+        """Stop adding."""
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = None
 
     def reload(self) -> None:
-        """Nothing to take over: what was loaded is the base."""
+        """Nothing to take over: a packed base does not change."""
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         if self.resting:
             return y
-        x = args[0]
-        delta = (self.theta - self.base).to(x.dtype)
-        ids, layout = self.region.ids, self.region.layout
-        if delta.dim() == 1 and len(self.region.shape) == 1:  # of the bias
-            return y + delta.to(y.dtype) if layout == "all" else y.index_add(-1, ids, spread(delta.to(y.dtype), y))
-        if layout == "all":
-            return y + (x @ (delta if self.transposed else delta.t())).to(y.dtype)
-        if layout == "flat":
-            return y + _Sparse.apply(x, delta, self.region, self.transposed).to(y.dtype)
-        if (layout == "rows") != self.transposed:
-            return y.index_add(-1, ids, (x @ delta.t()).to(y.dtype))
-        return y + (x.index_select(-1, ids) @ delta).to(y.dtype)
-
-
-def spread(values: Tensor, y: Tensor) -> Tensor:
-    """Return [k] as [..., k] over the positions of y."""
-    return values.expand(*y.shape[:-1], len(values))
-
-
-class _Sparse(torch.autograd.Function):
-    """x @ S.T (or x @ S for a transposed weight) for a matrix S with few entries."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, region: Region, transposed: bool) -> Tensor:
-        _, rows, columns = region.matrix
-        r, c = region.ids // columns, region.ids % columns
-        ctx.save_for_backward(x, delta)
-        ctx.index, ctx.transposed, ctx.size = (r, c), transposed, (rows, columns)
-        work = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        matrix = torch.sparse_coo_tensor(torch.stack([r, c]), delta.to(work), (rows, columns), is_coalesced=True)
-        flat = x.reshape(-1, x.shape[-1]).to(work)
-        out = torch.sparse.mm(matrix.t() if transposed else matrix, flat.t()).t()
-        return out.reshape(*x.shape[:-1], -1).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (g,), (x, delta), (r, c) = grads, ctx.saved_tensors, ctx.index
-        rows, _ = ctx.size
-        work = g.dtype if g.dtype in (torch.float32, torch.float64) else torch.float32
-        x2, g2 = x.reshape(-1, x.shape[-1]).to(work), g.reshape(-1, g.shape[-1]).to(work)
-        crow = torch.cat([r.new_zeros(1), torch.bincount(r, minlength=rows).cumsum(0)])
-        found = sampled_product(x2, g2, crow, c) if ctx.transposed else sampled_product(g2, x2, crow, c)
-        matrix = torch.sparse_coo_tensor(torch.stack([r, c]), delta.to(work), ctx.size, is_coalesced=True)
-        back = torch.sparse.mm(matrix if ctx.transposed else matrix.t(), g2.t()).t()
-        return back.reshape(x.shape).to(g.dtype), found.to(delta.dtype), None, None
+        if len(self.region.shape) == 1:  # the bias
+            delta = (self.theta - self.original.to(self.theta.dtype)).to(y.dtype)
+            return y + y.new_zeros(self.region.shape).index_copy(0, self.region.flat(), delta)
+        chosen, *part = self.local(0, "row" if self.transposed else "column")
+        return product(y, args[0], self, chosen, (part[0], part[1]))
 
 
 def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
@@ -163,20 +123,21 @@ def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
     Raises:
         RequestError: the owner is no linear layer, or its weight is packed in a way that is not known here.
     """
-    held = getattr(owner, leaf).detach()
+    parameter: Tensor = getattr(owner, leaf)
+    held = parameter.detach()
     unpack = getattr(owner, "dequantize", None)
     linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D" or hasattr(owner, "in_features")
-    if not (linear or callable(unpack)):
+    if leaf not in ("weight", "bias") or not (linear or callable(unpack)):
         raise RequestError(
-            f"{name} of a {type(owner).__name__} on the side path",
-            expected="weights and biases of linear layers",
-            do="use route='in-place', or leave it out of the selection",
+            f"{name} of a {type(owner).__name__} on the side path, a {type(parameter).__name__} of {held.dtype}",
+            expected="a plain, contiguous floating-point parameter, or the weight or bias of a linear layer",
+            do="load the base unquantized, or leave it out of the selection",
         )
-    if held.is_floating_point() and held.dim() == (1 if leaf == "bias" else 2):
+    if held.dtype in FLOATS and held.dim() == (1 if leaf == "bias" else 2):
         return held
-    if callable(unpack):
-        unpacked: Tensor = unpack()
-        return unpacked
+    if callable(unpack) and (unpacked := unpack()).dim() == 2 and leaf == "weight":
+        found: Tensor = unpacked
+        return found
     raise RequestError(
         f"{name}, packed as {held.dtype} in a {type(owner).__name__}",
         expected="a linear layer that can dequantize",

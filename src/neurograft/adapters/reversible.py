@@ -99,12 +99,15 @@ class ReversibleMount(DenseMount):
     ) -> None:
         super().__init__(model, names, new=new)
         self.halves, self.tape = [Half(n, value) for n, value in halves(model).items()], tape
-        try:
-            self.reversing = Reversing(model, {h.name: h.theta for h in self.halves}, tape)
-            register_values(model, self.halves)
-        except BaseException:
-            super().detach()
-            raise
+        self.reversing = Reversing(model, {h.name: h.theta for h in self.halves}, tape)
+        register_values(model, self.halves)
+
+    def undo(self) -> None:
+        """Take back what an attachment did that failed half way."""
+        if hasattr(self, "reversing"):
+            self.reversing.remove()
+        unregister_values(self.model)
+        super().undo()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters set free and the projections."""
@@ -135,6 +138,5 @@ class ReversibleMount(DenseMount):
     def unmount(self) -> None:
         """Put the originals and the layers back."""
         super().unmount()
-        if hasattr(self, "reversing"):
-            self.reversing.remove()
+        self.reversing.remove()
         unregister_values(self.model)

@@ -42,8 +42,8 @@ def slice(
         protect: units whose numbers must not move; their overlap with `where` is left out.
         tied: what to do with a parameter that has two names: "refuse", train it for "both", or "untie" it, so that
             only the selected use changes; the graft then unties it wherever it is put on.
-        route: "in-place" writes the values into the base's weight; "side" leaves it alone and adds
-            x @ (values - base).T beside it, for quantized or sharded bases.
+        route: "in-place" writes the values into the base's weight; "side" never writes it, and every use computes as
+            if the weight were base + (values - base): for bases that others share, quantized or sharded ones.
         tie: "site" gives all chosen units of a site one shared update vector for each of their parts: row i becomes
             W0[i] + delta of its site, and the tensors trained are the deltas, at 0 first, one row a site. Units in
             several groups stand in several sites, as `pipeline.clustered` makes them. The graft holds the deltas and
@@ -102,7 +102,7 @@ def _mounted(
             )
         regions[name] = grown
     if route == "side":
-        return SideMount(model, regions, new=new)
+        return SideMount(model, regions, new=new, allow_dense=allow_dense)
     rules = {"protect": protect, "tied": "both" if tied == "both" else "refuse"}  # of a turn to other units
     return SliceMount(model, regions, new=new, allow_dense=allow_dense, rules=rules)
 

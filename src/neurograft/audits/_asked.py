@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.context import device_of
 from neurograft.core.errors import RequestError
 
 
@@ -78,11 +79,6 @@ def padded(prompts: Sequence[list[int]], device: torch.device, *, left: bool) ->
         where = slice(width - len(prompt), width) if left else slice(0, len(prompt))
         tokens[i, where], mask[i, where] = torch.tensor(prompt), 1
     return tokens.to(device), mask.to(device)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's inputs belong."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _ends(model: nn.Module) -> list[int]:

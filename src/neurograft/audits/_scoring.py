@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE, Batch, shifts
+from neurograft.core.context import IGNORE, Batch, shifts, unlabelled
 from neurograft.core.errors import RequestError
 
 Sums = tuple[Tensor, Tensor]
@@ -87,7 +87,7 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor:
 
 def forward(model: nn.Module, batch: Batch) -> Any:
     """Run a model on a batch; labels are given to it only where it cannot run without."""
-    inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+    inputs: dict[str, Any] = unlabelled(batch)
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     asked = inspect.signature(model.forward).parameters.get("labels")
     if "labels" in batch and (encoder_decoder or (asked is not None and asked.default is inspect.Parameter.empty)):

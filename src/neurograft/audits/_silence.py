@@ -14,7 +14,8 @@ from neurograft.core.errors import RequestError
 from neurograft.core.intervene import Intervention
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
-from neurograft.core.taps.stream import Exemplars, Extremes, Reducer, Sums, observe
+from neurograft.core.taps.reducers import Exemplars, Extremes, Reducer, Sums
+from neurograft.core.taps.stream import observe
 from neurograft.core.units import Parameters, Site
 
 SINK = 50.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import extra
 
 
 def slopes(x: Tensor, chosen: Tensor, *, deviation: float = 1.0) -> Tensor:
@@ -25,14 +25,8 @@ def slopes(x: Tensor, chosen: Tensor, *, deviation: float = 1.0) -> Tensor:
     Raises:
         RequestError: scikit-learn is not installed.
     """
-    try:
+    with extra("probes", what="weights to be measured"):
         from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise RequestError(
-            "weights to be measured and no scikit-learn",
-            expected="scikit-learn beside neurograft",
-            do="pip install 'neurograft[probes]'",
-        ) from error
     if bool(chosen.all()) or not bool(chosen.any()):
         return torch.zeros(x.shape[1], dtype=torch.float64)
     model = LogisticRegression(C=deviation**2, tol=1e-8, max_iter=1000)

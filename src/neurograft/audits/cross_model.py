@@ -15,9 +15,9 @@ from neurograft.audits._circuits import need_circuit
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.intervene import capture
 from neurograft.core.prompts.answering import credit
 from neurograft.core.prompts.places import place
+from neurograft.core.taps.capture import capture
 from neurograft.core.taps.circuit import Circuit, Group
 from neurograft.core.taps.tap import change as changing
 from neurograft.core.units import Site

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neurograft.audits._changes import evaluating
 from neurograft.core.card import method
-from neurograft.core.context import IGNORE, Batch
+from neurograft.core.context import IGNORE, Batch, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.candidates import candidate_ids, candidate_logits, entropy
 from neurograft.core.prompts.examples import size
@@ -49,7 +49,7 @@ def stereotype(
     scores, spread = [], []
     with evaluating(model):
         for batch in batches:
-            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            logits = model(**unlabelled(batch)).logits
             scores.append(_answer_scores(logits, batch["labels"]).reshape(-1, 3).cpu())
             if ids is not None:
                 spread += entropy(candidate_logits(logits, batch, ids)).reshape(-1, 3)[:, 0].tolist()

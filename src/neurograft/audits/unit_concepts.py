@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from neurograft.anatomy.sites import sites as sites_of
 from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
-from neurograft.core.context import Batch
+from neurograft.core.context import Batch, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.seeds import generator
 from neurograft.core.taps.table import auroc, table
@@ -71,7 +71,7 @@ def unit_concepts(
     """
     where = sites_of(model, units, at=at, match=match) if isinstance(units, str) else dict(units)
     concepts = _concepts(batches)
-    inputs = [{k: v for k, v in b.items() if k != "labels"} for b in batches]
+    inputs = [unlabelled(b) for b in batches]
 
     def pooled(net: nn.Module) -> Tensor:
         with evaluating(net):

@@ -129,7 +129,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Carry out a recipe: a name, or a YAML or JSON file that may name model, data and options too."""
-    from neurograft.pipeline.run import run_words
+    from neurograft.pipeline.run_words import run_words
 
     changes = {w.partition("=")[0]: value(w.partition("=")[2]) for w in words if "=" in w}
     names = [w for w in words if "=" not in w]

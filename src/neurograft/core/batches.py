@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,21 @@ from neurograft.core.errors import RequestError, one_of
 Batch = dict[str, Any]
 IGNORE = -100
 POSITIONS = ("all", "last", "answer", "prompt")
+
+
+def unlabelled(batch: Mapping[str, Any]) -> Batch:
+    """Return a batch without its labels: what a model is given to predict, and not to compute its loss.
+
+    Example:
+        >>> unlabelled({"input_ids": 1, "labels": 2})
+        {'input_ids': 1}
+    """
+    return {k: v for k, v in batch.items() if k != "labels"}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter is, and so its inputs belong; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def token_mask(batch: Batch, positions: str | Callable[[Batch], Tensor] = "all") -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.batches import IGNORE, POSITIONS, Batch, shifts, token_mask
+from neurograft.core.batches import IGNORE, POSITIONS, Batch, device_of, shifts, token_mask, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.phase import Phase
 from neurograft.core.prompts.requests import Request
@@ -20,7 +20,20 @@ from neurograft.core.seeds import generator
 from neurograft.core.step import Step, Trained
 from neurograft.core.units import Site
 
-__all__ = ["IGNORE", "POSITIONS", "Batch", "Context", "Phase", "Request", "Step", "Trained", "shifts", "token_mask"]
+__all__ = [
+    "IGNORE",
+    "POSITIONS",
+    "Batch",
+    "Context",
+    "Phase",
+    "Request",
+    "Step",
+    "Trained",
+    "device_of",
+    "shifts",
+    "token_mask",
+    "unlabelled",
+]
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RequestError(ValueError):
@@ -58,3 +59,29 @@ def one_of(name: str, known: Iterable[str], *, what: str) -> str:
         listed = ", ".join(names[:16]) + (", ..." if len(names) > 16 else "")
         raise RequestError(f"{what} {name!r}", expected=f"one of {listed}", do=near(name, names))
     return name
+
+
+@contextmanager
+def extra(name: str, *, what: str, instead: str = "") -> Iterator[None]:
+    """Ask for one of neurograft's extras where an import in the block fails.
+
+    Args:
+        name: the extra.
+        what: what it is needed for.
+        instead: what would do without it.
+
+    Raises:
+        RequestError: the import failed.
+
+    Example:
+        >>> with extra("probes", what="a probe", instead="take fit='adam'"):
+        ...     import no_such_module
+        Traceback (most recent call last):
+        neurograft.core.errors.RequestError: got a probe without no_such_module; expected the extra 'probes'; \
+to mend it: pip install 'neurograft[probes]', or take fit='adam'
+    """
+    try:
+        yield
+    except ImportError as error:
+        do = f"pip install 'neurograft[{name}]'" + (f", or {instead}" if instead else "")
+        raise RequestError(f"{what} without {error.name or error}", expected=f"the extra {name!r}", do=do) from error

@@ -14,7 +14,7 @@ Shape letters: k chosen units, w features of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.batches import POSITIONS, Batch
+from neurograft.core.batches import POSITIONS
 from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.grafts.delta import Slice
@@ -332,34 +332,4 @@ def interventions(
     )
     if not found:
         raise RequestError("an intervention on no unit", expected="at least one unit", do="select some units")
-    return found
-
-
-def capture(model: nn.Module, sites: Mapping[str, Site], batch: Batch) -> dict[str, Tensor]:
-    """Run one batch and return its activations at each site, [B, T, n] or [B, T, n, w], on the CPU.
-
-    Raises:
-        RequestError: a site inside an expert, which does not see every token.
-    """
-    found: dict[str, Tensor] = {}
-
-    def visit(name: str, x: Tensor, seen: Seen) -> None:
-        if len(seen.lead) != 2:
-            raise RequestError(
-                f"the activations of {name!r}, shaped {tuple(x.shape)}",
-                expected="one for each token of each row",
-                do="choose sites outside of experts and pooled outputs",
-            )
-        found[name] = x.detach().to("cpu", torch.float32, copy=True)
-
-    board, guest = Board.of(model), Guest(sites, visit)
-    board.join(guest)
-    try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        board.leave(guest)
-    missing: Sequence[str] = [n for n in sites if n not in found]
-    if missing:
-        raise RunError(f"the tap of {missing[0]} never fired")
     return found

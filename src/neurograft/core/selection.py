@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from neurograft.core import unit_files
 from neurograft.core.errors import RequestError, near
 from neurograft.core.fingerprint import digest
-from neurograft.core.grafts.store import apart
 from neurograft.core.numerics.chance import at_least, convolved, hypergeometric
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
@@ -92,12 +88,12 @@ class Scores:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
         each = {f"{name}{EACH}": value.clone() for name, value in self.per_example.items()}
-        return _save(Path(path), "scores", self.sites, {**self.values, **each}, self.card)
+        return unit_files.save(Path(path), "scores", self.sites, {**self.values, **each}, self.card)
 
     @staticmethod
     def load(path: str | Path) -> Scores:
         """Read what `save` wrote."""
-        sites, tensors, card = _load(Path(path), "scores")
+        sites, tensors, card = unit_files.load(Path(path), "scores")
         each = {n.removesuffix(EACH): v for n, v in tensors.items() if n.endswith(EACH)}
         return Scores(sites, {n: v for n, v in tensors.items() if not n.endswith(EACH)}, card, each)
 
@@ -276,59 +272,9 @@ class Selection:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
-        return _save(Path(path), "selection", self.sites, self.ids, self.card)
+        return unit_files.save(Path(path), "selection", self.sites, self.ids, self.card)
 
     @staticmethod
     def load(path: str | Path) -> Selection:
         """Read what `save` wrote."""
-        return Selection.of(*_load(Path(path), "selection"))
-
-
-def _save(
-    path: Path, kind: str, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], card: Mapping[str, Any]
-) -> Path:
-    # One key only: safetensors writes its metadata in random order, and the same seed gives the same bytes.
-    meta = {
-        "neurograft": json.dumps({"kind": kind, "sites": [s.as_dict() for s in sites.values()], "card": dict(card)})
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.{os.getpid()}")  # written whole, then put in its place
-    try:
-        work.touch()
-        mode = work.stat().st_mode
-        save_file(apart({n: t.contiguous() for n, t in tensors.items()}), work, metadata=meta)
-        work.chmod(mode)  # safetensors writes for its owner alone
-        os.replace(work, path)
-    finally:
-        work.unlink(missing_ok=True)
-    return path
-
-
-def _load(path: Path, kind: str) -> tuple[dict[str, Site], dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise RequestError(f"the path {path}, where no file is", expected=f"a {kind} file", do="check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("neurograft", "{}"))
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise RequestError(
-            f"{path}, which is no safetensors file ({error})", expected=f"a {kind} file", do="write it again"
-        ) from error
-    if meta.get("kind") != kind:
-        raise RequestError(
-            f"{path}, a {meta.get('kind') or 'foreign'} file",
-            expected=f"a {kind} file",
-            do="take units by their scores first: `neurograft select FILE`, or scores.top(fraction=0.01)"
-            if (meta.get("kind"), kind) == ("scores", "selection")
-            else f"give a file written by {kind}.save",
-        )
-    try:
-        sites = [Site.from_dict(s) for s in meta["sites"]]
-        return {s.name: s for s in sites}, tensors, meta["card"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(
-            f"{path}, whose description of the units is spoiled ({error})",
-            expected=f"a {kind} file",
-            do="write it again",
-        ) from error
+        return Selection.of(*unit_files.load(Path(path), "selection"))

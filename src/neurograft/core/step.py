@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.batches import IGNORE, Batch, shifts
+from neurograft.core.batches import IGNORE, Batch, shifts, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.region import Region
 
@@ -78,7 +78,7 @@ class Step:
         """The model's outputs without its own loss where it can do without labels; computed once."""
         if "outputs" in self.__dict__ or "labels" in _only_from_labels(self.model):
             return self.outputs
-        return self.call(**{k: v for k, v in self.batch.items() if k != "labels"})
+        return self.call(**unlabelled(self.batch))
 
     @cached_property
     def _scored(self) -> tuple[Tensor, Tensor, Tensor]:

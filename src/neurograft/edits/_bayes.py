@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import extra
 from neurograft.core.numerics.search import Found, Propose, drawn
 
 if TYPE_CHECKING:
@@ -62,15 +62,10 @@ def bayes(
         >>> abs(float(found.best) - 0.3) < 0.1
         True
     """
-    try:
+    with extra("probes", what="Bayesian optimisation", instead="pass optimizer='random'"):
+        from sklearn.gaussian_process.kernels import ConstantKernel, WhiteKernel
+
         from neurograft.edits._arccos import Arccos
-    except ImportError as error:
-        raise RequestError(
-            f"Bayesian optimisation without {error.name}",
-            expected="scikit-learn",
-            do="pip install neurograft[probes], or pass optimizer='random'",
-        ) from error
-    from sklearn.gaussian_process.kernels import ConstantKernel, WhiteKernel
 
     start, span = low.double(), (high - low).double()
     level = 1 / float(Arccos(depth, weight, bias).diag(np.full((1, len(low)), 0.5))[0])  # variance 1 at the start

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neurograft.anatomy.describe import anatomy
 from neurograft.anatomy.sites import sites
-from neurograft.core.context import Batch, Context
+from neurograft.core.context import Context, device_of, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.coordinates import coordinates, everything
 from neurograft.core.grafts.delta import LowRank
@@ -144,7 +144,7 @@ def read(model: nn.Module, found: Mapping[str, Site], rows: Rows, flags: Tensor,
         here = flags[i : i + AT_ONCE]
         if bool(here.any()):
             with watch(model, found, reader, mask=lambda _, here=here: here):  # type: ignore[misc]
-                model(**{k: v[i : i + AT_ONCE] for k, v in _inputs(rows.batch).items()})
+                model(**{k: v[i : i + AT_ONCE] for k, v in unlabelled(rows.batch).items()})
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def covariances(context: Context, found: Sequence[Memory]) -> dict[str, Tensor]:
     if context.batches:
         for batch in context.batches:
             with watch(context.model, where, add):
-                context.model(**_inputs(batch))
+                context.model(**unlabelled(batch))
     else:
         rows = joined(context.requests, device=device_of(context.model))
         index = torch.arange(rows.batch["input_ids"].shape[1], device=rows.at.device)
@@ -227,12 +227,3 @@ def caches(context: Context, found: Sequence[Memory]) -> dict[str, Tensor]:
 def earlier_requests(model: nn.Module) -> list[Request]:
     """Return the requests on the cards of the grafts that lie on a model."""
     return [Request.from_dict(r) for g in Stack.of(model).grafts.values() for r in g.card.get("requests", ())]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's first parameter is."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _inputs(batch: Batch) -> Batch:
-    return {k: v for k, v in batch.items() if k != "labels"}

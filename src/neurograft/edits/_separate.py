@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE
+from neurograft.core.context import IGNORE, device_of
 from neurograft.core.grafts.delta import Delta, LowRank
 from neurograft.core.prompts.requests import Request, Rows, joined
 from neurograft.core.taps.tap import change
 from neurograft.core.units import Parameters, Site, Tap
-from neurograft.edits._memory import device_of, read, tensor_of
+from neurograft.edits._memory import read, tensor_of
 from neurograft.edits._training import Training
 
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Context
+from neurograft.core.asking import asking
+from neurograft.core.context import Context, device_of, unlabelled
 from neurograft.core.grafts.coordinates import coordinates, everything
 from neurograft.core.grafts.delta import Delta, Slice
 from neurograft.core.grafts.stack import Stack
 from neurograft.core.prompts.requests import Request, joined
 from neurograft.core.region import as_matrix
 from neurograft.core.units import Parameters
-from neurograft.edits._memory import device_of
 from neurograft.edits._values import finite, per_row
 
 
@@ -33,19 +33,15 @@ class Training:
     def at(self, name: str) -> Iterator[nn.Parameter]:
         """Make one parameter trainable and put everything back afterwards, bit for bit."""
         weight = Parameters.of(self.model).by_name[name]
-        kept, flags = weight.detach().clone(), {p: p.requires_grad for p in self.model.parameters()}
-        self.model.requires_grad_(False)
-        weight.requires_grad_(True)
+        kept = weight.detach().clone()
         try:
-            with torch.enable_grad():
+            with asking(self.model, [weight]), torch.enable_grad():
                 self.start = self.now = kept.float()
                 yield weight
         finally:
             with torch.no_grad():
                 weight.copy_(kept)
             weight.grad = None
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
 
     def fit(self, weight: nn.Parameter, requests: Sequence[Request]) -> list[float]:
         """Train and return the mean loss of every epoch."""
@@ -89,7 +85,7 @@ class Training:
     def loss(self, batch: Sequence[Request]) -> Tensor:
         """Return the mean over requests of the mean over their targets' tokens."""
         rows = joined(batch, eos=self.eos, device=device_of(self.model))
-        logits = self.model(**{k: v for k, v in rows.batch.items() if k != "labels"}).logits
+        logits = self.model(**unlabelled(rows.batch)).logits
         return rows.mean(per_row(logits, rows), len(batch)).mean()
 
     def tried(self, name: str, requests: Sequence[Request]) -> float:
@@ -111,7 +107,7 @@ class Training:
         """Return the likeliest next token at every labelled, or else every real, position of the general data."""
         found = []
         for batch in self.context.batches:
-            says = self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
+            says = self.model(**unlabelled(batch)).logits.argmax(-1)
             real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             found.append(says[real])
         return torch.cat(found) if found else torch.empty(0)

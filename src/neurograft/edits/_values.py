@@ -6,18 +6,18 @@ Shape letters: n requests, r rows, d features of the stream, V words.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE
+from neurograft.core.asking import asking
+from neurograft.core.context import IGNORE, device_of, unlabelled
 from neurograft.core.errors import RunError
 from neurograft.core.prompts.requests import Request, Rows, joined
 from neurograft.core.taps.tap import change
-from neurograft.edits._memory import Memory, at_subjects, device_of
+from neurograft.edits._memory import Memory, at_subjects
 
 
 def wanted(
@@ -63,27 +63,22 @@ def wanted(
         parts = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
         return torch.cat([wanted(model, memory, part, absolute=absolute, eos=eos, **how) for part in parts])
     n, rows = len(requests), joined(requests, eos=eos, device=device_of(model))
-    site = {memory.stream.name: memory.stream}
-    first = rows.mean(at_subjects(model, site, rows)[memory.stream.name], n)
+    name = memory.stream.name
+    first = rows.mean(at_subjects(model, {name: memory.stream}, rows)[name], n)
     limit = clamp * first.norm(dim=1, keepdim=True)
     unit = torch.ones_like(limit) if absolute else first.pow(2).mean(1, keepdim=True).sqrt()
     free = torch.zeros_like(first, requires_grad=True)
     optimizer = torch.optim.Adam([free], lr=lr)
     going = torch.ones(n, dtype=torch.bool, device=first.device)
     before: Tensor | None = None
-    flags = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    try:
+    with asking(model):
         for _ in range(steps):
             vector = unit * free
-            with torch.enable_grad(), change(model, site, partial(_added, rows, vector)):
-                logits = model(**{k: v for k, v in rows.batch.items() if k != "labels"}).logits
+            logits = _said(model, memory, rows, vector)
             there = logits[torch.arange(len(rows.at)), rows.at].float().log_softmax(-1)
             before = there.detach() if before is None else before
-            said = rows.mean(per_row(logits, rows), n)
-            loss = (
-                said + kl * rows.mean(drifted(before, there), n) + decay * vector.norm(dim=1) / first.norm(dim=1) ** 2
-            )
+            told, apart = rows.mean(per_row(logits, rows), n), rows.mean(drifted(before, there), n)
+            loss = told + kl * apart + decay * vector.norm(dim=1) / first.norm(dim=1) ** 2
             finite(loss)
             going &= loss.detach() >= enough
             if not bool(going.any()):
@@ -95,15 +90,20 @@ def wanted(
             with torch.no_grad():
                 free.mul_((limit / (unit * free).norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp(max=1.0))
                 free.copy_(torch.where(going[:, None], free, kept))
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
     return first + unit * free.detach()
 
 
-def _added(rows: Rows, vector: Tensor, _: str, x: Tensor) -> Tensor:
-    index = (torch.arange(len(rows.at), device=x.device), rows.at.to(x.device))
-    return x.index_put(index, vector[rows.owner].to(x.dtype), accumulate=True)
+@torch.enable_grad()
+def _said(model: nn.Module, memory: Memory, rows: Rows, vector: Tensor) -> Tensor:
+    """Return the logits with each request's vector added to the stream at its subject."""
+
+    def added(_: str, x: Tensor) -> Tensor:
+        index = (torch.arange(len(rows.at), device=x.device), rows.at.to(x.device))
+        return x.index_put(index, vector[rows.owner].to(x.dtype), accumulate=True)
+
+    with change(model, {memory.stream.name: memory.stream}, added):
+        logits: Tensor = model(**unlabelled(rows.batch)).logits
+    return logits
 
 
 def finite(loss: Tensor) -> None:

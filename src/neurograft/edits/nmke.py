@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Context
+from neurograft.core.context import Context, device_of
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.numerics.keyvalue import answers
@@ -18,7 +18,7 @@ from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.edits._amplified import amplified, mask_of
 from neurograft.edits._layers import in_order
-from neurograft.edits._memory import Memory, caches, covariances, device_of, memories, reaches
+from neurograft.edits._memory import Memory, caches, covariances, memories, reaches
 from neurograft.edits._values import wanted
 
 MASKS = ("post", "solve", "none")

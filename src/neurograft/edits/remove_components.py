@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Context
+from neurograft.core.context import Context, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import Intervention
@@ -62,7 +62,7 @@ def remove_components(
     seen = positions if positions in ("all", "last", "prompt", "answer") else "last"
     with watch(context.model, chosen, reader, mask=seen), torch.no_grad():
         for batch in context.batches:
-            context.model(**{k: v for k, v in batch.items() if k != "labels"})
+            context.model(**unlabelled(batch))
     operations = []
     for name, site in chosen.items():
         directions, _ = principal(torch.cat(kept[name]), max(numbers) + 1)

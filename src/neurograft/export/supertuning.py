@@ -8,7 +8,6 @@ import torch
 from peft import get_peft_model
 from peft.tuners.supertuning import SupertuningConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from neurograft.core.card import method
@@ -16,8 +15,8 @@ from neurograft.core.errors import RequestError
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.skeleton import skeleton
-from neurograft.export._changes import Touched, base_model, base_name, place, tied_names, touched
-from neurograft.export._readme import readme
+from neurograft.export._adapter import listed, write_adapter
+from neurograft.export._changes import Touched, base_model, base_name, tied_names, touched
 
 LIMIT = 1 << 31
 
@@ -50,40 +49,34 @@ def supertuning(
         RequestError: something is not a change of entries of a linear layer.
     """
     model = base_model(graft, model)
-    unfit: dict[str, str] = {}
-    found = {}
-    for item in touched(graft, model):
-        why = _unfit(item, model)
-        if why:
-            unfit[item.name] = why
-        else:
-            found[item.name] = item
+    items = list(touched(graft, model))
+    unfit = {item.name: why for item in items if (why := _unfit(item, model))}
+    found = {item.name: item for item in items if item.name not in unfit}
     if (unfit and not partial) or not found:
-        listed = "; ".join(f"{name}: {why}" for name, why in list(unfit.items())[:6])
         raise RequestError(
-            f"{len(unfit)} changes that Supertuning cannot hold ({listed})",
+            f"{len(unfit)} changes that Supertuning cannot hold ({listed(unfit)})",
             expected="chosen entries of linear layers",
             do="export to='lora' or 'merged', or pass partial=True to leave these out",
         )
-    name = base_name(graft, model, base)
+    name, revision = base_name(graft, model, base)
     config = SupertuningConfig(
         target_modules=sorted(i.module for i in found.values()),
         sparsity=_sparsity(found),
         inference_mode=True,
-        base_model_name_or_path=name[0],
-        revision=name[1],
+        base_model_name_or_path=name,
+        revision=revision,
     )
     tensors, wrong, total = _tensors(found, model, config.sparsity)
-    folder = place(folder)
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    notes = {
-        "Rounding": f"{wrong} of {total} numbers differ from the graft's: PEFT rounds the difference to the base's "
+    return write_adapter(
+        graft,
+        folder,
+        config,
+        tensors,
+        form="supertuning",
+        rounding=f"{wrong} of {total} numbers differ from the graft's: PEFT rounds the difference to the base's "
         "dtype and adds it.",
-        "Left out": "\n".join(f"- `{n}`: {why}" for n, why in unfit.items()) or "Nothing.",
-    }
-    (folder / "README.md").write_text(readme(graft, name[0], "supertuning", notes))
-    return folder
+        unfit=unfit,
+    )
 
 
 def _unfit(item: Touched, model: nn.Module) -> str:

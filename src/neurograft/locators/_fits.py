@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neurograft.core.errors import RequestError, RunError
+from neurograft.core.errors import RunError, extra
 
 CHUNK = 1 << 25
 
@@ -109,12 +109,6 @@ def _fitted(model: Any, x: Tensor, labels: Any) -> None:
 
 
 def _sklearn(penalty: str, **options: Any) -> Any:
-    try:
+    with extra("probes", what=f"a probe with the {penalty} penalty", instead="take fit='adam'"):
         from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise RequestError(
-            f"a probe with the {penalty} penalty and no scikit-learn",
-            expected="scikit-learn beside neurograft",
-            do="pip install 'neurograft[probes]', or take fit='adam'",
-        ) from error
     return LogisticRegression(solver="liblinear", l1_ratio=float(penalty == "l1"), **options)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.asking import asking
 from neurograft.core.errors import RunError
 from neurograft.core.units import Parameters
 
@@ -30,7 +31,6 @@ def weight_gradients(
         RunError: no parameter got a gradient. One alone may have none: the loss does not depend on it.
     """
     parameters = Parameters.of(model).by_name
-    flags = {n: p.requires_grad for n, p in parameters.items()}
     chosen = {n: parameters[n] for n in names}
     kept = {n: p.grad for n, p in chosen.items()}
     heard: set[str] = set()
@@ -45,21 +45,18 @@ def weight_gradients(
 
         return listen
 
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in chosen)
-    handles = []
-    for name, parameter in chosen.items():
-        parameter.grad = None
-        handles.append(parameter.register_post_accumulate_grad_hook(hook(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(flags[name])
-        for name, grad in kept.items():
-            chosen[name].grad = grad
+    with asking(model, chosen.values()):
+        handles = []
+        for name, parameter in chosen.items():
+            parameter.grad = None
+            handles.append(parameter.register_post_accumulate_grad_hook(hook(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, grad in kept.items():
+                chosen[name].grad = grad
     if not heard:
         raise RunError(f"none of {len(chosen)} parameters got a gradient: no backward pass ran, or it reached none")
 

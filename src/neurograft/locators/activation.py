@@ -10,7 +10,8 @@ from neurograft.core.card import method
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.selection import Scores
-from neurograft.core.taps.stream import Extremes, Moments, Rate, Reducer, Sample, Sums, observe
+from neurograft.core.taps.reducers import Extremes, Moments, Rate, Reducer, Sample, Sums
+from neurograft.core.taps.stream import observe
 from neurograft.locators._common import need_batches, scored
 from neurograft.locators._parts import norms
 

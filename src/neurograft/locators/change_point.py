@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Context, token_mask
+from neurograft.core.context import Batch, Context, token_mask, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.numerics.linalg import linear_cka, mean_cca, principal
 from neurograft.core.selection import Scores
@@ -79,7 +79,7 @@ def _outputs(context: Context) -> dict[str, Tensor]:
     for batch in context.batches:
         wanted = ends(batch, positions=context.positions)  # the model is called without the labels that say so
         with watch(context.model, context.sites, reader, mask=lambda seen, wanted=wanted: wanted), torch.no_grad():  # type: ignore[misc]
-            context.model(**{k: v for k, v in batch.items() if k != "labels"})
+            context.model(**unlabelled(batch))
     found = {name: torch.cat(parts) for name, parts in kept.items()}
     if len(next(iter(found.values()))) < 2:
         raise RequestError("a single prompt", expected="several, about 300", do="give more prompts")

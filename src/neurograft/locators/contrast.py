@@ -14,7 +14,8 @@ from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.selection import Scores
-from neurograft.core.taps.stream import Moments, Rate, Reducer, observe
+from neurograft.core.taps.reducers import Moments, Rate, Reducer
+from neurograft.core.taps.stream import observe
 from neurograft.locators._common import need_batches, scored
 
 STATISTICS = ("mean", "rate")

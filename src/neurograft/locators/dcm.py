@@ -9,10 +9,10 @@ from neurograft.core.card import method
 from neurograft.core.compact.mask import Mask
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
-from neurograft.core.intervene import capture
 from neurograft.core.prompts.answering import both, need_causal, paired
 from neurograft.core.prompts.places import answers, ends, place
 from neurograft.core.selection import Scores, Selection
+from neurograft.core.taps.capture import capture
 from neurograft.core.taps.tap import change
 from neurograft.locators._common import scored
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Context, token_mask
+from neurograft.core.context import Batch, Context, token_mask, unlabelled
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.candidates import first_answers
 from neurograft.core.selection import Scores
@@ -115,6 +115,6 @@ def _aim(context: Context, batch: Batch, answer: str) -> tuple[Tensor, Tensor]:
         at = last.int().argmax(1)
     if answer == "likeliest":
         with torch.no_grad():
-            logits = context.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            logits = context.model(**unlabelled(batch)).logits
         said = logits[torch.arange(len(at), device=at.device), at].argmax(-1)
     return at, said

@@ -14,10 +14,10 @@ from neurograft.anatomy.sites import sites as sites_of
 from neurograft.core.card import method
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.intervene import capture
 from neurograft.core.prompts.answering import both, paired, said
 from neurograft.core.prompts.places import Placed, answers, ends, place
 from neurograft.core.selection import Scores, Selection
+from neurograft.core.taps.capture import capture
 from neurograft.core.taps.tap import change
 from neurograft.core.units import Site
 from neurograft.locators._common import scored

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neurograft.core.card import method
 from neurograft.core.context import Step
-from neurograft.core.errors import RequestError, one_of
+from neurograft.core.errors import RequestError, extra, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.seeds import generator
 
@@ -94,12 +94,8 @@ def scheduled(model: nn.Module, scheduler: Any = None) -> Any:
         >>> scheduled(nn.Identity(), {"num_train_timesteps": 100}).config.num_train_timesteps
         100
     """
-    try:
+    with extra("diffusers", what="a loss of diffusion"):
         from diffusers import DDPMScheduler
-    except ImportError as error:
-        raise RequestError(
-            "a loss of diffusion", expected="diffusers to be installed", do="pip install 'neurograft[diffusers]'"
-        ) from error
     if scheduler is None:
         home = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         beside = Path(home).resolve().parent / "scheduler"

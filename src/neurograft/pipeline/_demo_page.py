@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from neurograft.pipeline._demo_runs import RATES
+from neurograft.report._parts import document, figure, grid, section
 from neurograft.report._svg import WIDTH, dot, drawing, line, scale, words, x_axis
-from neurograft.report.page import figure, section
-from neurograft.report.words import interval, number
+from neurograft.report.tables import facts, table
+from neurograft.report.words import MINUS, interval, number
 
 Data = Mapping[str, Any]
 STYLE = """
-:root { --d0: #1f5fbf; --d1: #5aa0c8; --d2: #7b8494; --d3: #a35c00; --d4: #b03a5c; --d5: #00694b; }
+:root { --d0: #1f5fbf; --d1: #478eb8; --d2: #7b8494; --d3: #a35c00; --d4: #b03a5c; --d5: #00694b; }
 @media (prefers-color-scheme: dark) {
   :root { --d0: #82b1ff; --d1: #8fd0ee; --d2: #a5adbb; --d3: #f0ab52; --d4: #ff9db5; --d5: #4fc79a; }
 }
@@ -33,14 +34,8 @@ LEAST, TICKS = 0.01, (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 def page(data: Data) -> str:
     """Return the page; the same data give the same bytes."""
-    style = files("neurograft.report").joinpath("page.css").read_text(encoding="utf-8") + STYLE
-    body = "".join([_head(data), _clouds(data), _tables(data), _forgetting(data), _undo(data), _made(data)])
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>neurograft demo</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n"
-        "</html>\n"
-    )
+    parts = (_head, _clouds, _tables, _forgetting, _undo, _made)
+    return document("neurograft demo", "".join(part(data) for part in parts), STYLE)
 
 
 def _head(data: Data) -> str:
@@ -48,7 +43,10 @@ def _head(data: Data) -> str:
         f"{data['facts']} capitals moved. Each contender learned it from English questions, beside old ones, in "
         f"{data['steps']} steps, and was asked in phrasings it was not trained on."
     )
-    return f"<header>\n<h1>{escape(data['sentence'])}</h1>\n<p class='lead'>{escape(text)}</p>\n</header>\n"
+    first, _, second = re.sub(r"(?<!\w)-(?=\d)", MINUS, data["sentence"]).partition("; ")
+    rest = f"<p>{escape(second[:1].upper() + second[1:])}</p>\n" if second else ""
+    stop = "." if second else ""
+    return f'<header>\n<h1>{escape(first)}{stop}</h1>\n{rest}<p class="lead">{escape(text)}</p>\n</header>\n'
 
 
 def _clouds(data: Data) -> str:
@@ -67,7 +65,7 @@ def _clouds(data: Data) -> str:
         "correction, down is less forgotten; larger points use the learning rate chosen on validation. Rises below "
         f"{LEAST} stand there."
     )
-    return section("The whole cloud", lead, f'<div class="grid">{"".join(pictures)}</div>')
+    return section("The whole cloud", lead, grid(pictures))
 
 
 def _log(harm: float) -> float:
@@ -77,7 +75,7 @@ def _log(harm: float) -> float:
 def _cloud(data: Data, key: str, what: str) -> str:
     runs = data["runs"]
     xs, most = (0.0, 1.03), max(r["harm"] for r in runs)
-    left, right, top, bottom = 48, WIDTH - 12, 12, 218
+    left, right, top, bottom = 54, WIDTH - 12, 12, 218
     at_x, linear = scale(*xs, left, right), scale(_log(LEAST), _log(1.3 * max(most, 10 * LEAST)), bottom, top)
 
     def at_y(harm: float) -> float:
@@ -90,7 +88,7 @@ def _cloud(data: Data, key: str, what: str) -> str:
             words(left - 5, at_y(tick) + 3.5, f"{tick:g}", "t s", anchor="end"),
         ]
     body += x_axis(at_x, *xs, bottom, top, f"right {what} →", middle=(left + right) / 2)
-    body += [words(12, (top + bottom) / 2, "loss rise: nats, logarithmic →", "t s up", anchor="middle")]
+    body += [words(9, (top + bottom) / 2, "loss rise: nats, logarithmic →", "t s up", anchor="middle")]
     order = list(RATES)
     for r in runs:
         big = data["rates"]["far"][r["contender"]] == r["rate"]
@@ -101,14 +99,14 @@ def _cloud(data: Data, key: str, what: str) -> str:
     return drawing(body, 252, title=f"Loss on old questions against answers right {what}")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(h)}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>\n" for row in rows)
-    return f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n'
+def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return table(name, [escape(h) for h in head], [[escape(c) for c in row] for row in rows])
 
 
 def _tables(data: Data) -> str:
-    far, careful = (_contenders(data[rule]) for rule in ("far", "careful"))
+    far, careful = (
+        _contenders(data[rule], name) for rule, name in (("far", "best transfer"), ("careful", "least harm"))
+    )
     lead = (
         "Shares of answers that are right as a whole, mean and standard deviation over seeds. Other languages: only "
         "countries whose name differs from the English one. Numbers and files of full fine-tuning are not matched."
@@ -123,14 +121,14 @@ def _tables(data: Data) -> str:
         lead,
         "<h3>At the learning rate with the best transfer on validation</h3>",
         far,
-        _table(head, against),
+        _table("Located neurons against the others", head, against),
         "<h3>At the learning rate with the least harm on validation</h3>",
         careful,
     )
 
 
-def _contenders(part: Data) -> str:
-    head = ["", "numbers", "rate", "half time", "English", "unheard phrasings", "other languages", "same name"]
+def _contenders(part: Data, name: str) -> str:
+    head = ["contender", "numbers", "rate", "half time", "English", "unheard phrasings", "other languages", "same name"]
     head += ["old skills", "loss rise", "other capitals", "ms a step", "saved kB", "file kB"]
     rows = []
     for name, row in part["contenders"].items():
@@ -141,7 +139,7 @@ def _contenders(part: Data) -> str:
         ]
         sizes = [f"{row['step_ms']:.0f}", f"{row['saved_bytes'] / 1e3:,.0f}", f"{row['file_bytes'] / 1e3:,.0f}"]
         rows.append([name, f"{row['trained']:,}", f"{row['rate']:g}", *shares, *sizes])
-    return _table(head, rows)
+    return _table(f"Contenders at the rate with the {name}", head, rows)
 
 
 def _forgetting(data: Data) -> str:
@@ -152,7 +150,7 @@ def _forgetting(data: Data) -> str:
             [c, *(f"{number(found[n]['harm'], sign=True, digits=2)} ({found[n]['accuracy']:.2f})" for n in names)]
             for c, found in cells.items()
         ]
-        parts.append(_table([f"by {by}", *names], rows))
+        parts.append(_table(f"Forgetting by {by}", [f"by {by}", *names], rows))
     lead = "Rise of the loss on old questions in nats and, in brackets, the share still right."
     return section("What was forgotten", lead, *parts)
 
@@ -161,18 +159,18 @@ def _undo(data: Data) -> str:
     undo, graft = data["undo"], data["graft"]
     kept = "the same, bit for bit" if undo["identical"] else "NOT the same"
     rows = [
-        ["question", undo["question"]],
-        ["base", undo["before"]],
-        ["with the graft", undo["during"]],
-        ["taken off", undo["after"]],
-        ["digest of all weights", f"{undo['digest']}: {kept} as before"],
-        ["graft", f"{graft['numbers']:,} numbers, {graft['bytes']:,} bytes, {Path(graft['path']).name}/"],
+        ("question", undo["question"]),
+        ("base", undo["before"]),
+        ("with the graft", undo["during"]),
+        ("taken off", undo["after"]),
+        ("digest of all weights", f"{undo['digest']}: {kept} as before"),
+        ("graft", f"{graft['numbers']:,} numbers, {graft['bytes']:,} bytes, {Path(graft['path']).name}/"),
     ]
     more = ""
     if data.get("report"):
         link = f'<a href="report/{escape(Path(data["report"]["path"]).name)}">audit of this graft</a>'
         more = f"<p>{link}: {escape(data['report']['verdict'])}</p>\n"
-    return section("On and off again", "The located neurons' change, of the first seed.", _table(["", ""], rows), more)
+    return section("On and off again", "The located neurons' change, of the first seed.", facts(rows), more)
 
 
 def _made(data: Data) -> str:

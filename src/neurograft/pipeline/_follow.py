@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError
-from neurograft.core.intervene import Intervention, Mounted, capture
+from neurograft.core.intervene import Intervention, Mounted
 from neurograft.core.prompts.passing import Seen
+from neurograft.core.taps.capture import capture
 from neurograft.core.units import Site
 from neurograft.pipeline.state import as_found
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch
+from neurograft.core.context import Batch, unlabelled
 from neurograft.core.intervene import Intervention
 from neurograft.core.prompts.examples import singles
-from neurograft.core.taps.stream import Exemplars, Extremes, Moments, Rate, Reducer, Sample, observe
+from neurograft.core.taps.reducers import Exemplars, Extremes, Moments, Rate, Reducer, Sample
+from neurograft.core.taps.stream import observe
 from neurograft.core.taps.tap import watch
 from neurograft.core.units import Site
 
@@ -134,7 +135,7 @@ def _silenced(
     """Return what silence takes from the logits at the unit's strongest places; positive: the unit raises them."""
     total, count = None, 0
     for row, exemplar in zip(rows, exemplars):
-        inputs = {k: v for k, v in row.items() if k != "labels"}
+        inputs = unlabelled(row)
         step = Intervention(site, torch.tensor([number]), "zero")
         with torch.no_grad():
             try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.context import Context
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, extra
 from neurograft.core.units import Site, Tap
 from neurograft.locators.probe import probe
 
@@ -30,14 +30,8 @@ def linear(features: Tensor, labels: Tensor, *, C: float = 1.0, seed: int = 0) -
     Raises:
         RequestError: an attribute that all examples have or none; no scikit-learn.
     """
-    try:
+    with extra("probes", what="linear SVMs"):
         from sklearn.svm import LinearSVC
-    except ImportError as error:
-        raise RequestError(
-            "linear SVMs and no scikit-learn",
-            expected="scikit-learn beside neurograft",
-            do="pip install 'neurograft[probes]'",
-        ) from error
     x, found = features.double().cpu().numpy(), []
     for k, column in enumerate(labels.cpu().long().t()):
         if len(column.unique()) < 2:

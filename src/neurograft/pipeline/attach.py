@@ -66,13 +66,7 @@ def attach(
             expected="the units to train",
             do="pass a selection, or leave adapter out to train everything",
         )
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        mount: Mount = made(model, where, new=new, protect=protect)
-    except BaseException:  # a mount freezes the model before it knows whether all of it can be had
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
+    mount: Mount = made(model, where, new=new, protect=protect)
     return mount
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-import neurograft
 from neurograft.audits._changes import Change, as_change
-from neurograft.audits._paired import Runs, runs
 from neurograft.audits.gain import Metrics
-from neurograft.audits.gain import gain as measure_gain
-from neurograft.audits.loss import loss as measure_loss
-from neurograft.core.choose import Choice, Chosen, choose, methods
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.origin import describe
-from neurograft.pipeline.inputs import as_batches, data_digest, size_of
+from neurograft.pipeline._measuring import Measuring, Probes, probes_of
+from neurograft.pipeline._provenance import provenance
+from neurograft.pipeline.inputs import as_batches
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found
 from neurograft.pipeline.touched import pages
@@ -31,7 +25,6 @@ from neurograft.report.rules import Rules, rules_of
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 BRIEF = 3  # pages of neurons that nobody asked for
-Probes = str | Sequence[Choice]
 
 
 def audit(
@@ -91,7 +84,7 @@ def audit(
     """
     if gain is None and not keep:
         raise RequestError("neither gain nor keep", expected="data for at least one", do="audit(..., gain=test)")
-    chosen, asked = rules_of(rules), _probes(probes)
+    chosen, asked = rules_of(rules), probes_of(probes)
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     reading: dict[str, Any] = {"processing_class": processing_class, "batch_size": batch_size}
     reading |= {"max_length": max_length, "limit": limit}
@@ -100,20 +93,19 @@ def audit(
     options = {"level": chosen["level"], "draws": chosen["draws"], "nulls": chosen["nulls"], "seed": seed}
     with as_found(net):
         change = as_change(net, _loaded(graft))
+        measuring = Measuring(net, change, metrics, asked, options)
         measured: dict[str, Any] = {"gain": None, "task": {}, "domains": {}, "whole": {}}
         if task is not None:
-            measured["gain"], measured["task"] = _task(net, change, task, metrics, chosen["gain"], asked, options)
+            measured["gain"], measured["task"] = measuring.task(task, by=chosen["gain"])
         names = list(domains)
         for name in progress(names, "kept domains") if progress else names:
-            measured["domains"][name] = _domain(net, change, domains[name], metrics, asked, options)
-        for probe in asked:
-            if not _by_domain(probe):
-                measured["whole"][_short(probe)] = probe(net, change)
+            measured["domains"][name] = measuring.domain(domains[name])
+        measured["whole"] = measuring.whole()
         if neurons is None or neurons > 0:
             shown = task if task is not None else next(iter(domains.values()))
             how: dict[str, Any] = {"processing_class": processing_class, "seed": seed, "progress": progress}
             measured |= _pages(net, change, shown, neurons, how)
-        measured["provenance"] = _provenance(net, change, task, domains, seed)
+        measured["provenance"] = provenance(net, change, task, domains, seed)
     return Report.of(measured, chosen)
 
 
@@ -129,25 +121,6 @@ def _pages(
         return {"neurons": [], "no_neurons": str(error)}
 
 
-def _probes(probes: Probes) -> list[Chosen]:
-    if probes == "none":
-        return []
-    if probes == "all":
-        found = [choose("audits", name) for name in methods("audits") if name not in ("gain", "loss")]
-        return [probe for probe in found if "noise_floor" in probe.card.claims]
-    listed = [probes] if isinstance(probes, str) else probes
-    return [choose("audits", probe) for probe in listed]
-
-
-def _by_domain(probe: Chosen) -> bool:
-    """Say whether a probe looks at data; one without a card does."""
-    return not hasattr(probe.function, "card") or "batches" in probe.card.needs
-
-
-def _short(probe: Chosen) -> str:
-    return probe.name.rpartition(".")[2]
-
-
 def _loaded(graft: Any) -> Any:
     """Return grafts and models for the paths among what was given."""
     if isinstance(graft, (str, Path)):
@@ -155,105 +128,3 @@ def _loaded(graft: Any) -> Any:
     if isinstance(graft, (list, tuple)):
         return [Graft.load(g) if isinstance(g, (str, Path)) else g for g in graft]
     return graft
-
-
-def _task(
-    model: nn.Module,
-    change: Change,
-    batches: list[Batch],
-    metrics: Metrics,
-    by: str,
-    probes: list[Chosen],
-    options: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    measured = _runs(model, change, batches, metrics, options)
-    found = measure_gain(model, change, batches, by=by, metrics=metrics, measured=measured, **options)
-    beside = [probe for probe in probes if _takes(probe, "measured")] if measured is not None else []
-    return found, {_short(p): _run(p, model, change, batches, measured, options) for p in beside}
-
-
-def _domain(
-    model: nn.Module,
-    change: Change,
-    batches: list[Batch],
-    metrics: Metrics,
-    probes: list[Chosen],
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    measured = _runs(model, change, batches, metrics, options)
-    metric = None if measured is not None else next(iter(metrics.values())) if isinstance(metrics, Mapping) else metrics
-    found = {"loss": measure_loss(model, change, batches, measured=measured, metric=metric, **options)}
-    for probe in probes:
-        if _by_domain(probe) and (measured is not None or "labels" not in probe.card.needs):
-            found[_short(probe)] = _run(probe, model, change, batches, measured, options)
-    return found
-
-
-def _runs(
-    model: nn.Module, change: Change, batches: list[Batch], metrics: Metrics, options: dict[str, Any]
-) -> Runs | None:
-    """Return the paired runs; None where the outputs are no classes and a metric stands in for them."""
-    try:
-        return runs(model, change, batches, nulls=options["nulls"], seed=options["seed"])
-    except RequestError:
-        if metrics is None:
-            raise
-        return None
-
-
-def _run(
-    probe: Chosen,
-    model: nn.Module,
-    change: Change,
-    batches: list[Batch],
-    measured: Runs | None,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """Run a probe with those of our options it takes and does not set itself."""
-    given = {k: v for k, v in options.items() if k not in probe.options and k != "nulls" and _takes(probe, k)}
-    if measured is not None and _takes(probe, "measured"):
-        given["measured"] = measured
-    found: dict[str, Any] = probe(model, change, batches, **given)
-    return found
-
-
-def _takes(probe: Chosen, name: str) -> bool:
-    return name in inspect.signature(probe.function).parameters
-
-
-def _provenance(
-    model: nn.Module, change: Change, task: list[Batch] | None, domains: Mapping[str, list[Batch]], seed: int
-) -> dict[str, Any]:
-    import transformers
-
-    data = {**({"gain": task} if task is not None else {}), **domains}
-    first = next(model.parameters(), None)
-    return {
-        "base": describe(model),
-        "change": {
-            "kind": "tuned model" if change.tuned is not None else "graft" if len(change.grafts) == 1 else "grafts",
-            "grafts": [
-                {
-                    "identity": graft.identity,
-                    "numbers": graft.numel,
-                    "tensors": len(graft.deltas),
-                    "strength": graft.strength,
-                    "card": {k: v for k, v in graft.card.items() if k != "audit"},
-                }
-                for graft in change.grafts
-            ],
-        },
-        "data": {
-            name: {"items": sum(size_of(b) for b in batches), "digest": data_digest(batches)}
-            for name, batches in data.items()
-        },
-        "seed": seed,
-        "device": first.device.type if first is not None else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "neurograft": neurograft.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }

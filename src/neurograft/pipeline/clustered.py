@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.context import Batch
-from neurograft.core.errors import RequestError
+from neurograft.core.errors import RequestError, extra
 from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.core.taps.table import table
@@ -87,14 +87,8 @@ def by_profile(
 
 def kmeans(x: Tensor, k: int, seed: int) -> Tensor:
     """Return the group of each row of float64 [n, d], int64 [n], by scikit-learn's k-means of ten starts."""
-    try:
+    with extra("probes", what="clusters"):
         from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise RequestError(
-            "clusters and no scikit-learn",
-            expected="scikit-learn beside neurograft",
-            do="pip install 'neurograft[probes]'",
-        ) from error
     distinct = len(x.unique(dim=0))
     found = KMeans(min(k, distinct), n_init=10, random_state=seed).fit_predict(x.numpy())
     return torch.from_numpy(found).long()

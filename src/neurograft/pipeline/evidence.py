@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from neurograft.audits.evidence import evidence as measure
 from neurograft.core.choose import Choice, choose
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.origin import describe
-from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
+from neurograft.pipeline._located_on import relocated, unseen
 from neurograft.pipeline.attach import Where, selection_of
 from neurograft.pipeline.inputs import as_batches, data_digest
-from neurograft.pipeline.locate import bound, locate
+from neurograft.pipeline.locate import bound
 from neurograft.pipeline.models import Model, load_model
-from neurograft.pipeline.select import select
 from neurograft.pipeline.state import as_found
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -124,7 +122,7 @@ def evidence(
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     encode: dict[str, Any] = {"processing_class": processing_class, "max_length": max_length, "seed": seed}
     batches = as_batches(data, net, batch_size=batch_size, **encode)
-    fresh, dropped, known = _fresh(batches, chosen, overlap, limit)
+    fresh, dropped, known = unseen(batches, chosen, overlap, limit)
     loss = None if objective == "auto" and _classes(fresh) else bound(objective)
     again = relocate or (relocated(net, chosen) if stability else None)
     others = {n: s for n, w in (protected or {}).items() if (s := selection_of(w)) is not None}
@@ -155,75 +153,6 @@ def evidence(
         "seed": seed,
     }
     return Evidence({**found, "provenance": provenance})
-
-
-def _fresh(
-    batches: list[Batch], where: Selection, overlap: str, limit: int | None
-) -> tuple[list[Batch], int, bool | None]:
-    """Return at most `limit` examples that the selection was not located on, how many were dropped, and whether
-    they are known to be others (None if the selection's card does not tell)."""
-    used = located_on(where)
-    kept: list[Batch] = []
-    count, dropped = 0, 0
-    for batch in batches:
-        rows, digests = list(singles(batch)), row_digests([batch])
-        seen = [d in used for d in digests]
-        dropped += sum(seen)
-        left = len(rows) if limit is None else limit - count
-        if not any(seen) and len(rows) <= left:
-            kept.append(batch)
-            count += len(rows)
-            continue
-        for row, known in zip(rows, seen):
-            if not known and (limit is None or count < limit):
-                kept.append(row)
-                count += 1
-    if dropped and overlap == "refuse":
-        raise RequestError(
-            f"{dropped} examples on which this selection was located",
-            expected="other examples",
-            do="hold some data out for evidence, or pass overlap='drop' to leave these out",
-        )
-    return kept, dropped, True if used else None
-
-
-def located_on(where: Selection) -> frozenset[str]:
-    """Return the digests of the examples a selection was located on, as far as its card tells."""
-    found: list[str] = []
-    pending: list[Any] = [where.card]
-    while pending:
-        card = pending.pop()
-        if isinstance(card, Mapping):
-            found += [d for d in card.get("examples") or () if isinstance(d, str)]
-            pending += [v for k, v in card.items() if k != "examples"]
-        elif isinstance(card, (list, tuple)):
-            pending += card
-    return frozenset(found)
-
-
-def relocated(model: nn.Module, where: Selection) -> Callable[[Sequence[Batch]], Selection]:
-    """Return the way a selection was made, by its card, for other batches.
-
-    Raises:
-        RequestError: the card does not tell, or the rule needs more than scores.
-    """
-    card: Mapping[str, Any] = where.card
-    located: Mapping[str, Any] = card.get("located") or {}
-    known = {"units", "at", "objective", "positions", "seed"} & located.keys()
-    if card.get("rule") not in ("top", "bottom") or "by" not in located or located.get("contrast"):
-        raise RequestError(
-            f"stability of a selection made by {card.get('rule') or 'hand'}",
-            expected="one that ng.locate and the selectors top or bottom made, on one set of data",
-            do="pass relocate=callable (batches) -> selection",
-        )
-    how = {k: located[k] for k in known if located[k] is not None}
-    rule = {k: card[k] for k in ("fraction", "count", "per") if card.get(k) is not None}
-
-    def again(batches: Sequence[Batch]) -> Selection:
-        scores = locate(model, list(batches), by=located["by"], **how)
-        return select(scores, card["rule"], **rule)
-
-    return again
 
 
 def _classes(batches: Sequence[Batch]) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from neurograft.core.errors import RequestError
+from neurograft.core.prompts import examples
 from neurograft.core.seeds import generator
-from neurograft.pipeline.inputs import is_batch, size_of
+from neurograft.pipeline.inputs import is_batch
 from neurograft.pipeline.rows import Row, read_rows
 
 
@@ -70,7 +71,7 @@ def _first(batches: Sequence[Row], size: int) -> list[Row]:
     """Return ready batches with so many examples, the last one cut."""
     found: list[Row] = []
     for batch in batches:
-        n, left = size_of(batch), size - sum(size_of(b) for b in found)
+        n, left = examples.size(batch), size - sum(examples.size(b) for b in found)
         if left > 0:
             cut = [k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim() and len(v) == n]
             found.append({k: v[:left] if k in cut else v for k, v in batch.items()})

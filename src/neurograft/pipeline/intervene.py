@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.intervene import KINDS, Intervention, Places, capture, interventions
+from neurograft.core.intervene import KINDS, Intervention, Places, interventions
 from neurograft.core.selection import Selection
 from neurograft.core.taps.board import Board
+from neurograft.core.taps.capture import capture
 from neurograft.core.taps.folding import as_deltas
 from neurograft.core.taps.stream import means
 from neurograft.core.units import Site

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from neurograft.core.errors import RequestError, near, one_of
+from neurograft.core.errors import RequestError, extra, near, one_of
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import derive
 from neurograft.pipeline._hub import cut_off
@@ -203,14 +203,8 @@ def class_of(config: Any, name: str, head: str | None) -> Any:
 
 
 def _diffusers(name: str, config: dict[str, Any], options: dict[str, Any], dtype: Any) -> nn.Module:
-    try:
+    with extra("diffusers", what=f"{name}, a {config['_class_name']},"):
         import diffusers
-    except ImportError as error:
-        raise RequestError(
-            f"{name}, a {config['_class_name']} of diffusers",
-            expected="diffusers to be installed",
-            do="pip install 'neurograft[diffusers]'",
-        ) from error
     factory = getattr(diffusers, one_of(config["_class_name"], dir(diffusers), what="diffusers class"))
     made: nn.Module = factory.from_pretrained(name, torch_dtype=as_dtype(dtype), use_safetensors=True, **options)
     return made.eval()

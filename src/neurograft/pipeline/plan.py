@@ -20,9 +20,9 @@ from neurograft.core.region import Region
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.units import Site
 from neurograft.pipeline._network import network
+from neurograft.pipeline.changed import changed
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe
-from neurograft.pipeline.run import changed
 from neurograft.pipeline.select import select
 
 OWNED = ("dense", "slice")  # adapters that train the numbers which units own

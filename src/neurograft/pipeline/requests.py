@@ -10,7 +10,7 @@ from torch import nn
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.continued import continued, opened
 from neurograft.core.prompts.requests import Request
-from neurograft.pipeline.encode import need
+from neurograft.pipeline._columns import need
 from neurograft.pipeline.rows import read_rows
 
 KEYS = "prompt, target_new (+ subject, rephrase, locality)"

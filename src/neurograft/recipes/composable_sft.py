@@ -7,6 +7,7 @@ from typing import Any
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import everything
 from neurograft.recipes._training import training
 
 EVERYTHING, HEAD = "everything", "head"
@@ -64,30 +65,19 @@ def composable_sft(
     if l1:
         tune["anchor"] = ("pull", {"weight": l1})
     dense, sparse = (training(lr=lr, epochs=e, batch=batch, warmup=warmup) for e in (epochs, sparse_epochs))
-    steps: list[dict[str, Any]] = [
-        {"do": "locate", "by": ("within", {"by": "noise", **base}), "units": "module"},
-        {"do": "select", "fraction": 1.0, "as": EVERYTHING},
-    ]
+    steps: list[dict[str, Any]] = [*everything("module", base, name=EVERYTHING)]
     both = [] if head == "frozen" else [HEAD]
     if both:
-        steps += [
-            {"do": "locate", "by": ("within", {"by": "noise", "of": "head"}), "units": "module"},
-            {"do": "select", "fraction": 1.0, "as": HEAD},
-            {"do": "neurograft.pipeline.joined", "of": [EVERYTHING, HEAD], "name": EVERYTHING},
-        ]
+        steps += everything("module", {"of": "head"}, name=HEAD)
+        steps.append({"do": "neurograft.pipeline.joined", "of": [EVERYTHING, HEAD], "name": EVERYTHING})
+    moved = {"do": "locate", "by": ("within", {"by": "change", **base}), "units": "module"}
     under = [] if on is None else [on]
     for round_ in range(rounds):
         standing = [*under, *(["graft"] if round_ else [])]
         take = {"by": "outside", "of": "$ticket"} if round_ else {"by": "top"}
         steps += [
             {**tune, "where": f"${EVERYTHING}", "args": dense, "on": standing, "as": "full"},
-            {
-                "do": "locate",
-                "by": ("within", {"by": "change", **base}),
-                "units": "module",
-                "against": "$full",
-                "on": standing,
-            },
+            {**moved, "against": "$full", "on": standing},
             {"do": "select", **take, "fraction": fraction / rounds, "as": "new" if round_ else "ticket"},
         ]
         if round_:

@@ -8,6 +8,7 @@ from typing import Any
 from neurograft.core.card import method
 from neurograft.core.ranges import above, least
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import everything
 from neurograft.recipes._training import training
 
 
@@ -86,7 +87,7 @@ def instruction_vector(
     guidance = {"vector": "$vector", "weight": weight, "sign": sign, "temperature": temperature, "reduce": reduce}
     guidance |= {"end_weight": end_weight, "floor": floor}
     by = ("causal_effect", {"measure": measure})
-    add, noise = {"kind": "add", "positions": "last"}, ("within", {"by": "noise", "roles": list(roles)})
+    add = {"kind": "add", "positions": "last"}
     schedule = "constant_with_warmup" if warmup else "constant"
     return Recipe(
         "instruction_vector",
@@ -95,8 +96,7 @@ def instruction_vector(
             {"do": "neurograft.pipeline.instructed", "count": heads, "layer": layer, "at": at, **source},
             {"do": "intervene", "where": "$heads", "value": "$means", **add, "as": "vector"},
             {"do": "intervene", "where": "$stream", "value": "$theta", **add, "as": "inserted"},
-            {"do": "locate", "by": noise, "units": "column", "as": "matrices"},
-            {"do": "select", "scores": "$matrices", "by": "top", "fraction": 1.0},
+            *everything("column", {"roles": list(roles)}, scores="matrices"),
             {
                 "do": "tune",
                 "adapter": ("lora", {"r": r, "alpha": alpha, "dropout": dropout}),

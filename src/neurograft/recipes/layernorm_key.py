@@ -6,6 +6,7 @@ from typing import Any
 
 from neurograft.core.card import method
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import everything
 from neurograft.recipes._training import training
 
 
@@ -49,8 +50,7 @@ def layernorm_key(
         (
             {"do": "locate", "by": score, "units": "norm", "limit": examples},
             {"do": "select", "by": "top", "fraction": fraction, "as": "norms"},
-            {"do": "locate", "by": ("within", {"by": "noise", "roles": "head"}), "units": "module"},
-            {"do": "select", "by": "top", "fraction": 1.0, "as": "head"},
+            *everything("module", {"roles": "head"}, name="head"),
             {"do": "neurograft.pipeline.joined", "of": ["norms", "head"]},
             {
                 "do": "tune",

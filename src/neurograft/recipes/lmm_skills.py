@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from neurograft.core.card import method
 from neurograft.core.errors import one_of
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import everything
 from neurograft.recipes._training import training
 
 PARTS: Mapping[str, Sequence[str]] = {
@@ -49,8 +50,7 @@ def lmm_skills(
     return Recipe(
         "lmm_skills",
         (
-            {"do": "locate", "by": ("within", {"by": "noise", "roles": roles, "language": True}), "units": "module"},
-            {"do": "select", "by": "top", "fraction": 1.0},
+            *everything("module", {"roles": roles, "language": True}),
             {
                 "do": "tune",
                 "adapter": "dense",

@@ -7,6 +7,7 @@ from typing import Any
 from neurograft.core.card import method
 from neurograft.core.ranges import above, least
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import everything
 from neurograft.recipes._training import training
 
 
@@ -74,8 +75,7 @@ def neurostrike(
             {"do": "locate", "by": by, "units": "row", **source},
             {"do": "select", "by": ("threshold", {"above": bar, "least": 1}), "as": "rows"},
             {"do": "neurograft.pipeline.owning", "of": "rows", "units": "neuron", "name": "safety"},
-            {"do": "locate", "by": "noise", "units": "neuron", "as": "order", **source},
-            {"do": "select", "scores": "$order", "by": "top", "fraction": 1.0},
+            *everything("neuron", scores="order", **source),
             {
                 "do": "tune",
                 "protect": "$safety",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from neurograft.core.card import method
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import everything
 from neurograft.recipes._training import training
 
 
@@ -46,8 +47,7 @@ def ramt(
     return Recipe(
         "ramt",
         (
-            {"do": "locate", "by": ("within", {"by": "noise", "roles": list(roles)}), "units": "column"},
-            {"do": "select", "by": "top", "fraction": 1.0},
+            *everything("column", {"roles": list(roles)}),
             {
                 "do": "tune",
                 "adapter": ("mask", {"shape": "straight", "at": threshold}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from neurograft.core.card import method
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import unscored
 from neurograft.recipes._training import training
 
 
@@ -29,7 +30,7 @@ def shira(
     return Recipe(
         "shira",
         (
-            {"do": "locate", "by": ("within", {"by": "noise", "roles": roles}), "units": "weight"},
+            unscored("weight", {"roles": roles}),
             {"do": "select", "by": ("lora_budget", {"r": r})},
             {"do": "tune", "adapter": "slice", "args": training(lr=lr, epochs=epochs, batch=batch, warmup=warmup)},
         ),

@@ -6,6 +6,7 @@ from typing import Any
 
 from neurograft.core.card import method
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import everything
 from neurograft.recipes._training import training
 
 
@@ -45,7 +46,6 @@ def skill_grafting(
         mask_steps: steps of s.
         offset: how far a bit begins from flipping.
     """
-    within = {"by": "noise", "roles": ["block"]}
     plain: dict[str, Any] = {"warmup": 0.0, "schedule": "constant", "batch": batch}
     mask = {"toward": "$tuned", "shape": "flip", "at": offset, "patch": fraction}
     # However many batches a window may hold, it ends with the data.
@@ -53,8 +53,7 @@ def skill_grafting(
     return Recipe(
         "skill_grafting",
         (
-            {"do": "locate", "by": ("within", within), "units": "column"},
-            {"do": "select", "by": "top", "fraction": 1.0},
+            *everything("column", {"roles": ["block"]}),
             {
                 "do": "tune",
                 "adapter": "dense",

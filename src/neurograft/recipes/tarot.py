@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from neurograft.core.card import method
 from neurograft.core.errors import one_of
 from neurograft.pipeline.recipe import Recipe
+from neurograft.recipes._everything import unscored
 
 UNITS = {"head": None, "layer": "ffn"}
 
@@ -58,7 +59,7 @@ def tarot(
     return Recipe(
         "tarot",
         (
-            {"do": "locate", "data": None, "by": "noise", "units": units, "at": at, "as": "order"},
+            unscored(units, at=at, data=None, scores="order"),
             {"do": "select", "scores": "$order", "by": "depth", "stop": depth},
             {"do": "neurograft.pipeline.few_shot", "shots": list(shots), "size": size},
             {"do": "edit", "requests": "$shown", "where": "$where", "by": ("tarot", options)},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
+from neurograft.report._fit import wide
 from neurograft.report.words import number
 
 WIDTH = 360
@@ -41,11 +43,26 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(i * step, 12) + 0.0 for i in range(first, last + 1)]
 
 
+def fitted(at: Scale, low: float, high: float) -> list[float]:
+    """Return round numbers between two ends, no more than find room side by side.
+
+    Example:
+        >>> fitted(scale(0, 1, 0, 300), 0, 1), fitted(scale(0, 1, 0, 100), 0, 1)
+        ([0.0, 0.25, 0.5, 0.75, 1.0], [0.0, 0.5, 1.0])
+    """
+    for count in (4, 3, 2, 1):
+        found = ticks(low, high, count)
+        room = min((at(b) - at(a) for a, b in pairwise(found)), default=math.inf)
+        if max((6.4 * wide(number(t)) for t in found), default=0.0) + 6 <= room:
+            return found
+    return found
+
+
 def padded(values: Sequence[float], *, zero: bool = True, share: float = 0.08) -> tuple[float, float]:
     """Return ends that hold all values, and 0 if asked for, with some room."""
     found = [v for v in values if v is not None and math.isfinite(v)] + ([0.0] if zero else [])
     low, high = min(found, default=0.0), max(found, default=1.0)
-    room = (high - low) * share or max(abs(high), 1e-9) * 0.5
+    room = (high - low) * share or abs(high) * 0.5 or 1.0  # where all is 0 an axis of 1 says so; one of 1e-10 would not
     return (low - room if low < 0 or not zero else low), high + room
 
 
@@ -88,15 +105,30 @@ def drawing(body: Sequence[str], height: float, *, title: str, width: float = WI
     return f'<svg viewBox="0 0 {f(width)} {f(height)}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
 
 
+def titled(shape: str, title: str) -> str:
+    """Return a shape with a title for pointers."""
+    return f"<g><title>{escape(title)}</title>{shape}</g>"
+
+
 def x_axis(
-    at: Scale, low: float, high: float, y: float, top: float, label: str, *, middle: float, gap: float = 13
+    at: Scale, low: float, high: float, y: float, top: float, label: str, *, middle: float, gap: float = 14
 ) -> list[str]:
     """Draw gridlines, numbers and the name of a horizontal axis."""
     found = []
-    for tick in ticks(low, high):
+    for tick in fitted(at, low, high):
         found += [line(at(tick), top, at(tick), y, "zero" if tick == 0 else "grid")]
         found += [words(at(tick), y + gap, number(tick), "t s", anchor="middle")]
     return [*found, words(middle, y + gap + 15, label, "t s", anchor="middle")]
+
+
+def y_room(low: float, high: float, least: float) -> float:
+    """Return the room that the numbers of a vertical axis take on its left, at least so much.
+
+    Example:
+        >>> y_room(0, 1, 44), round(y_room(0, 0.0005, 44))
+        (44, 51)
+    """
+    return max(least, 13 + 6.4 * max((wide(number(tick)) for tick in ticks(low, high)), default=0))
 
 
 def y_axis(at: Scale, low: float, high: float, x: float, right: float) -> list[str]:
@@ -104,21 +136,8 @@ def y_axis(at: Scale, low: float, high: float, x: float, right: float) -> list[s
     found = []
     for tick in ticks(low, high):
         found += [line(x, at(tick), right, at(tick), "zero" if tick == 0 else "grid")]
-        found += [words(x - 5, at(tick) + 3.5, number(tick), "t s", anchor="end")]
+        found += [words(x - 5, at(tick) + 4, number(tick), "t s", anchor="end")]
     return found
-
-
-def shortened(text: str, limit: int) -> str:
-    """Return a text cut in the middle.
-
-    Example:
-        >>> shortened("a long name of something", 11)
-        'a lon…thing'
-    """
-    if len(text) <= limit:
-        return text
-    half = (limit - 1) // 2
-    return f"{text[: limit - 1 - half]}…{text[-half:]}"
 
 
 def low_end(change: Mapping[str, Any]) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neurograft.report.words import listed, number, signed_interval
+from neurograft.report.words import counted, listed, number, signed_interval
 
 SHIP, STOP, UNSURE = "ship", "do not ship", "cannot tell"
 KEPT, LOST = "kept", "lost"
 GAINED, WORSE = "gained", "worse"
+NAMED = 5
 
 
 def reasons(
@@ -53,9 +54,10 @@ def _gain_words(gain: Mapping[str, Any] | None, level: str, rules: Mapping[str, 
     change, by = gain["change"], gain["by"]
     if change["value"] == 0 and change["low"] == 0 and change["high"] == 0:
         return f"the change makes no difference to the task's {by} on any item"
-    told = f"{signed_interval(change, gain['unit'], level)}"
+    told = signed_interval(change, gain["unit"], level)
     if change["n"] < rules["min_items"]:
-        return f"the task's {by} changed by {told}, but {change['n']} items are too few to decide"
+        few = f"{counted(change['n'], 'item')} {'is' if change['n'] == 1 else 'are'} too few to decide"
+        return f"the task's {by} changed by {told}, but {few}"
     if gain["status"] == GAINED:
         rose = signed_interval(change, gain["unit"], level, sign=False)
         return f"the task's {by} rose by {rose}"
@@ -74,7 +76,9 @@ def _domain_words(name: str, domain: Mapping[str, Any], level: str) -> str:
 
 def _unsure_words(unsure: list[str], domains: Mapping[str, Any], rules: Mapping[str, Any]) -> str:
     few = [n for n in unsure if all(t["change"]["n"] < rules["min_items"] for t in domains[n]["tests"].values())]
-    names = listed([f"“{name}”" for name in unsure])
+    told = [f"“{name}”" for name in unsure]
+    names = listed(told if len(told) <= NAMED else [*told[: NAMED - 1], f"{len(told) - NAMED + 1} more"])
     if few == unsure:
         return f"too few items were given for {names}"
-    return f"the interval of {names} reaches beyond what noise floor and tolerance allow; more items would tell"
+    reach = "interval of {} reaches" if len(unsure) == 1 else "intervals of {} reach"
+    return f"the {reach.format(names)} beyond what noise floor and tolerance allow; more items would tell"

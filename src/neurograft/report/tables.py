@@ -6,20 +6,25 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from neurograft.report._fit import shortened
 from neurograft.report._svg import padded
-from neurograft.report.charts import interval_bar
-from neurograft.report.words import DASH, interval, number
+from neurograft.report.charts import bar_axis, interval_bar
+from neurograft.report.words import DASH, counted, interval, number
 
 Data = Mapping[str, Any]
+PICTURE = '<span class="heard">the interval in a picture</span>'
 
 
-def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table that scrolls sideways where it must; cells are HTML."""
+def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
+    """Return a table that scrolls sideways where it must; cells are HTML, the first of each row names it."""
     top = "".join(f'<th scope="col">{h}</th>' for h in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>\n' for row in rows
+    )
+    below = f'<p class="note">{note}</p>\n' if note else ""
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
-        f"<table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n"
+        f"<table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n{below}"
     )
 
 
@@ -41,22 +46,28 @@ def gain_table(gain: Data, judged: Data) -> str:
         decides = name == gain["by"]
         status = judged["status"] if decides else ""
         label = f"<b>{escape(name)}</b>" if decides else escape(name)
-        floor = judged["limit"] if decides else m["noise_floor"]["value"]
-        ends = padded([m["change"]["value"], m["change"]["low"], m["change"]["high"], floor])
+        floor = judged["floor"] if decides else m["noise_floor"]["value"]
+        limit = judged["limit"] if decides else floor
+        ends = padded([m["change"]["value"], m["change"]["low"], m["change"]["high"], limit])
         rows.append(
             [
                 f"{label}<br><small>{escape(m['unit'])}</small>",
                 state(status) if decides else "",
-                number(m["base"]),
-                number(m["changed"]),
                 number(m["change"]["value"], sign=True),
                 interval(m["change"]),
-                interval_bar(m["change"], floor, ends, status.replace(" ", "-")),
+                interval_bar(m["change"], limit, ends, status.replace(" ", "-"), zone="noise"),
+                number(limit) if decides else "",
                 number(floor),
+                number(m["base"]),
+                number(m["changed"]),
             ]
         )
-    head = ["task", "verdict", "base", "changed", "change", "interval", "", "noise floor"]
-    return table("What was gained on the task", head, rows)
+    head = ["task", "verdict", "change", "interval", PICTURE, "limit", "noise floor", "base", "changed"]
+    note = (
+        f"{escape(gain['by']).capitalize()} decides. Dot and line: the change and its interval; thin line: no change; "
+        "grey: what is too little to count as a gain. Each line has a scale of its own."
+    )
+    return table("What was gained on the task", head, rows, note)
 
 
 def loss_table(domains: Data, judged: Data) -> str:
@@ -67,25 +78,31 @@ def loss_table(domains: Data, judged: Data) -> str:
         for _, d, t in shown
         for v in (d["measures"]["loss"]["change"]["low"], d["measures"]["loss"]["change"]["high"], t["limit"])
     ]
+    values += [d["measures"]["loss"]["change"]["value"] for _, d, _ in shown]
     ends = padded([v for v in values if v is not None])
     rows = []
     for name, found, test in shown:
         m, status = found["measures"]["loss"], judged[name]["status"]
         rows.append(
             [
-                f"{escape(name)}<br><small>{found['items']} items, {escape(m['unit'])}</small>",
+                f"{escape(name)}<br><small>{counted(found['items'], 'item')}, {escape(m['unit'])}</small>",
                 state(status),
-                number(m["base"]),
-                number(m["changed"]),
                 number(m["change"]["value"], sign=True),
                 interval(m["change"]),
                 interval_bar(m["change"], test["limit"], ends, status.replace(" ", "-")),
-                number(test["floor"]),
                 number(test["limit"]),
+                number(test["floor"]),
+                number(m["base"]),
+                number(m["changed"]),
             ]
         )
-    head = ["kept domain", "verdict", "base", "changed", "change of loss", "interval", "", "noise floor", "limit"]
-    return table("What was lost on kept domains", head, rows)
+    axis = bar_axis(ends, "the interval in a picture")
+    head = ["kept domain", "verdict", "change of loss", "interval", axis, "limit", "noise floor", "base", "changed"]
+    note = (
+        "Dot and line: the change and its interval; thin line: no change; green: what is allowed, up to the limit, "
+        "which is tolerance + noise floor (no more of it than the rules excuse)."
+    )
+    return table("What was lost on kept domains", head, rows, note)
 
 
 PREDICTIONS = (
@@ -136,13 +153,13 @@ def tiles(data: Data) -> str:
     if gain:
         g = judged["gain"]
         made.append(
-            (f"gain: {g['by']}", number(g["change"]["value"], sign=True), f"{interval(g['change'])} {g['unit']}")
+            (f"gain: {g['by']}", number(g["change"]["value"], sign=True), f"{g['unit']}; {interval(g['change'])}")
         )
     tests = [(n, d["tests"]["loss"]) for n, d in judged["domains"].items()]
     if tests:
         name, worst = max(tests, key=lambda pair: pair[1]["change"]["value"])
-        told = f"{name}: {interval(worst['change'])}, limit {number(worst['limit'])}"
-        made.append(("largest loss on a kept domain", number(worst["change"]["value"], sign=True), told))
+        told = f"{worst['unit']}; {interval(worst['change'])}, limit {number(worst['limit'])}"
+        made.append((f"loss, worst domain: {shortened(name, 40)}", number(worst["change"]["value"], sign=True), told))
     flips = [(n, d["divergence"]["measures"]["flips"]) for n, d in data["domains"].items() if "divergence" in d]
     if flips:
         name, most = max(flips, key=lambda pair: pair[1]["change"]["value"])

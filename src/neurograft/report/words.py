@@ -39,6 +39,16 @@ def number(value: float | None, *, digits: int = 3, sign: bool = False) -> str:
     return (MINUS if value < 0 else "+" if sign else "") + text
 
 
+def counted(count: int, name: str) -> str:
+    """Return how many there are of something.
+
+    Example:
+        >>> counted(1, "item"), counted(1200, "item")
+        ('1 item', '1,200 items')
+    """
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
 def interval(found: Mapping[str, Any], *, sign: bool = True) -> str:
     """Return the ends of an interval.
 
@@ -52,8 +62,14 @@ def interval(found: Mapping[str, Any], *, sign: bool = True) -> str:
 
 
 def signed_interval(found: Mapping[str, Any], unit: str, level: str, *, sign: bool = True) -> str:
-    """Return a value with its unit and interval."""
-    return f"{number(found['value'], sign=sign)} {unit} ({level} interval {interval(found, sign=sign)})"
+    """Return a value with its unit and interval.
+
+    Example:
+        >>> signed_interval({"value": 0.5, "low": None}, "nats per token", "95 %")
+        '+0.5 nats per token (no interval)'
+    """
+    ends = "no interval" if found.get("low") is None else f"{level} interval {interval(found, sign=sign)}"
+    return f"{number(found['value'], sign=sign)} {unit} ({ends})"
 
 
 def told(value: Any) -> str:

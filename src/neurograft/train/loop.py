@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,48 +81,62 @@ def fit(
             do="give data and steps",
         )
     one_of(decay, DECAYS, what="decay")
-    model = mount.model
     asked = Asked.of(objective, anchor, seed=seed)
     witness, feed = Witness(mount), batches if callable(batches) else _ordered(batches, seed)
     conductor = Conductor(schedule, mount, freeze=call is None, reselect=reselect, witness=witness, seed=seed)
-    groups = groups_of(
-        mount.named_parameters(),
-        decay=decaying(model, mount),
-        weight_decay=weight_decay,
-        apart=conductor.schedule is not None or forward_only(chosen(optimizer)),
-    )
+    apart = conductor.schedule is not None or forward_only(chosen(optimizer))
+    moving = _built(mount, optimizer, apart=apart, weight_decay=weight_decay, lr=lr, seed=seed)
+    with _training(mount.model, conductor, seed):
+        for step in range(steps):
+            for group in moving.param_groups:
+                group["lr"] = group["initial_lr"] * _factor(step, steps, warmup, decay)
+            phase = conductor.begin(step, moving)
+            window = [feed(step * accumulate + i, phase) for i in range(accumulate)]
+            loss, reached = _window(mount, asked, window, step, steps, call)
+            witness.losses.append(witness.loss(loss, step=step + 1))
+            witness.gradients(phase.awake, reached)
+            _move(mount, conductor, moving, max_norm)
+            if evaluate is not None:
+                evaluate(step + 1)
+    witness.check()
+    return witness.losses
+
+
+def _built(mount: Mount, optimizer: Any, *, apart: bool, weight_decay: float, lr: float, seed: int) -> Any:
+    """Return the optimizer of what a mount holds; its groups remember the rate they begin with."""
+    decay = decaying(mount.model, mount)
+    groups = groups_of(mount.named_parameters(), decay=decay, weight_decay=weight_decay, apart=apart)
     moving = built(chosen(optimizer), groups, lr=lr, seed=seed)
     driven(mount, moving)
     for group in moving.param_groups:
         group["initial_lr"] = group["lr"]
+    return moving
+
+
+@contextmanager
+def _training(model: nn.Module, conductor: Conductor, seed: int) -> Iterator[None]:
+    """Put the model into training mode and seed its dropout; modes, random state and sleepers are put back."""
     modes = [(m, m.training) for m in model.modules()]
     model.train()
     try:
         with random_state():
             torch.manual_seed(derive(seed, "dropout"))
-            for step in range(steps):
-                for group in moving.param_groups:
-                    group["lr"] = group["initial_lr"] * _factor(step, steps, warmup, decay)
-                phase = conductor.begin(step, moving)
-                window = [feed(step * accumulate + i, phase) for i in range(accumulate)]
-                loss, reached = _window(mount, asked, window, step, steps, call)
-                witness.losses.append(witness.loss(loss, step=step + 1))
-                witness.gradients(phase.awake, reached)
-                conductor.before_step(moving)
-                if max_norm is not None:
-                    nn.utils.clip_grad_norm_([p for p in mount.parameters() if p.grad is not None], max_norm)
-                moving.step()
-                conductor.after_step(moving)
-                mount.write()
-                moving.zero_grad(set_to_none=True)
-                if evaluate is not None:
-                    evaluate(step + 1)
+            yield
     finally:
         conductor.end()
         for module, mode in modes:
             module.training = mode
-    witness.check()
-    return witness.losses
+
+
+def _move(mount: Mount, conductor: Conductor, moving: Any, max_norm: float | None) -> None:
+    """Take one optimizer step with the gradients that are there."""
+    conductor.before_step(moving)
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_([p for p in mount.parameters() if p.grad is not None], max_norm)
+    moving.step()
+    conductor.after_step(moving)
+    mount.write()
+    moving.zero_grad(set_to_none=True)
 
 
 def _window(

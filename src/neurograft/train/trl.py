@@ -87,8 +87,9 @@ def check_head(model: nn.Module, mount: Mount) -> None:
     """
     for head in heads(model):
         wrapped = getattr(head, "base_layer", None) is not None
-        side = any(getattr(s, "owner", None) is head for s in getattr(mount, "sides", {}).values())
-        if wrapped or side:
+        held = list(head._parameters.values())
+        beside = any(live.beside and any(live.weight is p for p in held) for live in getattr(mount, "lives", ()))
+        if wrapped or beside:
             raise RequestError(
                 "an adapter around the output head in a TRL trainer, whose fused head reads the weight itself",
                 expected="the head trained in place (adapter='slice'), or not at all",

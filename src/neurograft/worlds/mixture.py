@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from neurograft.core.context import IGNORE
+from neurograft.core.context import IGNORE, unlabelled
 from neurograft.core.errors import one_of
 from neurograft.core.seeds import generator
 
@@ -139,6 +139,6 @@ def exact(model: torch.nn.Module, batches: Sequence[dict[str, Tensor]]) -> float
     hits = []
     for batch in batches:
         labels = batch["labels"][:, 1:]
-        likeliest = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].argmax(-1)
+        likeliest = model(**unlabelled(batch)).logits[:, :-1].argmax(-1)
         hits.append(((likeliest == labels) | (labels == IGNORE)).all(-1).float())
     return float(torch.cat(hits).mean())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neurograft.core.context import unlabelled
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
@@ -101,10 +102,10 @@ def planted_delta(
             weight = teacher.get_parameter(name)
             step = scale * weight.float().pow(2).mean().sqrt()
             weight.view(-1)[flat] += (step * _signs(name, flat, weight.shape, pattern, seed)).to(weight.dtype)
-    given = [{k: v for k, v in b.items() if k != "labels"} for b in batches]
+    given = [unlabelled(b) for b in batches]
     if not given:
         made = [pico_batch(student, batch=batch, seed=_seed(seed, i)) for i in range(count + max(1, count // 2))]
-        given = [{k: v for k, v in b.items() if k != "labels"} for b in made]
+        given = [unlabelled(b) for b in made]
     cut = max(1, len(given) - max(1, len(given) // 3))
     return PlantedDelta(student, teacher, truth, given[:cut], given[cut:])
 

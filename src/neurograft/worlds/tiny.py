@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from neurograft.core.context import unlabelled
 from neurograft.core.errors import one_of
 from neurograft.core.seeds import derive, generator
 from neurograft.worlds.images import images
@@ -68,7 +69,7 @@ def fit(model: nn.Module, batches: Sequence[Mapping[str, Any]], *, lr: float = 3
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Return the share of right classes."""
-    hits = [(model(**{k: v for k, v in b.items() if k != "labels"}).logits.argmax(-1) == b["labels"]) for b in batches]
+    hits = [(model(**unlabelled(b)).logits.argmax(-1) == b["labels"]) for b in batches]
     return float(torch.cat(hits).float().mean())
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.compact.live import Alias, Plain
+from neurograft.core.compact.live import Plain
 from neurograft.core.compact.uses import LiveWeight
 
 
@@ -45,12 +45,13 @@ def exposed(modules: Iterable[nn.Module]) -> Iterator[list[str]]:
 def _handed(leaf: str) -> property:
     def read(module: nn.Module) -> Tensor:
         weight = module._parameters[leaf]
-        if not isinstance(weight, LiveWeight) or not torch.is_grad_enabled():
+        if not isinstance(weight, LiveWeight):
             return weight  # type: ignore[return-value]
         live = weight.neurograft
+        if not torch.is_grad_enabled() and not live.beside:
+            return weight
         with Plain():
             live.sync()
-            alias: Tensor = Alias.apply(live.weight, live.source(), live)
-        return alias
+            return live.dense()
 
     return property(read)

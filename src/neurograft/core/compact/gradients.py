@@ -43,15 +43,24 @@ class Route:
     index: tuple[Tensor, ...] = ()
     bounds: tuple[int, ...] = ()
 
+    @property
+    def asked(self) -> Tensor | None:
+        """Features of g that alone are read, or None for all."""
+        return self.region.ids if self.region.layout == ("rows" if self.side == "column" else "cols") else None
+
+    def thin(self, x: Tensor, g: Tensor) -> Tensor:
+        """Return the gradient from x [N, f] and the asked features of g, [N, k]."""
+        return g.t() @ x.to(g.dtype)
+
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """Return the gradient of the region's values from the kept input x [N, f] and g [N, m] = dL/dy."""
+        if self.asked is not None:
+            return self.thin(x, g.index_select(1, self.asked))
         x = x.to(g.dtype)
         a, b = (x, g) if self.side == "row" else (g, x)
         layout = self.region.layout
-        if layout == "rows":
-            return (a if self.side == "row" else a.index_select(1, self.region.ids)).t() @ b
-        if layout == "cols":
-            return (b if self.side == "column" else b.index_select(1, self.region.ids)).t() @ a
+        if layout in ("rows", "cols"):  # x keeps only the chosen features
+            return x.t() @ g
         if layout == "all":
             return (a.t() @ b).view(self.region.shape)
         if layout == "block":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.compact.deferred import Deferred, after_pass, passing, whole
 from neurograft.core.compact.gradients import Route, Side, route
 from neurograft.core.errors import RunError
 from neurograft.core.marks import Watched
@@ -61,6 +62,18 @@ class Live:
         with Plain():
             self.region.write_(self.weight, self.numbers())
 
+    def stepped(self) -> None:
+        """Follow an optimizer's step: at once, or after the backward pass under way.
+
+        An optimizer that steps inside a backward pass (a hook on accumulated gradients) must not change the weight
+        under the input gradients that the pass still has to compute from it.
+        """
+        self.epoch += 1
+        if passing():
+            after_pass(lambda: after_pass(self.write))  # behind all that the pass itself puts off
+        else:
+            self.write()
+
     def numbers(self) -> Tensor:
         """Return the numbers of the region that theta stands for: theta itself, or a function of it."""
         return self.theta.detach()
@@ -68,6 +81,22 @@ class Live:
     def source(self) -> Tensor:
         """Return what stands for these numbers in the graph, shaped like them; its gradient ends in theta."""
         return self.theta
+
+    @property
+    def beside(self) -> bool:
+        """Say whether the weight is left alone, so that every use has to add what theta differs from it."""
+        return False
+
+    def dense(self) -> Tensor:
+        """Return the whole weight for an operation without a compact gradient; its dense gradient ends in theta."""
+        found: Tensor = Alias.apply(self.weight, self.source(), self)
+        return found
+
+    def copied(self) -> Tensor:
+        """Return a copy of the whole weight with the current values."""
+        self.sync()
+        with Plain():
+            return self.weight.detach().clone()
 
     @property
     def moment(self) -> int:
@@ -141,6 +170,12 @@ class Live:
 
 def in_bank(region: Region, bank: int, side: Side) -> tuple[Route, int, int]:
     """Return the route inside one matrix of a bank, and the range of the values' first axis that belongs to it."""
+    local, lo, hi = of_bank(region, bank)
+    return route(local, side, local.ids.device), lo, hi
+
+
+def of_bank(region: Region, bank: int) -> tuple[Region, int, int]:
+    """Return the entries inside one matrix of a bank, and the range of the values' first axis that belongs to it."""
     banks, rows, columns = region.matrix
     per = {"rows": rows, "cols": columns, "flat": rows * columns}.get(region.layout)
     lo, hi, ids = 0, region.values_shape[0], region.ids
@@ -151,8 +186,7 @@ def in_bank(region: Region, bank: int, side: Side) -> tuple[Route, int, int]:
     elif banks > 1:
         lo, hi = bank, bank + 1
     shape = region.shape if banks == 1 else (rows, columns)
-    local = Region(shape, (1, rows, columns), region.layout, ids, region.block)
-    return route(local, side, ids.device), lo, hi
+    return Region(shape, (1, rows, columns), region.layout, ids, region.block), lo, hi
 
 
 @dataclass(frozen=True)
@@ -194,8 +228,13 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         check_epoch(ctx.live, ctx.epoch)
-        (kept,) = ctx.saved_tensors
-        found = ctx.chosen.gradient(kept.reshape(-1, kept.shape[-1]), g.reshape(-1, g.shape[-1]))
+        (kept,), asked = ctx.saved_tensors, ctx.chosen.asked
+        kept = kept.reshape(-1, kept.shape[-1])
+        if isinstance(g, Deferred) and asked is not None and not ctx.needs_input_grad[0]:
+            found, g = ctx.chosen.thin(kept, g.at(asked).reshape(-1, len(asked))), None
+        else:
+            g = whole(g)
+            found = ctx.chosen.gradient(kept, g.reshape(-1, g.shape[-1]))
         return g, None, found.reshape(ctx.shape).to(ctx.dtype), None, None
 
 
@@ -252,9 +291,12 @@ def alias(value: Any, func: Any, *, free: bool = False) -> Any:
             f"{live.name} meets the operation {name}, whose compact gradient is not known here; "
             "pass allow_dense=True to accept a dense gradient of this weight, or leave it out of the selection"
         )
-    dense = Alias.apply(live.weight, live.source(), live)
+    dense = live.dense()
     shift = getattr(value, "shift", None)
     if shift is not None:
         view: Any = value
-        dense = dense.as_strided(view.shape, view.stride(), view.storage_offset() + shift).to(view.dtype)
+        start = None  # in a compiled graph a view begins where its weight does
+        if not torch.compiler.is_compiling():
+            start = dense.storage_offset() + view.storage_offset() + shift - live.weight.storage_offset()
+        dense = dense.as_strided(view.shape, view.stride(), start).to(view.dtype)
     return dense

@@ -1,14 +1,13 @@
-"""Embeddings and convolutions with a live weight."""
+"""Embeddings and tables of positions with a live weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neurograft.core.compact.live import Live, alias, check_epoch, handed
+from neurograft.core.compact.live import Live, check_epoch, handed
 from neurograft.core.marks import Watched
 
 
@@ -24,22 +23,105 @@ class _EmbeddingTap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (g,) = grads
         check_epoch(ctx.live, ctx.epoch)
-        (tokens,), region = ctx.saved_tensors, ctx.live.region
-        # Thousands of tokens may share a row: in bfloat16 a sum of ones would stop at 256.
-        tokens, g = tokens.reshape(-1), g.reshape(-1, g.shape[-1]).to(ctx.dtype)
-        if ctx.skip >= 0:
-            g = g.masked_fill((tokens == ctx.skip)[:, None], 0.0)
-        if region.layout == "cols":
-            rows = region.matrix[1]
-            out = g.new_zeros(rows, len(region.ids)).index_add_(0, tokens, g.index_select(1, region.ids)).t()
-            return grads[0], None, out, None, None
-        lookup = ctx.live.looked_up()
-        out = g.new_zeros(lookup.count + 1, g.shape[1]).index_add_(0, lookup.slots[tokens], g)[:-1]
-        if lookup.at is not None:
-            out = out.reshape(-1).index_select(0, lookup.at)
-        return grads[0], None, out.reshape(ctx.shape), None, None
+        (tokens,) = ctx.saved_tensors
+        found = lookup_gradient(ctx.live, tokens, grads[0], ctx.skip, ctx.dtype)
+        return grads[0], None, found.reshape(ctx.shape), None, None
+
+
+def lookup_gradient(live: Live, tokens: Tensor, g: Tensor, skip: int, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of a table's values from the gradient g [..., C] of the rows that tokens [...] looked up.
+
+    `skip` is the padding token, which gives none, or -1.
+    """
+    # Thousands of tokens may share a row: in bfloat16 a sum of ones would stop at 256.
+    tokens, g, region = tokens.reshape(-1), g.reshape(-1, g.shape[-1]).to(dtype), live.region
+    if skip >= 0:
+        g = g.masked_fill((tokens == skip)[:, None], 0.0)
+    if region.layout == "cols":
+        rows = region.matrix[1]
+        return g.new_zeros(rows, len(region.ids)).index_add_(0, tokens, g.index_select(1, region.ids)).t()
+    lookup = live.looked_up()
+    if lookup.at is not None:
+        return scattered_gradient(lookup.slots[tokens], g, lookup.at, lookup.count)
+    return g.new_zeros(lookup.count + 1, g.shape[1]).index_add_(0, lookup.slots[tokens], g)[:-1]
+
+
+class _LookupBeside(torch.autograd.Function):
+    """The rows looked up as if the table held the values: what these differ from it is looked up and added."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tokens: Tensor, theta: Tensor, base: Tensor, live: Live, skip: int) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.live, ctx.epoch, ctx.skip, ctx.shape, ctx.dtype = live, live.moment, skip, theta.shape, theta.dtype
+        return y + _rows_of(live, tokens.reshape(-1), (theta - base).to(y.dtype)).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        check_epoch(ctx.live, ctx.epoch)
+        found = None
+        if ctx.needs_input_grad[2]:
+            (tokens,) = ctx.saved_tensors
+            found = lookup_gradient(ctx.live, tokens, grads[0], ctx.skip, ctx.dtype).reshape(ctx.shape)
+        return grads[0], None, found, None, None, None
+
+
+def _rows_of(live: Live, tokens: Tensor, values: Tensor) -> Tensor:
+    """Return rows [N, C] of a table that holds `values` in the region and 0 elsewhere."""
+    region, (_, rows, columns) = live.region, live.region.matrix
+    if region.layout == "all":
+        return values.view(rows, columns)[tokens]
+    if region.layout == "cols":
+        return values.new_zeros(len(tokens), columns).index_copy(1, region.ids, values[:, tokens].t())
+    lookup = live.looked_up()
+    slots = lookup.slots[tokens]
+    if lookup.at is None:
+        return torch.cat([values, values.new_zeros(1, columns)])[slots]
+    return scattered_rows(slots, values.reshape(-1), lookup.at, lookup.count, columns)
+
+
+@torch.library.custom_op("neurograft::scattered_rows", mutates_args=())
+def scattered_rows(slots: Tensor, values: Tensor, at: Tensor, count: int, columns: int) -> Tensor:
+    """Return rows of a table [count + 1, C] that holds values at some places; only those asked for are built.
+
+    Args:
+        slots: [N], the rows, `count` for one of zeros.
+        values: [k]. at: [k], entry numbers in the table.
+    """
+    used, place, held, entries = _used(slots, at, count, columns)
+    table = values.new_zeros(used * columns)
+    table[entries] = values[held]
+    return table.view(used, columns)[place]
+
+
+@scattered_rows.register_fake
+def _(slots: Tensor, values: Tensor, at: Tensor, count: int, columns: int) -> Tensor:
+    return values.new_empty(slots.shape[0], columns)
+
+
+@torch.library.custom_op("neurograft::scattered_gradient", mutates_args=())
+def scattered_gradient(slots: Tensor, g: Tensor, at: Tensor, count: int) -> Tensor:
+    """Return the gradient [k] of a table's scattered values from that of the rows looked up, g [N, C]."""
+    columns = g.shape[1]
+    used, place, held, entries = _used(slots, at, count, columns)
+    rows, found = g.new_zeros(used, columns).index_add_(0, place, g), g.new_zeros(len(at))
+    found[held] = rows.view(-1)[entries]
+    return found
+
+
+@scattered_gradient.register_fake
+def _(slots: Tensor, g: Tensor, at: Tensor, count: int) -> Tensor:
+    return g.new_empty(at.shape[0])
+
+
+def _used(slots: Tensor, at: Tensor, count: int, columns: int) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Return how many rows are looked up, which of these each lookup is, which values they hold, and where."""
+    used, place = slots.unique(return_inverse=True)
+    local = slots.new_full((count + 1,), -1)
+    local[used] = torch.arange(len(used), device=slots.device)
+    rows = local[at // columns]
+    held = rows >= 0
+    return len(used), place, held, rows[held] * columns + at[held] % columns
 
 
 def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,93 +148,10 @@ def gathered(y: Tensor, weight: Any, index: Any) -> Any:
 
 
 def _looked_up(y: Tensor, tokens: Tensor, live: Live, skip: int) -> Tensor:
+    if live.beside:
+        beside: Tensor = _LookupBeside.apply(y, tokens, live.theta, live.original, live, skip)
+        return beside
     if not live.theta.requires_grad:
         return y
     found: Tensor = _EmbeddingTap.apply(y, tokens, live.source(), live, skip)
     return found
-
-
-class _ConvTap(torch.autograd.Function):
-    """`Tap` for a convolution: filters and input channels by index, anything else by bounded chunks of filters."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, live: Live, options: tuple[Any, ...]) -> Tensor:
-        region, (*_, groups) = live.region, options
-        ctx.channels = None
-        if region.layout == "cols" and groups == 1:
-            window = region.matrix[2] // region.shape[1]
-            ctx.channels = (region.ids // window).unique()
-            x = x.index_select(1, ctx.channels)
-        ctx.save_for_backward(x)
-        ctx.live, ctx.epoch, ctx.options = live, live.moment, options
-        ctx.shape, ctx.dtype = theta.shape, theta.dtype
-        return handed(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (g,) = grads
-        check_epoch(ctx.live, ctx.epoch)
-        (x,) = ctx.saved_tensors
-        found = _conv_gradient(x.to(g.dtype), g, ctx.live.region, ctx.channels, ctx.options)  # autocast casts x
-        return g, None, found.reshape(ctx.shape).to(ctx.dtype), None, None
-
-
-def _conv_gradient(x: Tensor, g: Tensor, region: Any, channels: Tensor | None, options: tuple[Any, ...]) -> Tensor:
-    stride, padding, dilation, groups = options
-    filters, wide, *window = region.shape
-
-    def of_filters(ids: Tensor) -> Tensor:
-        picked, gradient, n = x, g.index_select(1, ids), 1
-        inner = x.shape[1]
-        if groups > 1:
-            owner = ids // (filters // groups)
-            picked = x.index_select(1, (owner[:, None] * wide + torch.arange(wide, device=ids.device)).reshape(-1))
-            n, inner = len(ids), wide
-        weight = torch.empty(len(ids), inner, *window, dtype=x.dtype, device=x.device)
-        found = torch.ops.aten.convolution_backward(
-            gradient, picked, weight, None, stride, padding, dilation, False, [0] * len(stride), n, [False, True, False]
-        )
-        return found[1]
-
-    everything = torch.arange(filters, device=g.device)
-    if region.layout == "rows":
-        return of_filters(region.ids)
-    if channels is not None:
-        size = region.matrix[2] // wide
-        local = torch.searchsorted(channels, region.ids // size) * size + region.ids % size
-        return of_filters(everything).reshape(filters, -1).index_select(1, local).t()
-    flat, columns, out = region.flat(), region.matrix[2], []
-    order = flat.argsort() if region.layout in ("cols", "block") else None
-    entries = flat if order is None else flat[order]
-    for ids in everything.split(64):
-        lo, hi = torch.searchsorted(entries, torch.stack([ids[0] * columns, (ids[-1] + 1) * columns])).tolist()
-        if hi > lo:
-            out.append(of_filters(ids).reshape(-1).index_select(0, entries[lo:hi] - ids[0] * columns))
-    found = torch.cat(out)
-    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
-
-
-def conv(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, args)) | kwargs
-    weight, dims = given["weight"], given["weight"].dim() - 2
-    given["bias"] = alias(given.get("bias"), func)
-    whole = isinstance(weight, Watched) and not hasattr(weight, "shift")
-    if not isinstance(weight, Watched):
-        return func(**given)
-    if not whole or given["input"].dim() != dims + 2:
-        return NotImplemented
-    if given.get("padding") == "valid":
-        given["padding"] = 0
-    if isinstance(given.get("padding"), str):
-        return NotImplemented
-    options = tuple(_spread(given.get(n, d), dims) for n, d in (("stride", 1), ("padding", 0), ("dilation", 1)))
-    y = func(**given)
-    live: Live = weight.neurograft
-    if not live.theta.requires_grad:
-        return y
-    return _ConvTap.apply(y, given["input"], live.source(), live, (*options, given.get("groups", 1)))
-
-
-def _spread(value: int | Sequence[int], dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +32,21 @@ from neurograft.core.units import Parameters
 from neurograft.core.untie import Untie, Untied
 
 
-class Mount(ABC):
+class _Whole(ABCMeta):
+    """Makes a mount, or leaves the model as it was: a mount freezes it before it knows whether all can be had."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made: Any = object.__new__(cls)  # type: ignore[arg-type]
+        try:
+            made.__init__(*args, **kwargs)
+        except BaseException:  # out of memory or an interrupt, too
+            if made.attached:
+                made.undo()
+            raise
+        return made
+
+
+class Mount(metaclass=_Whole):
     """What `attach` gives: the trainable tensors, the graft they make, and the way back.
 
     Everything else in the model is frozen for the length of the mount; `detach` puts the base back bit for bit.
@@ -46,9 +60,11 @@ class Mount(ABC):
         RunError: the model is being trained by another attachment.
     """
 
+    attached = False
+
     def __init__(self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = ()) -> None:
         check_free(model)  # before anything is frozen: the other attachment's tensors would be too
-        self.model, self.attached = model, True
+        self.model = model
         self.declared = True  # False if nobody said what to train, so that a part may stay unreached
         self.ties: Untied | None = None
         self.driver: ForwardOnly | None = None  # a loop's gradient-free optimizer, whose log the graft may be
@@ -60,6 +76,7 @@ class Mount(ABC):
         self.new = self._match(new)
         self.new_originals = {n: p.detach().clone() for n, p in self.whole().items()}
         self.ended_new: dict[str, Tensor] = {}  # what whole new parameters held when they were taken out
+        self.attached = True
         for name, parameter in self.found.by_name.items():
             parameter.requires_grad_(name in self.new and name not in self.appended)
 
@@ -79,7 +96,7 @@ class Mount(ABC):
         """Return what the adapter changes or trains that is no change of a weight, as it is now."""
         return ()
 
-    def write(self) -> None:  # noqa: B027
+    def write(self) -> None:
         """Bring the weights up to date; needed only after optimizers outside of `torch.optim`."""
 
     @contextmanager
@@ -223,8 +240,13 @@ class Mount(ABC):
             self.ties.remove()
         self.attached = False
 
+    def undo(self) -> None:
+        """Take back what an attachment did that failed half way; here, that it froze the model."""
+        self.release()
+        self.attached = False
+
     def release(self) -> None:
-        """Let the parameters require gradients again as they did; also when an attachment fails half way."""
+        """Let the parameters require gradients again as they did."""
         for name, flag in self.flags.items():
             parameter = self.found.by_name[name]
             parameter.requires_grad_(flag)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from neurograft.core.compact import additions
+from neurograft.core.compact.banks import grouped_gradient
+from neurograft.core.compact.deferred import Behind, pays
 from neurograft.core.compact.gradients import Side
-from neurograft.core.compact.live import Live, Tap, alias, check_epoch, handed, in_bank
+from neurograft.core.compact.live import Live, Tap, alias, check_epoch, handed
 from neurograft.core.marks import Watched
-from neurograft.core.region import Region
 
 
 def _place(weight: Any) -> tuple[Live, int, bool, tuple[int, int]] | None:
@@ -48,6 +51,8 @@ def _product(y: Tensor, x: Tensor, weight: Any, side: Side) -> Tensor | None:
     if flipped:
         side = "row" if side == "column" else "column"
     chosen, lo, hi = live.local(bank, side)
+    if live.beside and hi > lo:
+        return additions.product(y, x, live, chosen, (lo, hi))
     if hi == lo or not live.theta.requires_grad:  # no entries here, or they sleep
         return y
     theta = live.source()
@@ -61,9 +66,24 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,
     extra = {k: alias(v, func) for k, v in kwargs.items()}
     if not isinstance(weight, Watched):
         return func(*rest, **extra)
-    plain = func(*rest, **extra)
+    plain = _deferring(rest, weight) if func is F.linear else None
+    plain = func(*rest, **extra) if plain is None else plain
     tapped = _product(plain, x, weight, side)
     return NotImplemented if tapped is None else tapped
+
+
+def _deferring(args: tuple[Any, ...], weight: Any) -> Tensor | None:
+    """Return x @ W.T + b with x's gradient deferred, where that pays and nothing else asks for a gradient."""
+    (x, _, *more), live = args, weight.neurograft
+    if torch.compiler.is_compiling() or not x.requires_grad or weight is not live.weight or live.beside:
+        return None
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    if any(b is not None and b.requires_grad for b in more) or not pays(x, Tap):
+        return None
+    with torch.no_grad():
+        y = F.linear(*args)
+    return cast(Tensor, Behind.apply(y, x, live.weight))
 
 
 def linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,34 +161,6 @@ class _GroupedWhole(torch.autograd.Function):
         return g, None, found.to(ctx.like.dtype), None, None, None
 
 
-@torch.library.custom_op("neurograft::grouped_gradient", mutates_args=())
-def grouped_gradient(
-    x: Tensor, g: Tensor, offs: Tensor, ids: Tensor, layout: str, side: str, matrix: list[int]
-) -> Tensor:
-    """Return the gradient of chosen entries of a bank whose experts own consecutive rows of x and g.
-
-    Args:
-        x: [N, f], the grouped product's input. g: [N, m], the gradient of its output.
-        offs: [E], where the rows of each expert stop.
-        ids: the region's.
-        layout: "rows", "cols", "flat" or "all". side: where x stands. matrix: (E, R, C).
-    """
-    region = Region((matrix[0], matrix[1], matrix[2]), (matrix[0], matrix[1], matrix[2]), layout, ids)  # type: ignore[arg-type]
-    out, ends = torch.zeros(region.values_shape, dtype=g.dtype, device=g.device), offs.tolist()
-    for bank, (lo, hi) in enumerate(zip([0, *ends], ends)):
-        chosen, first, last = in_bank(region, bank, side)  # type: ignore[arg-type]
-        if hi > lo and last > first:
-            piece = x[lo:hi] if chosen.keep is None else x[lo:hi].index_select(-1, chosen.keep)
-            out[first:last] = chosen.gradient(piece, g[lo:hi]).view(out[first:last].shape)
-    return out
-
-
-@grouped_gradient.register_fake
-def _(x: Tensor, g: Tensor, offs: Tensor, ids: Tensor, layout: str, side: str, matrix: list[int]) -> Tensor:
-    shape = (matrix[0], matrix[1], matrix[2])
-    return g.new_empty(Region(shape, shape, layout, ids).values_shape)  # type: ignore[arg-type]
-
-
 def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`_grouped_mm(x, W, offs=)`: y rows of expert e = x rows of e @ W[e]."""
     x, weight, offs = args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None)
@@ -185,6 +177,8 @@ def grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     else:
         return NotImplemented
     y = func(*args, **kwargs)
+    if live.beside:
+        return additions.grouped(y, x, live, side, offs)
     if not live.theta.requires_grad:
         return y
     if torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.compact import lookups, products
+from neurograft.core.compact import convolutions, lookups, products
 from neurograft.core.compact.live import Live, Plain, alias
 from neurograft.core.marks import Watched
 
@@ -26,9 +26,7 @@ class LiveWeight(Watched, nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         # A copy of a live model is a plain model with the current values.
-        self.neurograft.sync()
-        with Plain():
-            made = nn.Parameter(self.detach().clone(), requires_grad=False)
+        made = nn.Parameter(self.neurograft.copied(), requires_grad=False)
         memo[id(self)] = made
         return made
 
@@ -74,7 +72,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         handler = USES.get(func) or (products.grouped if func is _fallback() else None)
         if handler is not None:
             sync(args, kwargs)
-            out = handler(func, args, kwargs) if torch.is_grad_enabled() else func(*args, **kwargs)
+            out = handler(func, args, kwargs) if _concerned(func, args, kwargs) else func(*args, **kwargs)
         elif func in VIEWS and args and isinstance(args[0], Watched):
             out = _view(func, args, kwargs)
         else:
@@ -96,6 +94,14 @@ def watched(args: Any, kwargs: dict[str, Any]) -> Iterable[Watched]:
             yield from (v for v in value if isinstance(v, Watched))
 
 
+def _concerned(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Say whether the weights' own numbers are not all that an operation needs: gradients, or what stands beside."""
+    if torch.is_grad_enabled():
+        return True
+    # A kernel's own call comes from a backward pass that a dispatch mode watches: what is added has its own.
+    return not isinstance(func, torch._ops.OpOverload) and any(w.neurograft.beside for w in watched(args, kwargs))
+
+
 def sync(args: Any, kwargs: dict[str, Any]) -> None:
     """Bring every live weight among the arguments up to date; compiled graphs rely on the write after a step."""
     if not torch.compiler.is_compiling():
@@ -112,7 +118,7 @@ def _view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if copied:
         sync(args, kwargs)
         out = func(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if not _concerned(func, args, kwargs):
             return out
         if func is _T.__getitem__:
             return lookups.gathered(out, source, args[1])
@@ -154,7 +160,7 @@ def _other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if func in ASKS or (func in WRITES and isinstance(args[0], Watched)):
         return func(*args, **kwargs)  # a write into the weight itself: `Live.sync` takes it over
     sync(args, kwargs)
-    if not torch.is_grad_enabled():
+    if not _concerned(func, args, kwargs):
         return func(*args, **kwargs)
     free = func in BROADCAST
     if func not in WRITES and not all(w.neurograft.may_be_dense(free) for w in watched(args, kwargs)):
@@ -175,8 +181,8 @@ USES: dict[Any, Handler] = {
     _T.__rmatmul__: products.rmatmul,
     torch._grouped_mm: products.grouped, F.grouped_mm: products.grouped,
     F.embedding: lookups.embedding,
-    F.conv1d: lookups.conv, F.conv2d: lookups.conv, F.conv3d: lookups.conv,
-    torch.conv1d: lookups.conv, torch.conv2d: lookups.conv, torch.conv3d: lookups.conv,
+    F.conv1d: convolutions.conv, F.conv2d: convolutions.conv, F.conv3d: convolutions.conv,
+    torch.conv1d: convolutions.conv, torch.conv2d: convolutions.conv, torch.conv3d: convolutions.conv,
 }  # fmt: skip
 
 CASTS = frozenset({

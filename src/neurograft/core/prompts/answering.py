@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.batches import Batch, shifts
+from neurograft.core.batches import Batch, shifts, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.places import Placed, answers, ends, rows_of
 
@@ -31,7 +31,7 @@ def said(model: nn.Module, batch: Batch) -> Tensor:
         RequestError: the model is no causal language model.
     """
     need_causal(model)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs = unlabelled(batch)
     logits = model(**inputs).logits
     finish = ends(batch).to(logits.device)
     found: Tensor = logits[torch.arange(len(finish), device=logits.device), finish].double().log_softmax(-1)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.batches import Batch
+from neurograft.core.batches import Batch, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
-from neurograft.core.taps.stream import Exemplars, Sample, observe
+from neurograft.core.taps.reducers import Exemplars, Sample
+from neurograft.core.taps.stream import observe
 from neurograft.core.taps.tap import watch
 from neurograft.core.units import Site
 
@@ -135,7 +136,7 @@ def exemplify(
     """
     if k < 1 or not 0 < quantile < 1:
         raise RequestError(f"k={k}, quantile={quantile}", expected="k of at least 1, a quantile in (0, 1)", do="k=15")
-    bare = [{key: v for key, v in b.items() if key != "labels"} if _runs_bare(model) else b for b in batches]
+    bare = [unlabelled(b) if _runs_bare(model) else b for b in batches]
     best = observe(model, sites, bare, lambda n: {"top": Exemplars(n, k=k)}, pool="max")
     spread = observe(model, sites, bare, lambda n: {"all": Sample(n, size=sampled, seed=seed)})
     tops = {name: seen["top"] for name, seen in best.items()}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from neurograft.core.batches import Batch, token_mask
 from neurograft.core.errors import RequestError
-from neurograft.core.intervene import capture
 from neurograft.core.prompts.places import ends
+from neurograft.core.taps.capture import capture
 from neurograft.core.units import Site
 
 

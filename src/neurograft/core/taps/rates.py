@@ -15,7 +15,8 @@ from neurograft.core.batches import Batch, token_mask
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.passing import Positions
 from neurograft.core.selection import Selection
-from neurograft.core.taps.stream import Rate, observe
+from neurograft.core.taps.reducers import Rate
+from neurograft.core.taps.stream import observe
 from neurograft.core.taps.tap import routed
 from neurograft.core.units import Site
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.asking import asking
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.prompts.passing import Pass, Positions, Seen
 from neurograft.core.taps.board import Board, Guest
@@ -195,14 +196,9 @@ def gradients(
 
         return Meter.apply(x, anchor, tell)
 
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    model.requires_grad_(False)
-    try:
-        with _seated(board, Guest(sites, visit, key="\x7f", again=True), found, "no backward pass reached it"):
-            yield found
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
+    guest = Guest(sites, visit, key="\x7f", again=True)
+    with asking(model), _seated(board, guest, found, "no backward pass reached it"):
+        yield found
 
 
 class Meter(torch.autograd.Function):

@@ -1,0 +1,95 @@
+"""How a Trainer is told to train: TrainingArguments, of fields that are checked first."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from neurograft.core.errors import RequestError, near
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# What TrainingArguments leaves open or sets for other purposes; anything given in `args` comes first.
+DEFAULTS: Mapping[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+}
+
+
+def training_arguments(args: Any, scratch: str, seed: int, *, evaluated: bool) -> TrainingArguments:
+    """Return TrainingArguments as they were given, or made of their fields.
+
+    Args:
+        args: a TrainingArguments, or fields over `DEFAULTS`, or None.
+        scratch: the output folder, if no field names one.
+        seed: of order and dropout, if no field names one.
+        evaluated: whether there are examples to evaluate on.
+
+    Raises:
+        RequestError: an unknown field, one that is no number, fields that do not go together, or an evaluation without
+            examples.
+    """
+    from transformers import TrainingArguments
+
+    made: Any = args if isinstance(args, TrainingArguments) else _made({} if args is None else args, scratch, seed)
+    if not evaluated and made.eval_strategy != "no":
+        raise RequestError(
+            f"eval_strategy={str(made.eval_strategy.value)!r} without examples to evaluate on",
+            expected="eval_dataset",
+            do="pass eval_dataset=, or leave eval_strategy out",
+        )
+    found: TrainingArguments = made
+    return found
+
+
+def _made(args: Any, scratch: str, seed: int) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    if not isinstance(args, Mapping):
+        raise RequestError(
+            f"args of type {type(args).__name__}",
+            expected="a dict of fields of TrainingArguments, or one of them",
+            do="args={'learning_rate': 1e-4}",
+        )
+    given = dict(args)
+    _check(given, {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init})
+    if not torch.cuda.is_available():
+        given.setdefault("dataloader_pin_memory", False)
+    if "gradient_checkpointing" in given and "activation_checkpointing" not in given:
+        given["activation_checkpointing"] = given.pop("gradient_checkpointing")
+    try:
+        return TrainingArguments(**{**DEFAULTS, "output_dir": scratch, "seed": seed, **given})
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"training arguments that do not go together ({str(error).splitlines()[0]})",
+            expected="what TrainingArguments takes",
+            do="change " + ", ".join(f"{k}={v!r}" for k, v in given.items()),
+        ) from error
+
+
+def _check(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise on fields that are unknown, no numbers where the defaults are, or ask for checkpoints nowhere."""
+    for name, value in given.items():
+        if name not in known:
+            raise RequestError(
+                f"the training argument {name!r}", expected="a field of TrainingArguments", do=near(name, known)
+            )
+        odd = isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value))
+        if type(known[name]) in (int, float) and odd:
+            raise RequestError(f"{name}={value!r}", expected="a number", do=f"give one, as in {name}={known[name]}")
+    if "output_dir" not in given and given.get("save_strategy", "no") != "no":
+        raise RequestError(
+            "checkpoints without a place for them", expected="output_dir among args", do="args={'output_dir': ...}"
+        )
