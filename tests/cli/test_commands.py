@@ -454,3 +454,48 @@ def test_a_path_the_system_refuses_is_a_wrong_request(folder, monkeypatch, capsy
     assert status == 2
     assert "secret.safetensors" in err
     assert "Permission denied" in err
+
+
+RECIPES = {
+    "recipe: [s2ft]": "a text",
+    "recipe: s2ft\nsteps: []": "one of them",
+    "recipe: s2ft\noptions: 3": "a mapping",
+    "recipe: s2ft\nmodel: 7": "a text",
+    "steps: 3": "a list",
+    "steps: []": "at least one step",
+    "steps: [locate]": "'locate'",
+    "steps:\n- {by: noise}": "under `do`",
+    "steps:\n- {do: locate, byy: noise}": "did you mean 'by'",
+    "steps:\n- {do: select, fraction: 0.1}": "before anything made its scores",
+    "steps:\n- {do: merge}": "the step 'merge'",
+}
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_recipe_files_that_are_wrong_are_requests(text, folder, monkeypatch, capsys, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    out = tmp_path / "out"
+    status, _, err = run(
+        monkeypatch, capsys, "run", tmp_path / "r.yaml", folder / "model", folder / "data.jsonl", "-o", out
+    )
+    assert status == 2, err
+    assert RECIPES[text] in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--args", "learning_rate=-1"), "at least 0"),
+        (("--args", "per_device_train_batch_size=0"), "at least 1"),
+        (("--args", "max_steps=0"), "no step"),
+        (("--args", "max_steps=1", "--args", "max_steps=2"), "'max_steps' twice"),
+        (("--adapter", "lora:r=0"), "a rank of at least 1"),
+    ],
+)
+def test_numbers_that_train_nothing_are_requests(words, expected, folder, monkeypatch, capsys, tmp_path):
+    status, _, err = run(
+        monkeypatch, capsys, "tune", folder / "model", folder / "data.jsonl", *words, "-o", tmp_path / "g"
+    )
+    assert status == 2, err
+    assert expected in err

@@ -101,6 +101,8 @@ def pairs(name: str, texts: Iterable[str]) -> dict[str, Any]:
         if not sign or not key:
             what = "NAME=FILE" if name == "keep" else "key=value"
             raise RequestError(f"{text!r} for {name}", expected=what, do=f"write it as {what}")
+        if key.strip() in found:
+            raise RequestError(f"{key.strip()!r} twice for {name}", expected="every name once", do="leave one out")
         found[key.strip()] = value(rest)
     return found
 
