@@ -373,3 +373,129 @@ def test_plan_names_routes_and_bytes(folder, monkeypatch, capsys):
     assert found["trainable"] == sum(row["numbers"] for row in found["parameters"])
     assert {row["route"] for row in found["parameters"]} == {"thin product"}
     assert found["bytes"]["moments"] == 8 * found["trainable"]
+
+
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_computed(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dir").mkdir()
+    model, data = folder / "model", folder / "data.jsonl"
+    for dotted in ("neurograft.pipeline.run", *(row[0] for row in VERBS.values())):
+        resolve(dotted)  # imported before anything is replaced, or they would keep the replacement
+    for place in ("models", "tune"):
+        monkeypatch.setattr(f"neurograft.pipeline.{place}.load_model", lambda *args, **more: pytest.fail("computed"))
+    for words, expected in {
+        ("locate", model, "--by", "noise", "-o", "dir"): "a folder",
+        ("tune", model, data, "-o", "file"): "a file",
+        ("tune", model, data, "-o", "file/deep/graft"): "below the file",
+        ("run", "s2ft", model, data, "-o", "file"): "a file",
+        ("audit", model, model, "--gain", data, "-o", "file"): "a file",
+        ("locate", model, "--by", "noise", "-o", ""): "an empty path",
+        ("locate", model, data, "--fraction", "0"): "more than 0",
+    }.items():
+        status, out, err = run(monkeypatch, capsys, *words)
+        assert status == 2, (words, out, err)
+        assert expected in err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["dir", "file"]
+
+
+def test_an_empty_option_is_no_input_and_export_may_write_beside_others(folder, monkeypatch, capsys):
+    """An empty word once stood for the working directory, in which every output lies."""
+    monkeypatch.chdir(folder)
+    (folder / "there.safetensors").write_text("old")
+    status, _, err = run(monkeypatch, capsys, "locate", "model", "--by", "", "-o", "there.safetensors")
+    assert status == 2
+    assert "locator ''" in err
+    (folder / "taken").mkdir()
+    status, _, err = run(monkeypatch, capsys, "export", "nograft", "-o", "taken")
+    assert status == 2
+    assert "nograft" in err
+
+
+def test_an_output_is_a_name_whatever_it_looks_like(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("2024", "1e-3", "true"):
+        status, _, err = run(monkeypatch, capsys, "locate", folder / "model", "--by", "noise", "-o", name)
+        assert status == 0, err
+        assert (tmp_path / name).is_file()
+
+
+def test_plain_results_are_written_where_a_path_is_given(folder, monkeypatch, capsys):
+    for words in (("papers", "s2ft"), ("plan", folder / "model", "s2ft"), ("anatomy", folder / "model")):
+        file = folder / "results" / f"{words[0]}.json"
+        status, out, err = run(monkeypatch, capsys, *words, "--json", "-o", file)
+        assert status == 0, err
+        assert json.loads(file.read_text()) == json.loads(out)
+
+
+def test_errors_that_nobody_foresaw_are_one_line_and_come_with_their_lines_if_asked(folder, monkeypatch, capsys):
+    def broken(*args, **more):
+        raise TypeError("first line\nsecond line")
+
+    resolve("neurograft.pipeline.locate")  # imported before anything is replaced, or it would keep the replacement
+    monkeypatch.setattr("neurograft.pipeline.models.load_model", broken)
+    words = ("locate", folder / "model", "--by", "noise")
+    status, _, err = run(monkeypatch, capsys, *words)
+    assert (status, "the run failed: TypeError: first line" in err, "Traceback" in err) == (1, True, False)
+    assert "NEUROGRAFT_TRACEBACK=1" in err
+    monkeypatch.setenv("NEUROGRAFT_TRACEBACK", "1")
+    with pytest.raises(TypeError):
+        run(monkeypatch, capsys, *words)
+
+
+def test_a_path_the_system_refuses_is_a_wrong_request(folder, monkeypatch, capsys):
+    def refused(*args, **more):
+        raise PermissionError(13, "Permission denied", "secret.safetensors")
+
+    resolve("neurograft.pipeline.locate")
+    monkeypatch.setattr("neurograft.pipeline.models.load_model", refused)
+    status, _, err = run(monkeypatch, capsys, "locate", folder / "model", "--by", "noise")
+    assert status == 2
+    assert "secret.safetensors" in err
+    assert "Permission denied" in err
+
+
+RECIPES = {
+    "recipe: [s2ft]": "a text",
+    "recipe: s2ft\nsteps: []": "one of them",
+    "recipe: s2ft\noptions: 3": "a mapping",
+    "recipe: s2ft\nmodel: 7": "a text",
+    "steps: 3": "a list",
+    "steps: []": "at least one step",
+    "steps: [locate]": "'locate'",
+    "steps:\n- {by: noise}": "under `do`",
+    "steps:\n- {do: locate, byy: noise}": "did you mean 'by'",
+    "steps:\n- {do: select, fraction: 0.1}": "before anything made its scores",
+    "steps:\n- {do: merge}": "the step 'merge'",
+}
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_recipe_files_that_are_wrong_are_requests(text, folder, monkeypatch, capsys, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    out = tmp_path / "out"
+    status, _, err = run(
+        monkeypatch, capsys, "run", tmp_path / "r.yaml", folder / "model", folder / "data.jsonl", "-o", out
+    )
+    assert status == 2, err
+    assert RECIPES[text] in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--args", "learning_rate=-1"), "at least 0"),
+        (("--args", "per_device_train_batch_size=0"), "at least 1"),
+        (("--args", "max_steps=0"), "no step"),
+        (("--args", "max_steps=1", "--args", "max_steps=2"), "'max_steps' twice"),
+        (("--adapter", "lora:r=0"), "a rank of at least 1"),
+    ],
+)
+def test_numbers_that_train_nothing_are_requests(words, expected, folder, monkeypatch, capsys, tmp_path):
+    status, _, err = run(
+        monkeypatch, capsys, "tune", folder / "model", folder / "data.jsonl", *words, "-o", tmp_path / "g"
+    )
+    assert status == 2, err
+    assert expected in err

@@ -225,6 +225,7 @@ def test_a_loss_that_is_no_number_is_an_error(by):
 
 BAD = {
     "no target": (row(target_new=None), "target_new"),
+    "neither prompt nor target": ({"text": "x"}, "request 0 with text"),
     "an empty prompt": (row(prompt=""), "empty text"),
     "a subject elsewhere": (row(subject="nobody"), "words of the prompt"),
     "a foreign token": ({"prompt": [5, 999], "target_new": [4]}, "vocabulary"),

@@ -8,7 +8,7 @@ import torch
 
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.collate import collator
-from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest
+from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest, processor_for
 from neurograft.pipeline.models import load_model
 from neurograft.pipeline.rows import read_rows
 from neurograft.worlds.letters import letters
@@ -79,18 +79,83 @@ def test_files_give_the_same_rows_as_lists(tmp_path, llama):
     lines.write_text("\n".join(map(json.dumps, ROWS)) + "\n")
     whole = tmp_path / "d.json"
     whole.write_text(json.dumps(ROWS))
-    pyarrow = pytest.importorskip("pyarrow.parquet")
+    import datasets
     import pyarrow as pa
+    from pyarrow import feather, parquet
 
-    pyarrow.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
-    for path in (lines, whole, tmp_path / "d.parquet"):
-        assert read_rows(path) == ROWS
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
+    feather.write_feather(pa.Table.from_pylist(ROWS), tmp_path / "d.feather")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    stream = next((tmp_path / "saved").glob("*.arrow"))
+    table, tabs = tmp_path / "d.csv", tmp_path / "D.TSV"
+    table.write_text("prompt,completion\r\n1+1=,2\r\n\r\n10+1=,11\r\n", encoding="utf-8-sig")
+    tabs.write_text("prompt\tcompletion\n1+1=\t2\n10+1=\t11")
+    paths = (lines, whole, tmp_path / "d.parquet", tmp_path / "d.feather", stream, table, tabs)
+    for path in (*paths, tmp_path / "saved", tmp_path / "splits"):
+        assert read_rows(path) == ROWS, path
     assert read_rows(lines, limit=1) == ROWS[:1]
     np.savez(tmp_path / "d.npz", pixel_values=np.zeros((2, 3, 16, 16)), labels=np.array([0, 1]))
     assert as_batches(tmp_path / "d.npz", pico("vit"))[0]["pixel_values"].shape == (2, 3, 16, 16)
     assert data_digest(as_batches(lines, llama, processing_class=T)) == data_digest(
         as_batches(ROWS, llama, processing_class=T)
     )
+
+
+def test_cells_of_a_table_are_text_and_numbers_only_under_label(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label,group\n"a, ""b""\nc",1,07\n3,0.5,x\n4,cat,y\n5,,z\n')
+    assert read_rows(tmp_path / "a.csv") == [
+        {"text": 'a, "b"\nc', "label": 1, "group": "07"},
+        {"text": "3", "label": 0.5, "group": "x"},
+        {"text": "4", "label": "cat", "group": "y"},
+        {"text": "5", "label": None, "group": "z"},
+    ]
+
+
+def test_every_line_of_plain_text_is_a_row(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone  \r\n\n två\n".encode())
+    assert read_rows(tmp_path / "a.txt") == [{"text": "one  "}, {"text": " två"}]
+
+
+SPOILED = {
+    "cells.csv": (b"text,label\na,b,c\n", "line 2 of .* with 3 cells"),
+    "head.csv": (b"text;label\na;1\n", "commas between"),
+    "twice.csv": (b"text,text\na,b\n", "one name for each column"),
+    "open.csv": (b'text\n"a\n', "cannot be read as a table"),
+    "bytes.csv": (b"text\n\xff\n", "cannot be read as a table"),
+    "none.csv": (b"text,label\n", "no rows"),
+    "bytes.txt": (b"a\n\xff\n", "is no text"),
+    "blank.txt": (b"\n \n", "no rows"),
+    "bytes.arrow": (b"\x80\x04\x95" * 9, "cannot be read as Arrow"),
+    "short.arrow": (b"ARROW1", "cannot be read as Arrow"),
+    "under.json": (b'{"rows": [{"text": "a"}]}', "the list under 'rows' alone"),
+    "data.xls": (b"", r"one of \.jsonl, "),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_files_that_cannot_be_read_are_named(name, tmp_path):
+    data, words = SPOILED[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(RequestError, match=words):
+        read_rows(tmp_path / name)
+
+
+def test_a_folder_for_data_is_named_with_what_is_in_it(tmp_path):
+    import datasets
+
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(RequestError, match=r"the folder .*d\.jsonl.*name a file"):
+        read_rows(tmp_path / "d.jsonl")
+    (tmp_path / "d.jsonl" / "rows.csv").write_text("text\na\n")
+    with pytest.raises(RequestError, match=r"such as .*rows\.csv"):
+        read_rows(tmp_path / "d.jsonl")
+    with pytest.raises(RequestError) as error:  # a folder is no near match of a file
+        read_rows(tmp_path / "d.json")
+    assert "d.jsonl" not in error.value.do
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(RequestError, match=r"without a split 'train'; expected one of test"):
+        read_rows(tmp_path / "splits")
 
 
 BAD = {
@@ -102,7 +167,14 @@ BAD = {
     "foreign token": ([{"input_ids": [3, 999]}], "vocabulary of 64"),
     "negative token": ([{"input_ids": [3, -100]}], "token -100 in row 0"),
     "foreign label": ([{"input_ids": [3, 4], "labels": [-100, 64]}], "label 64 of row 0"),
-    "no text": ([{"text": "1"}, {"text": None}], "None, a NoneType, where text belongs"),
+    "no text": ([{"text": "1"}, {"text": None}], r"None, a NoneType, where text belongs \(row 1\)"),
+    "empty text": ([{"text": "1"}, {"text": ""}], "row 1, whose text is empty"),
+    "a prompt of a number": ([{"prompt": 3, "completion": "y"}], "3, a int"),
+    "an answer of a number": ([{"prompt": "x", "completion": 3}], "3, a int"),
+    "messages that are none": ([{"messages": "hi"}], "messages of row 0, 'hi'"),
+    "messages without a role": ([{"messages": [{"content": "x"}]}], "each with role and content"),
+    "messages as pairs": ([{"messages": [["user", "x"]]}], "each with role and content"),
+    "labels of another length": ([{"input_ids": [3, 4, 5], "labels": [3, 4]}], r"labels of shape \(2,\) .* in row 0"),
     "empty answer": ([{"prompt": "x" * 70, "completion": "y"}], "cut off"),
 }
 
@@ -116,7 +188,7 @@ def test_bad_data_is_named(case, llama):
     assert error.value.do
 
 
-@pytest.mark.parametrize("more", [{"batch_size": 0}, {"limit": 0}, {"limit": -1}])
+@pytest.mark.parametrize("more", [{"batch_size": 0}, {"limit": 0}, {"limit": -1}, {"max_length": -1}])
 def test_batches_of_nothing_are_refused(more, llama):
     with pytest.raises(RequestError, match="at least 1"):
         as_batches(ROWS, llama, processing_class=T, **more)
@@ -237,6 +309,65 @@ def test_models_that_cannot_be_had_are_named(tmp_path, llama):
         load_model(tmp_path / "model")
 
 
+def test_a_hub_id_without_a_connection_is_named_at_once_unless_it_is_in_the_cache(tmp_path, monkeypatch, llama):
+    """The Hub's library asks six times for a file it does not have, and waits half a minute in between."""
+    import datasets
+    import huggingface_hub
+    import transformers
+    from huggingface_hub import constants
+
+    class ConnectError(Exception):
+        """As the library's own, which has this name too."""
+
+    def unreachable(url):
+        raise ConnectError(url)
+
+    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **more: asked.append(name) or ROWS)
+    for kind in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", lambda name, **more: asked.append(name))
+    for wrong in (
+        lambda: load_model("nobody/modle"),
+        lambda: read_rows("nobody/rows"),
+        lambda: as_batches(ROWS, llama, processing_class="nobody/modle"),
+    ):
+        with pytest.raises(RequestError, match="nobody/"):
+            wrong()
+    assert asked == []
+    (tmp_path / "datasets--nobody--rows").mkdir()
+    assert read_rows("nobody/rows") == ROWS
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
+    processor_for(llama, "nobody/modle")
+    assert asked == ["nobody/rows", "nobody/modle"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: [], "a JSON list"),
+        (lambda config: {**config, "hidden_size": "big"}, "cannot read .*hidden_size"),
+        (lambda config: {**config, "intermediate_size": 40}, "other shapes than its config says"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(change, words, tmp_path, llama):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(change(config)))
+    with pytest.raises(RequestError, match=f"(?s){words}"):
+        load_model(tmp_path)
+
+
+def test_a_graft_and_nothing_in_the_place_of_a_model_are_named(tmp_path):
+    (tmp_path / "graft.json").write_text("{}")
+    with pytest.raises(RequestError, match="a graft's folder stands behind its base"):
+        load_model(tmp_path)
+    with pytest.raises(RequestError, match="an empty name"):
+        load_model("")
+
+
 def test_sounds_are_samples_at_the_processor_s_rate(tmp_path):
     from transformers import WhisperFeatureExtractor
 
@@ -249,14 +380,11 @@ def test_sounds_are_samples_at_the_processor_s_rate(tmp_path):
             as_batches([{"audio": audio, "label": 0}], model, processing_class=processor)
 
 
-def test_pictures_that_are_not_there_and_tables_are_named(tmp_path):
+def test_pictures_that_are_not_there_and_broken_lines_are_named(tmp_path):
     from transformers import ViTImageProcessor
 
     with pytest.raises(RequestError, match=r"'no\.png' of row 0, where no file is"):
         as_batches([{"image": "no.png", "label": 1}], pico("vit"), processing_class=ViTImageProcessor())
-    (tmp_path / "a.csv").write_text("text,label\nx,1\n")
-    with pytest.raises(RequestError, match=r"pandas\.read_csv\('.*a\.csv'\)\.to_json\('a\.jsonl'"):
-        read_rows(tmp_path / "a.csv")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(RequestError, match=r"line 2 of .*is no JSON \(Expecting value.*mend or delete line 2"):
         read_rows(tmp_path / "b.jsonl")

@@ -62,6 +62,8 @@ def lora(
     """
     if where is not None and targets:
         raise RequestError("targets= beside a selection", expected="one of them", do="leave one out")
+    if r < 1:
+        raise RequestError(f"r={r} of lora", expected="a rank of at least 1", do="give r=8")
     names = _targets(model, where, list(targets), protect, new)
     scale = (2.0 * r if alpha is None else alpha) / (math.sqrt(r) if rslora else r)
     return LoraMount(model, names, r=r, scale=scale, dropout=dropout, seed=seed, new=new)

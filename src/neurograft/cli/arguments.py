@@ -19,7 +19,7 @@ def word(name: str, text: str, kind: Any = str) -> Any:
 
 
 _MODEL = "A model folder, a Hub id, or a shipped model."
-_DATA = "A JSONL, JSON, parquet, npz or safetensors file, or a Hub id"
+_DATA = "A JSONL, JSON, CSV, text, Parquet, Arrow, npz or safetensors file, a saved data set, or a Hub id"
 MODEL, MAYBE_MODEL, BASE = word("MODEL", _MODEL), word("[MODEL]", _MODEL, str | None), word("BASE", _MODEL)
 DATA = word("DATA", f"{_DATA}.")
 MAYBE_DATA = word("[DATA]", f"{_DATA}; methods that only read weights need none.", str | None)

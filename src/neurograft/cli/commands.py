@@ -15,7 +15,7 @@ import typer
 from neurograft import __version__
 from neurograft.cli import arguments as arg
 from neurograft.cli import locating, results, unit_page
-from neurograft.cli.before import keep_inputs, quiet
+from neurograft.cli.before import keep_inputs, quiet, writable
 from neurograft.cli.options import command_of, value
 from neurograft.cli.recipe_help import recipe_help
 from neurograft.cli.show import Shown
@@ -68,6 +68,7 @@ ORDER = (
     *("rollback", "diff", "apply", "export", "papers", "cite"),
 )  # of the list of commands: as one would use them
 LATER = ("merge", "data", "init", "view")
+FOLDERS = ("tune", "edit", "diff", "audit", "apply", "rollback", "trim", "demo")  # what these write; the others a file
 
 
 def _extra(output: str | None) -> list[inspect.Parameter]:
@@ -81,7 +82,7 @@ def _extra(output: str | None) -> list[inspect.Parameter]:
 
 def _verb(row: Row) -> Callable[..., None]:
     dotted, words, output, show = row
-    function = resolve(dotted)
+    function, name = resolve(dotted), dotted.rpartition(".")[2]
     own = set(inspect.signature(function).parameters)
 
     def body(given: dict[str, Any]) -> None:
@@ -89,12 +90,13 @@ def _verb(row: Row) -> Callable[..., None]:
         if "progress" in own:
             given["progress"] = shown.progress
         keep_inputs(target, given)
+        writable(target, folder=name in FOLDERS)
         if "output" in own:
             given["output"] = target
         quiet()
         if "args" in own and sys.stderr.isatty():  # the Trainer draws its own bar
             given["args"] = {"disable_tqdm": False, **(given.get("args") or {})}
-        with nullcontext() if own & {"progress", "args"} else shown.busy(dotted.rpartition(".")[2]):
+        with nullcontext() if own & {"progress", "args"} else shown.busy(name):
             found = function(**given)
         show(found, Path(target) if target else None, shown)
 
@@ -132,6 +134,7 @@ def run(
     changes = {w.partition("=")[0]: value(w.partition("=")[2]) for w in words if "=" in w}
     names = [w for w in words if "=" not in w]
     keep_inputs(output, {"words": names})
+    writable(output or "graft", folder=True)
     quiet()
     made = run_words(names, changes, seed=seed, revision=revision, dtype=dtype, device_map=device)
     results.outcome(made, Path(output or "graft"), Shown(as_json))
@@ -153,7 +156,8 @@ def export(
     from neurograft.core.grafts.graft import Graft
     from neurograft.pipeline.models import load_model
 
-    keep_inputs(output, {"graft": graft, "model": model or ""})
+    keep_inputs(output, {"graft": graft, "model": model})
+    writable(output, folder=True)
     quiet()
     found = Graft.load(graft)
     base = load_model(model) if model else None

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from neurograft.cli import results
-from neurograft.cli.before import keep_inputs, quiet
+from neurograft.cli.before import keep_inputs, quiet, writable
 from neurograft.cli.options import command_of
 from neurograft.cli.show import Shown
+from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 
 LEAST, MOST, SHARE = 8, 64, 4
@@ -49,6 +50,9 @@ def _body(given: dict[str, Any]) -> None:
     target, shown = given.pop("output"), Shown(given.pop("as_json"))
     wanted = {name: given.pop(name) for name in ("evidence", "held_out", "fraction", "controls")}
     keep_inputs(target, {**given, "held_out": wanted["held_out"]})
+    writable(target, folder=False)
+    if wanted["evidence"]:
+        _check(wanted["fraction"], wanted["controls"])
     quiet()
     model, data = given.pop("model"), given.pop("data")
     loading = {k: given[k] for k in ("revision", "dtype", "device_map") if k in given}
@@ -75,6 +79,14 @@ def _body(given: dict[str, Any]) -> None:
             **{k: given[k] for k in shared if k in given},
         )
     results.scores(scores, Path(target) if target else None, shown, proof=proof, reason=reason)
+
+
+def _check(fraction: float, controls: int) -> None:
+    """Raise, before anything is located, if there could be no evidence in the end."""
+    if not 0 < fraction <= 1:
+        raise RequestError(f"fraction={fraction}", expected="more than 0, at most 1", do="give fraction=0.01")
+    if controls < 1:
+        raise RequestError(f"controls={controls}", expected="at least one", do="give controls=20, or --no-evidence")
 
 
 def divided(

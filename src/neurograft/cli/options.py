@@ -101,6 +101,8 @@ def pairs(name: str, texts: Iterable[str]) -> dict[str, Any]:
         if not sign or not key:
             what = "NAME=FILE" if name == "keep" else "key=value"
             raise RequestError(f"{text!r} for {name}", expected=what, do=f"write it as {what}")
+        if key.strip() in found:
+            raise RequestError(f"{key.strip()!r} twice for {name}", expected="every name once", do="leave one out")
         found[key.strip()] = value(rest)
     return found
 
@@ -152,9 +154,9 @@ def command_of(
 
     def command(**given: Any) -> None:
         try:
-            # what was not typed is left to the verb's own default; positional words are names, whatever they look like
+            # what was not typed is left to the verb's own default; words and paths are names, whatever they look like
             said = {n: v for n, v in given.items() if n in own or v not in (None, [])}
-            body({n: v if n in arguments else typed(n, v, known.get(n, "")) for n, v in said.items()})
+            body({n: v if n in own else typed(n, v, known.get(n, "")) for n, v in said.items()})
         except RequestError as error:
             came, expected, do = (as_typed(text, flags) for text in (error.came, error.expected, error.do))
             raise RequestError(came, expected=expected, do=do) from error

@@ -58,8 +58,7 @@ def selection(found: Any, target: Path | None, shown: Shown) -> None:
 def evidence(found: Any, target: Path | None, shown: Shown) -> None:
     """Show evidence, its verdict first."""
     facts = plain(found)
-    if target:
-        target.write_text(dump(facts) + "\n", encoding="utf-8")
+    _write(facts, target)
     rows = [{"what": k, "value": v} for k, v in facts.items() if isinstance(v, (int, float, str)) and k != "sentence"]
     shown.result(facts, lines=[str(getattr(found, "sentence", ""))], table=table_of(rows))
 
@@ -127,14 +126,20 @@ def path(found: Any, target: Path | None, shown: Shown) -> None:
 def data(found: Any, target: Path | None, shown: Shown) -> None:
     """Show plain data."""
     facts = plain(found)
-    if target:
-        target.write_text(dump(facts) + "\n", encoding="utf-8")
+    _write(facts, target)
     if isinstance(facts, list) and facts and isinstance(facts[0], Mapping):
         shown.result(facts, table=table_of(facts))
     elif isinstance(facts, Mapping):
         shown.result(facts, lines=[f"{k}: {_short(v)}" for k, v in facts.items()])
     else:
         shown.result(facts, lines=map(str, facts) if isinstance(facts, list) else [str(facts)])
+
+
+def _write(facts: Any, target: Path | None) -> None:
+    """Write plain data as JSON where a path was given."""
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(dump(facts) + "\n", encoding="utf-8")
 
 
 def _short(value: Any) -> str:
@@ -144,6 +149,7 @@ def _short(value: Any) -> str:
 
 def plan(found: Mapping[str, Any], target: Path | None, shown: Shown) -> None:
     """Show what a recipe would touch and cost."""
+    _write(found, target)
     rows = found["parameters"] if isinstance(found["parameters"], Sequence) else []
     rows = [] if isinstance(rows, str) else [{**r, "shape": "x".join(map(str, r["shape"]))} for r in rows]
     lines = [f"{found['trainable']} trainable numbers" + (f" ({found['fraction']:.2%})" if "fraction" in found else "")]
@@ -158,6 +164,7 @@ def plan(found: Mapping[str, Any], target: Path | None, shown: Shown) -> None:
 def anatomy(found: Any, target: Path | None, shown: Shown) -> None:
     """Show the units of a model, or the families whose anatomy was verified."""
     facts = plain(found)
+    _write(facts, target)
     rows = next((v for v in facts.values() if isinstance(v, list)), []) if isinstance(facts, Mapping) else facts
     lines = [f"{k}: {v}" for k, v in facts.items() if not isinstance(v, list)] if isinstance(facts, Mapping) else []
     lines += [f"{r['architecture']}: {r['reason']}" for r in rows if r.get("reason") and "architecture" in r]
@@ -167,6 +174,7 @@ def anatomy(found: Any, target: Path | None, shown: Shown) -> None:
 
 def papers(found: Sequence[Mapping[str, Any]], target: Path | None, shown: Shown) -> None:
     """Show papers, working ones first; one alone with what there is to know of it."""
+    _write(list(found), target)
     if len(found) == 1:
         shown.result(list(found), lines=[f"{k}: {_said(v)}" for k, v in _one_paper(found[0]).items() if v])
         return
@@ -199,6 +207,7 @@ def _said(value: Any) -> str:
 def citations(found: Sequence[str], target: Path | None, shown: Shown) -> None:
     """Show the papers to cite, a line each, and write them if a path is given."""
     if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
     shown.result(list(found), lines=found or ["no paper: nothing here was made by a paper's method"])
 

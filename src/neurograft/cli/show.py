@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -54,6 +55,14 @@ def _records(table: Table) -> Group:
     return Group(*(Padding(text, (0, 0, 0, indent)) for text, indent in rows))
 
 
+class _Console(Console):
+    """A console whose reader may leave, as in `neurograft papers | head`: what a command did and its status stand."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Shown:
     """Where a command's results go.
 
@@ -64,7 +73,7 @@ class Shown:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         wide = None if sys.stdout.isatty() else 160  # a pipe has no width of its own
-        self.console = Console(highlight=False, soft_wrap=True, width=wide)
+        self.console = _Console(highlight=False, soft_wrap=True, width=wide)
 
     def result(self, data: Any, *, lines: Iterable[str | Text] = (), table: Table | None = None) -> None:
         """Print a result: `data` as JSON, or lines and a table for people."""

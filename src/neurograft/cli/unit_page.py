@@ -19,6 +19,7 @@ def page(found: Any, target: Path | None, shown: Shown) -> None:
     """Show what `ng.neuron` found, and write it as JSON if a path is given."""
     facts = plain(found)
     if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(dump(facts) + "\n", encoding="utf-8")
     shown.result(facts, lines=lines(facts))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,34 +16,49 @@ from neurograft.core.seeds import generator
 MASKED = 0.15
 
 
-def tokens_of(processor: Any, text: str, max_length: int) -> dict[str, Tensor]:
-    """Return a text's tokens as the tokenizer gives them; RequestError if it is no text."""
-    if not isinstance(text, str):
-        raise RequestError(
-            f"{text!r}, a {type(text).__name__}, where text belongs", expected="text", do="clean that row of the data"
-        )
+def tokens_of(processor: Any, text: Any, max_length: int, index: int) -> dict[str, Tensor]:
+    """Return the tokens of a row's text as the tokenizer gives them; RequestError if it is no text."""
+    text = _text(text, index)
     tokenizer = getattr(processor, "tokenizer", processor)
     found = tokenizer(text, truncation=True, max_length=max_length)
     return {k: torch.tensor(v) for k, v in found.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
 
 
-def translated(source: str, target: str, processor: Any, max_length: int) -> dict[str, Tensor]:
+def some(made: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """Return a row's tokens; RequestError if there are none."""
+    if not len(made["input_ids"]):
+        raise RequestError(f"row {index}, whose text is empty", expected="at least one token", do="drop the row")
+    return made
+
+
+def _text(text: Any, index: int) -> str:
+    if not isinstance(text, str):
+        raise RequestError(
+            f"{text!r}, a {type(text).__name__}, where text belongs (row {index})",
+            expected="text",
+            do="clean that row of the data",
+        )
+    return text
+
+
+def translated(source: Any, target: Any, processor: Any, max_length: int, index: int) -> dict[str, Tensor]:
     """Encode a text for an encoder, and its answer as a decoder's, which some tokenizers write in other tokens."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    answer = tokenizer(text_target=target, truncation=True, max_length=max_length)["input_ids"]
-    return {**tokens_of(processor, source, max_length), "labels": torch.tensor(answer)}
+    answer = tokenizer(text_target=_text(target, index), truncation=True, max_length=max_length)["input_ids"]
+    return {**tokens_of(processor, source, max_length, index), "labels": torch.tensor(answer)}
 
 
 def completed(
     prompt: Any, completion: Any, model: nn.Module, processor: Any, max_length: int, index: int
 ) -> dict[str, Tensor]:
     """Encode a prompt and its completion, as texts or as two parts of a conversation; the completion has labels."""
-    if not isinstance(prompt, str):
+    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
         return chat([*prompt, *completion], processor, max_length, index)
+    prompt, completion = _text(prompt, index), _text(completion, index)
     if getattr(model.config, "is_encoder_decoder", False):
-        return translated(prompt, completion, processor, max_length)
+        return translated(prompt, completion, processor, max_length, index)
     tokenizer = getattr(processor, "tokenizer", processor)
-    asked = opened(tokens_of(processor, prompt, max_length)["input_ids"].tolist(), tokenizer.eos_token_id)
+    asked = opened(tokens_of(processor, prompt, max_length, index)["input_ids"].tolist(), tokenizer.eos_token_id)
     head = torch.tensor(asked, dtype=torch.int64)
     tail = torch.tensor(continued(tokenizer, prompt, asked, completion), dtype=torch.int64)
     if tokenizer.eos_token_id is not None:
@@ -53,9 +68,17 @@ def completed(
     return _checked({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}, index)
 
 
-def chat(messages: Sequence[Mapping[str, str]], processor: Any, max_length: int, index: int) -> dict[str, Tensor]:
+def chat(messages: Any, processor: Any, max_length: int, index: int) -> dict[str, Tensor]:
     """Encode a conversation; only the last answer has labels."""
     tokenizer = getattr(processor, "tokenizer", processor)
+    if not isinstance(messages, (list, tuple)) or not all(
+        isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages
+    ):
+        raise RequestError(
+            f"the messages of row {index}, {messages!r:.60}",
+            expected="a list of messages, each with role and content",
+            do='write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]',
+        )
     if not messages or messages[-1].get("role") != "assistant":
         raise RequestError(
             f"the messages of row {index}, which do not end with the assistant",
@@ -100,7 +123,7 @@ def plain_text(
     text: str, model: nn.Module, processor: Any, max_length: int, index: int, seed: int
 ) -> dict[str, Tensor]:
     """Encode a text that is its own label, where the model predicts text; with some tokens masked if it fills gaps."""
-    made = tokens_of(processor, text, max_length)
+    made = some(tokens_of(processor, text, max_length, index), index)
     tokens = made["input_ids"]
     if shifts(model):
         return {**made, "labels": tokens.clone()}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # What TrainingArguments leaves open or sets for other purposes; anything given in `args` comes first.
+LEAST = {"learning_rate": 0, "weight_decay": 0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+         "gradient_accumulation_steps": 1, "max_steps": -1, "num_train_epochs": 0}  # fmt: skip
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 1e-3,
     "num_train_epochs": 1,
@@ -89,6 +91,15 @@ def _check(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         odd = isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value))
         if type(known[name]) in (int, float) and odd:
             raise RequestError(f"{name}={value!r}", expected="a number", do=f"give one, as in {name}={known[name]}")
+        least = LEAST.get(name)
+        if least is not None and isinstance(value, (int, float)) and value < least:
+            raise RequestError(
+                f"{name}={value!r}", expected=f"at least {least}", do=f"give one, as in {name}={known[name]}"
+            )
+    if given.get("max_steps") == 0 or given.get("num_train_epochs") == 0:
+        raise RequestError(
+            "training of no step", expected="at least one step", do="raise max_steps or num_train_epochs"
+        )
     if "output_dir" not in given and given.get("save_strategy", "no") != "no":
         raise RequestError(
             "checkpoints without a place for them", expected="output_dir among args", do="args={'output_dir': ...}"

@@ -43,6 +43,13 @@ def check(example: Mapping[str, Any], model: nn.Module, index: int) -> None:
                 do="encode with the tokenizer saved beside the model",
             )
     labels, kind = example.get("labels"), type(model).__name__
+    beside = shifts(model) or kind.endswith(("ForMaskedLM", "ForTokenClassification"))  # a label for every token
+    if beside and isinstance(tokens, Tensor) and isinstance(labels, Tensor) and tokens.shape != labels.shape:
+        raise RequestError(
+            f"labels of shape {tuple(labels.shape)} beside tokens of shape {tuple(tokens.shape)} in row {index}",
+            expected="a label for every token",
+            do=f"fill up with {IGNORE}, which stands for none",
+        )
     known = size if shifts(model) or kind.endswith("ForMaskedLM") else 0
     if kind.endswith(CLASSIFIERS) and getattr(config, "problem_type", None) in (None, "single_label_classification"):
         known = int(getattr(config, "num_labels", 1))  # 1 for numbers instead of classes

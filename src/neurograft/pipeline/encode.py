@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from neurograft.core.errors import RequestError
 from neurograft.pipeline._columns import as_tensor, labelled, need
 from neurograft.pipeline._media import heard, pictured
-from neurograft.pipeline._texts import chat, completed, plain_text, tokens_of, translated
+from neurograft.pipeline._texts import chat, completed, plain_text, some, tokens_of, translated
 from neurograft.pipeline.grouped import COLUMN
 
 READY = (
@@ -54,9 +54,9 @@ def encode(
     if "prompt" in keys and "completion" in keys:
         return completed(row["prompt"], row["completion"], model, processor, max_length, index)
     if "source" in keys and "target" in keys:
-        return translated(row["source"], row["target"], processor, max_length)
+        return translated(row["source"], row["target"], processor, max_length, index)
     if "text" in keys and "label" in keys:
-        return labelled(tokens_of(processor, row["text"], max_length), row, model, index)
+        return labelled(some(tokens_of(processor, row["text"], max_length, index), index), row, model, index)
     if "text" in keys:
         return plain_text(row["text"], model, processor, max_length, index, seed)
     raise RequestError(

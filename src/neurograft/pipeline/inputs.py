@@ -13,6 +13,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
 from neurograft.core.prompts.collate import collator
 from neurograft.core.prompts.examples import size
+from neurograft.pipeline._hub import cut_off
 from neurograft.pipeline._usable import check
 from neurograft.pipeline.encode import encode, is_ready
 from neurograft.pipeline.rows import Row, read_rows
@@ -42,6 +43,8 @@ def processor_for(model: nn.Module, processing_class: Any = None) -> Any:
     tries += [(AutoFeatureExtractor, {})]
     if _has(name, "processor_config.json"):
         tries.insert(0, (AutoProcessor, {}))
+    if not Path(name).is_dir() and cut_off(str(name), file="tokenizer_config.json"):
+        tries = []
     for kind, options in tries:
         try:
             return kind.from_pretrained(str(name), **options)
@@ -80,6 +83,8 @@ def as_dataset(
     Raises:
         RequestError: empty data, unknown columns, numbers that are not finite, tokens outside the vocabulary.
     """
+    if max_length < 1:
+        raise RequestError(f"max_length={max_length}", expected="at least 1", do="give max_length=1024")
     rows = read_rows(data, limit=None if _maybe_batches(data) else limit)
     if all(is_batch(row) for row in rows):
         rows = [example for row in rows for example in _unbatched(row)]

@@ -13,6 +13,7 @@ from torch import nn
 from neurograft.core.errors import RequestError, extra, near, one_of
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import seeded
+from neurograft.pipeline._hub import cut_off
 
 Model = nn.Module | str | Path
 SHIPPED = {"atlas": "neurograft.worlds.atlas.path"}
@@ -54,6 +55,8 @@ def load_model(
             )
         return model
     name = str(model)
+    if not name:
+        raise RequestError("an empty name for a model", expected="a model folder or a Hub id", do="name one")
     if name in SHIPPED and not Path(name).exists():
         name = str(resolve(SHIPPED[name])())
     if revision is not None and Path(name).is_dir():
@@ -82,6 +85,12 @@ def load_model(
             do="save it with save_pretrained; pickled weights are never read",
         ) from error
     except (AssertionError, RuntimeError, ValueError) as error:
+        if "mismatched" in str(error):
+            raise RequestError(
+                f"the model {name!r}, whose weights have other shapes than its config says",
+                expected="weights and a config of one model",
+                do="copy or download both again",
+            ) from error
         if device_map is None:
             raise
         raise RequestError(
@@ -127,13 +136,20 @@ def config_of(name: str, options: dict[str, Any]) -> Any:
     if path.is_dir():
         file = path / "config.json"
         if not file.is_file():
-            raise RequestError(f"the folder {name}", expected="a model: a config.json in it", do="check the path")
+            grafted = "; a graft's folder stands behind its base" if (path / "graft.json").is_file() else ""
+            raise RequestError(
+                f"the folder {name}", expected="a model: a config.json in it", do=f"check the path{grafted}"
+            )
         try:
             text = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RequestError(
                 f"{file}, which is no JSON ({error})", expected="a model's config", do="copy or download it again"
             ) from error
+        if not isinstance(text, dict):
+            raise RequestError(
+                f"{file}, a JSON {type(text).__name__}", expected="a model's config", do="copy or download it again"
+            )
         if "_class_name" in text:
             return text
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -143,16 +159,20 @@ def config_of(name: str, options: dict[str, Any]) -> Any:
             expected="a model folder or a Hub id",
             do=f"check the path; {near(path.name, beside)}" if beside else "check the path",
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
+        if not path.is_dir() and cut_off(name):
+            raise OSError("no connection to the Hub, and nothing of it in the cache")
         return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         if path.is_dir():
             raise RequestError(
                 f"the model {name!r} of type {text.get('model_type')!r}, which transformers cannot read ({error})",
-                expected="an architecture that this version of transformers knows",
-                do="install the version that defines it, or pass the live model: its anatomy is then found by dataflow",
+                expected="a config of an architecture that this version of transformers knows",
+                do="mend the config, install the version that defines it, or pass the live model: its anatomy is then"
+                " found by dataflow",
             ) from error
         beside = [*SHIPPED, *(p.name for p in Path().iterdir() if (p / "config.json").is_file())]
         raise RequestError(

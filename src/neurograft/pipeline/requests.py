@@ -48,7 +48,7 @@ def as_request(
     prompt: Any = row.get("prompt")
     target, subject = target_of(row), row.get("subject")
     end = _end(model, processor)
-    if _kind(prompt, index) != _kind(target, index) or not _kind(prompt, index):
+    if _kind(prompt, index) != _kind(target, index) or _kind(prompt, index) in ("", "nothing"):
         raise RequestError(
             f"request {index} with {', '.join(k for k, v in row.items() if v is not None) or 'nothing'}"
             + (" and an empty text" if "" in (_kind(prompt, index), _kind(target, index)) else ""),

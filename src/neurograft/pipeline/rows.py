@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from neurograft.core.errors import RequestError, near
+from neurograft.pipeline._files import READERS, SAVED, saved
+from neurograft.pipeline._hub import cut_off
 
 Row = dict[str, Any]
-FILES = (".jsonl", ".json", ".parquet", ".npz", ".safetensors")
 
 
 def read_rows(data: Any, *, split: str = "train", limit: int | None = None) -> list[Row]:
     """Return data as rows: dicts of one example each, or dicts of ready batches of tensors.
 
     Args:
-        data: an iterable of dicts, a DataLoader, a `datasets.Dataset`, the path of a JSONL, JSON, parquet,
-            npz or safetensors file (arrays share their first axis), or a Hub id.
-        split: the split of a Hub data set.
+        data: an iterable of dicts, a DataLoader, a `datasets.Dataset`, a Hub id, or a path: a JSONL or JSON file,
+            a CSV or TSV table with a head (cells are text; numbers only under `label`), plain text (a row for every
+            line), a Parquet or Arrow file, an npz or safetensors file (arrays share their first axis), or a folder
+            that `datasets` saved.
+        split: the split of a Hub data set, or of a saved folder that holds several.
         limit: read at most so many.
 
     Raises:
@@ -61,33 +58,39 @@ def read_rows(data: Any, *, split: str = "train", limit: int | None = None) -> l
 
 def _opened(path: Path, name: str, split: str) -> Iterable[Mapping[str, Any]]:
     if path.is_file():
-        readers = {
-            ".jsonl": _json_lines,
-            ".json": _json,
-            ".parquet": _parquet,
-            ".npz": _arrays,
-            ".safetensors": _arrays,
-        }
-        if path.suffix not in readers:
-            how = f"pandas.read_csv({name!r}).to_json({path.stem + '.jsonl'!r}, orient='records', lines=True)"
+        if path.suffix.lower() not in READERS:
             raise RequestError(
-                f"the data file {name}",
-                expected=f"one of {', '.join(FILES)}",
-                do="convert it to JSONL" + (f": {how}" if path.suffix == ".csv" else ""),
+                f"the data file {name}", expected=f"one of {', '.join(READERS)}", do="convert it to one of them"
             )
-        return readers[path.suffix](path)
-    if path.suffix in FILES or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        beside = [p.name for p in path.parent.iterdir() if p.suffix in FILES] if path.parent.is_dir() else []
+        return READERS[path.suffix.lower()](path)
+    if path.is_dir():
+        if any((path / file).is_file() for file in SAVED):
+            return saved(path, split)
+        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in READERS)
+        raise RequestError(
+            f"the folder {name} for data",
+            expected="a data file, or a folder that `datasets` saved",
+            do=f"name a file in it, such as {path / inside[0]}" if inside else "name a file",
+        )
+    if path.suffix in READERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        beside = [p.name for p in path.parent.iterdir() if _readable(p)] if path.parent.is_dir() else []
         raise RequestError(
             f"the data {name!r}, where no file is", expected="a data file or a Hub id", do=near(path.name, beside)
         )
     return _hub(name, split)
 
 
+def _readable(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in READERS
+
+
 def _hub(name: str, split: str) -> Iterable[Mapping[str, Any]]:
     import datasets
 
     try:
+        kept = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+        if not kept.exists() and cut_off(name, file="README.md", kind="dataset"):
+            raise ConnectionError
         found: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen kinds for a name that cannot be had
         raise RequestError(
@@ -96,83 +99,3 @@ def _hub(name: str, split: str) -> Iterable[Mapping[str, Any]]:
             do="check the name and the connection, or give a local JSONL file",
         ) from error
     return found
-
-
-def _json_lines(path: Path) -> Iterable[Mapping[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # also bytes that are no UTF-8
-                raise RequestError(
-                    f"line {number} of {path}, which is no JSON ({error})",
-                    expected="one JSON object a line, in UTF-8",
-                    do=f"mend or delete line {number}",
-                ) from error
-            if not isinstance(row, dict):
-                raise RequestError(
-                    f"line {number} of {path}, a {type(row).__name__}",
-                    expected="one JSON object a line",
-                    do='write {"text": ...}',
-                )
-            yield row
-
-
-def _json(path: Path) -> Iterable[Mapping[str, Any]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RequestError(
-            f"{path}, which is no JSON ({error})", expected="a list of objects", do="mend it there, or write JSONL"
-        ) from error
-    if not isinstance(found, list):
-        raise RequestError(
-            f"{path}, a JSON {type(found).__name__}", expected="a list of objects", do="write JSONL instead"
-        )
-    return found
-
-
-def _parquet(path: Path) -> Iterable[Mapping[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RequestError(
-            f"{path}, which cannot be read as parquet ({error})", expected="a parquet file", do="write it again"
-        ) from error
-
-
-def _arrays(path: Path) -> Iterable[Mapping[str, Any]]:
-    arrays: dict[str, Tensor]
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {k: torch.from_numpy(file[k]) for k in file.files}
-        except (ValueError, TypeError, EOFError, OSError, BadZipFile) as error:
-            raise RequestError(
-                f"{path}, whose arrays cannot be read ({error})",
-                expected="arrays of numbers",
-                do="store numbers alone; pickled objects are never read",
-            ) from error
-    else:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            arrays = load_file(path)
-        except SafetensorError as error:
-            raise RequestError(
-                f"{path}, which is no safetensors file ({error})", expected="arrays of numbers", do="write it again"
-            ) from error
-    lengths = {k: len(v) if v.dim() else 0 for k, v in arrays.items()}
-    if len(set(lengths.values())) != 1 or not all(v.dim() for v in arrays.values()):
-        raise RequestError(
-            f"{path} with arrays of lengths {lengths}",
-            expected="one first axis for all arrays",
-            do="store one entry for each example in every array",
-        )
-    return [{k: v[i] for k, v in arrays.items()} for i in range(next(iter(lengths.values())))]

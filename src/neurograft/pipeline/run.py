@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -116,6 +117,8 @@ def run(
         if "." in do:
             state |= {k: _signed(v, plan) for k, v in (resolve(do)(state, **arguments) or {}).items()}
             continue
+        if do not in GIVEN:
+            raise RequestError(f"the step {do!r}", expected=f"one of {', '.join(GIVEN)}", do="leave it out")
         names, result = GIVEN[do]
         verb = resolve(f"neurograft.pipeline.{do}")
         known = option_names(verb)
@@ -123,8 +126,16 @@ def run(
         extra = {k: v for k, v in {**common, **given}.items() if k in known and k not in arguments and v is not None}
         used |= extra.keys()
         # A step may name its own data or selection instead of the run's.
+        lacking = [n for n in names if n not in arguments and n not in state]
+        if lacking:
+            raise RequestError(
+                f"the step {do!r} of {plan.name} before anything made its {lacking[0]}",
+                expected="a step before it that does",
+                do=f"put one before it, or give {lacking[0]} at the step",
+            )
         first = [arguments.pop(n) if n in arguments else state[n] for n in names]
         ship = arguments.pop("ship", SHIPS[0])
+        _check_names(verb, arguments, do)
         used |= {n for n in _listed(step.get("on")) if n in given}
         with _under(step.get("on"), state):
             made = verb(*first, **arguments, **extra)
@@ -139,6 +150,15 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
+
+
+def _check_names(verb: Any, arguments: Mapping[str, Any], do: str) -> None:
+    parameters = inspect.signature(verb).parameters
+    odd = [n for n in arguments if n not in parameters]
+    if odd and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise RequestError(
+            f"the argument {odd[0]!r} of {do}", expected=f"one of {', '.join(parameters)}", do=near(odd[0], parameters)
+        )
 
 
 def _signed(made: Any, plan: Recipe) -> Any:

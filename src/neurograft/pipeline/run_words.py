@@ -13,6 +13,8 @@ from neurograft.pipeline.recipe import Recipe
 from neurograft.pipeline.run import Outcome, run
 
 FILE = ("recipe", "name", "steps", "paper", "model", "data", "options", "changes")
+KINDS = {"recipe": str, "name": str, "steps": list, "model": str, "options": dict, "changes": dict}
+KINDS_SAID = {str: "a text", list: "a list", dict: "a mapping"}
 
 
 def run_words(words: Sequence[str], changes: Mapping[str, Any], **common: Any) -> Outcome:
@@ -52,8 +54,22 @@ def _read(path: Path) -> tuple[Recipe | str, dict[str, Any]]:
     for key in text:
         if key not in FILE:
             raise RequestError(f"the key {key!r} in {path}", expected=f"one of {', '.join(FILE)}", do=near(key, FILE))
+    for key, kind in KINDS.items():
+        if key in text and not isinstance(text[key], kind):
+            raise RequestError(
+                f"{key}: {text[key]!r} in {path}", expected=KINDS_SAID[kind], do=f"write such a thing under {key}"
+            )
+    if "recipe" in text and "steps" in text:
+        raise RequestError(f"{path} with recipe and steps", expected="one of them", do="leave one out")
     if "recipe" in text:
         return text["recipe"], text
     if "steps" not in text:
         raise RequestError(f"{path} without recipe or steps", expected="one of them", do="write recipe: NAME")
+    odd = next((s for s in text["steps"] or [None] if not isinstance(s, dict) or not isinstance(s.get("do"), str)), "")
+    if odd != "":
+        raise RequestError(
+            f"the step {odd!r} in {path}",
+            expected="at least one step, each a mapping with the verb under `do`",
+            do="write it as - {do: locate, by: magnitude}",
+        )
     return Recipe(text.get("name", path.stem), tuple(text["steps"]), text.get("paper")), text
