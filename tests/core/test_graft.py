@@ -7,12 +7,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+import neurograft as ng
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits, tensor_digest
 from neurograft.core.grafts.delta import LowRank, New, Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
+from neurograft.core.units import Parameters
+from neurograft.worlds.pico import pico
 
 
 def net(dtype=torch.float32):
@@ -158,3 +161,23 @@ def test_a_change_stored_the_other_way_round_is_another_one():
     made = [Graft.made(model, {"0.weight": LowRank((4, 4), *factors, 1.0, way)}) for way in (False, True)]
     assert not torch.equal(*(g.deltas["0.weight"].product() for g in made))
     assert made[0].identity != made[1].identity
+
+
+def test_a_graft_of_a_bank_does_not_look_the_parameters_up_for_every_expert(monkeypatch):
+    # A bank's checkpoint has three tensors an expert: walking the model for each is quadratic in the experts.
+    def walks(experts):
+        model, count = pico("mixtral", num_local_experts=experts), []
+        where = ng.locate(model, by="noise", units="neuron").top(fraction=0.5, per="site")
+        with ng.attach(model, where) as live:
+            of = Parameters.of
+            monkeypatch.setattr(Parameters, "of", lambda net: count.append(net) or of(net))
+            graft = live.graft()
+            made, known = len(count), len(graft.deltas)
+            graft = replace(graft, originals={})
+        assert graft.bind(model).originals.keys() == graft.deltas.keys()
+        monkeypatch.undo()
+        return known, made, len(count) - made
+
+    few, many = walks(2), walks(8)
+    assert many[0] > 3 * few[0]
+    assert many[1:] == few[1:]

@@ -10,6 +10,7 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits._silence import drawn, matched, silenced, sizes
 from neurograft.audits.evidence import _compared, evidence, verdict
 from neurograft.core.prompts.examples import row_digests, singles
+from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.taps.board import ATTRIBUTE
 from neurograft.core.units import Site
@@ -122,6 +123,44 @@ def test_controls_have_the_size_and_place_of_the_selection():
     assert len(seen) == 5
     most = Selection.of(where.sites, {"b": range(8)})
     assert matched(most, size, 0).counts()["b"] == drawn(most, 0).counts()["b"] == 8
+
+
+def looked_for_everywhere(chosen, size, seed):
+    """Slow twin of `matched` at one site: every unit is asked whether it is free and near."""
+    n, rng, found = len(size), generator(seed, "matched", "a"), []
+    order = size.argsort().tolist()
+    rank = {unit: place for place, unit in enumerate(order)}
+    free = {p for p in range(n) if 2 * len(chosen) > n or order[p] not in chosen}
+    for unit in torch.tensor(chosen)[torch.randperm(len(chosen), generator=rng)].tolist():
+        near = [p for p in range(n) if p in free and abs(p - rank[unit]) <= max(5, n // 50)]
+        near = near or sorted(free, key=lambda p: abs(p - rank[unit]))[:1]
+        free.remove(pick := near[int(torch.randint(len(near), (1,), generator=rng))])
+        found.append(order[pick])
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("n", "chosen"), [(30, [0, 29]), (400, [0, 1, 2, 200, 399]), (12, list(range(9)))])
+def test_matches_are_those_of_a_search_over_all_units(n, chosen):
+    size = torch.rand(n, generator=torch.Generator().manual_seed(n))
+    where = Selection.of({"a": Site("a", "neuron", n)}, {"a": chosen})
+    for seed in range(8):
+        assert matched(where, {"a": size}, seed).ids["a"].tolist() == looked_for_everywhere(chosen, size, seed)
+
+
+def test_controls_are_drawn_when_their_turn_comes(monkeypatch):
+    model, batches = planted()
+    made, turns = [], []
+    for one in (matched, drawn):
+        monkeypatch.setattr(f"neurograft.audits.evidence.{one.__name__}", lambda *a, of=one: made.append(1) or of(*a))
+
+    def watched(plans, what):
+        for plan in plans:
+            assert len(made) == max(0, len(turns) - 1)
+            turns.append(plan)
+            yield plan
+
+    evidence(model, choose(model, 3, 30), batches, controls=3, draws=20, progress=watched)
+    assert len(made) == len(turns) - 1 >= 6
 
 
 def test_massive_units_are_named_with_their_position():

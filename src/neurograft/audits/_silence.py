@@ -152,7 +152,8 @@ def matched(where: Selection, size: Mapping[str, Tensor], seed: int) -> Selectio
             free[rank[chosen]] = False
         found, reach = [], max(5, n // 50)
         for place in rank[chosen[torch.randperm(len(chosen), generator=rng)]].tolist():
-            candidates = (free & ((torch.arange(n) - place).abs() <= reach)).nonzero()[:, 0]
+            low = max(0, place - reach)
+            candidates = low + free[low : place + reach + 1].nonzero()[:, 0]
             if not len(candidates):
                 far = free.nonzero()[:, 0]
                 candidates = far[(far - place).abs().argsort()[:1]]

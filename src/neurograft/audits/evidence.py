@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,14 +82,15 @@ def evidence(
     avoid: dict[str, list[int]] = {}
     for unit in massive:
         avoid.setdefault(unit["site"], []).append(unit["unit"])
-    plans: list[tuple[str, Selection]] = [("selection", where)]
+    # Drawn when their turn comes: all at once they would hold the selection's ids 2 * controls times over.
+    plans: list[tuple[str, Callable[[], Selection]]] = [("selection", lambda: where)]
     for i in range(controls):
         own = derive(seed, "control", i)
-        plans += [("random", drawn(where, own)), ("magnitude", matched(where, size, own))]
-        plans += [("no_sinks", drawn(where, own, avoid))] if avoid else []
+        plans += [("random", partial(drawn, where, own)), ("magnitude", partial(matched, where, size, own))]
+        plans += [("no_sinks", partial(drawn, where, own, avoid))] if avoid else []
     effects: dict[str, list[Tensor]] = {}
-    for family, selection in (progress or _quiet)(plans, "silencing"):
-        with silenced(model, selection, means=level_at):
+    for family, draw in (progress or _quiet)(plans, "silencing"):
+        with silenced(model, draw(), means=level_at):
             effects.setdefault(family, []).append(_losses(model, batches, loss)[0] - base[0])
     found = _compared(effects, base[1], draws=draws, level=level, seed=seed)
     found |= {

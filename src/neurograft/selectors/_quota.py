@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,29 +14,44 @@ from neurograft.core.selection import Scores, Selection
 PER = ("global", "layer", "site", "row")
 
 
-def groups(scores: Scores, per: str) -> Tensor:
-    """Return the group number of every unit, sites one after another, int64 [total]."""
+class Group(NamedTuple):
+    """Where a group's units stand in the joined scores; with `rows` above 1, so many groups of one size, in turn."""
+
+    spans: list[slice]
+    rows: int
+
+    def read(self, joined: Tensor) -> Tensor:
+        """Return the group's numbers, [rows, units]; a view where they stand together."""
+        parts = [joined[span] for span in self.spans]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.rows, -1)
+
+    def write_(self, joined: Tensor, values: Tensor) -> None:
+        """Put numbers [rows, units] back where `read` found them."""
+        flat, at = values.reshape(-1), 0
+        for span in self.spans:
+            joined[span] = flat[at : at + span.stop - span.start]
+            at += span.stop - span.start
+
+
+def groups(scores: Scores, per: str) -> list[Group]:
+    """Return the groups in the order of their first units; a site's rows, all of one length, are one entry."""
     one_of(per, PER, what="quota per")
-    found, first = [], 0
-    layers: dict[int | None, int] = {}
+    found: dict[Any, Group] = {}
+    first = 0
     for name, site in scores.sites.items():
-        if per == "global":
-            mine = torch.zeros(site.n, dtype=torch.int64)
-        elif per == "layer":
-            mine = torch.full((site.n,), layers.setdefault(site.layer, len(layers)))
-        elif per == "site":
-            mine = torch.full((site.n,), first)
-        else:
+        rows = 1
+        if per == "row":
             if site.kind != "weight" or not site.parts or len(site.parts[0].units) != 2:
                 raise RequestError(
                     f"per='row' at {name!r}, of kind {site.kind}",
                     expected="units of kind weight",
                     do="use units='weight', or per='site'",
                 )
-            mine = first + torch.arange(site.n) // site.parts[0].units[1][0]
-        found.append(mine)
-        first = int(mine.max()) + 1 if per in ("site", "row") else first
-    return torch.cat(found)
+            rows = site.n // site.parts[0].units[1][0]
+        key = {"global": 0, "layer": site.layer}.get(per, name)
+        found.setdefault(key, Group([], rows)).spans.append(slice(first, first + site.n))
+        first += site.n
+    return list(found.values())
 
 
 def quota(n: int, fraction: float | None, count: int | None) -> int:
@@ -75,15 +91,44 @@ def take(
     """
     if not len(key):
         raise RequestError("scores of no units", expected="at least one site", do="locate again, on wider sites")
-    group = groups(scores, per)
-    order = key.sort(descending=True, stable=True).indices
-    order = order[group[order].sort(stable=True).indices]  # by group, then by key, then by unit number
-    sizes = torch.bincount(group)
-    chosen, at = [], 0
-    for size in sizes.tolist():
-        chosen.append(order[at : at + (quota(size, fraction, count) if size else 0)])
-        at += size
-    return split(scores, torch.cat(chosen).sort().values, {**rule, "per": per, "fraction": fraction, "count": count})
+    chosen = torch.zeros(len(key), dtype=torch.bool)
+    for group in groups(scores, per):
+        mine = group.read(key)
+        if mine.numel():
+            group.write_(chosen, highest(mine, quota(mine.shape[1], fraction, count)))
+    return split(scores, chosen.nonzero()[:, 0], {**rule, "per": per, "fraction": fraction, "count": count})
+
+
+def highest(key: Tensor, count: int) -> Tensor:
+    """Return a mask of the `count` highest numbers of each row, ties to the lower place, bool [rows, n].
+
+    By the bar they pass, not by sorting: a model's weights are hundreds of millions of numbers, and an order of them
+    would be int64.
+
+    Args:
+        key: float [rows, n] on the CPU, no NaN.
+        count: 0 to n.
+
+    Example:
+        >>> highest(torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]]), 1).int().tolist()
+        [[0, 1, 0], [1, 0, 0]]
+    """
+    if not count:
+        return torch.zeros_like(key, dtype=torch.bool)
+    bar = ranked(key, key.shape[1] - count)
+    found = key > bar
+    lacking = count - torch.from_numpy(found.numpy().sum(1))  # torch would widen every flag to int64
+    ties = (key == bar).nonzero()  # row by row, in order
+    row = ties[:, 0]
+    before = torch.searchsorted(row, torch.arange(len(key)))  # ties of the rows above
+    kept = ties[torch.arange(len(ties)) - before[row] < lacking[row]]
+    found[kept[:, 0], kept[:, 1]] = True
+    return found
+
+
+def ranked(key: Tensor, place: int) -> Tensor:
+    """Return the number that stands at `place`, from 0 for the lowest, in each row; [rows, 1]."""
+    return torch.from_numpy(np.partition(key.numpy(), place, axis=1)[:, place : place + 1].copy())
 
 
 def split(scores: Scores, chosen: Tensor, rule: dict[str, Any]) -> Selection:

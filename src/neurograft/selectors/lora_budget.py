@@ -7,7 +7,7 @@ import torch
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores, Selection
-from neurograft.selectors._quota import split
+from neurograft.selectors._quota import highest, split
 
 
 @method(kinds={"weight"})
@@ -42,7 +42,7 @@ def lora_budget(scores: Scores, *, r: int = 8, lowest: bool = False) -> Selectio
             )
         (high, _), (wide, _) = site.parts[0].units[-2:]
         count = min(site.n, r * (high + wide) * (site.n // (high * wide)))
-        key = scores.values[name].float()
-        chosen.append(first + key.sort(descending=not lowest, stable=True).indices[:count])
+        key = scores.values[name].float()[None]
+        chosen.append(first + highest(-key if lowest else key, count)[0].nonzero()[:, 0])
         first += site.n
-    return split(scores, torch.cat(chosen).sort().values, {"rule": "lora_budget", "r": r, "lowest": lowest})
+    return split(scores, torch.cat(chosen), {"rule": "lora_budget", "r": r, "lowest": lowest})

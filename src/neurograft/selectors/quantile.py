@@ -7,7 +7,7 @@ import torch
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores, Selection
-from neurograft.selectors._quota import groups, joined, split
+from neurograft.selectors._quota import groups, joined, ranked, split
 
 
 @method()
@@ -21,10 +21,11 @@ def quantile(scores: Scores, *, q: float, per: str = "global") -> Selection:
     """
     if not 0 <= q < 1:
         raise RequestError(f"q={q}", expected="at least 0, below 1", do="give q=0.95")
-    key, group = joined(scores), groups(scores, per)
-    order = key.sort(stable=True).indices
-    order = order[group[order].sort(stable=True).indices]  # by group, then from the lowest
-    sizes = torch.bincount(group)
-    place = torch.minimum((q * sizes.double()).long(), (sizes - 1).clamp(min=0)) + sizes.cumsum(0) - sizes
-    chosen = key >= key[order[place.clamp(max=len(key) - 1)]][group]
+    key = joined(scores)
+    chosen = torch.zeros(len(key), dtype=torch.bool)
+    for group in groups(scores, per):
+        mine = group.read(key)
+        if mine.numel():
+            place = min(int(q * mine.shape[1]), mine.shape[1] - 1)
+            group.write_(chosen, mine >= ranked(mine, place))
     return split(scores, chosen.nonzero().reshape(-1), {"rule": "quantile", "q": q, "per": per})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores, Selection
-from neurograft.selectors._quota import joined, split
+from neurograft.selectors._quota import highest, joined, split
 
 
 @method()
@@ -38,7 +38,7 @@ def threshold(
     passing = (key > (-float("inf") if above is None else above)) & (key < (float("inf") if below is None else below))
     rule = {"rule": "threshold", "above": above, "below": below}
     if int(passing.sum()) < least:
-        instead = key.sort(descending=True, stable=True).indices[:least].sort().values
+        instead = highest(key[None], min(least, len(key)))[0].nonzero()[:, 0]
         return split(scores, instead, {**rule, "passed": int(passing.sum()), "least": least})
     if not passing.any():
         raise RequestError(
@@ -47,6 +47,6 @@ def threshold(
             do="move the bar, or take a fraction",
         )
     if most is not None and int(passing.sum()) > most:
-        order = key.masked_fill(~passing, -float("inf")).sort(descending=True, stable=True).indices
-        return split(scores, order[:most].sort().values, {**rule, "passed": int(passing.sum()), "most": most})
+        kept = highest(key.masked_fill(~passing, -float("inf"))[None], most)[0].nonzero()[:, 0]
+        return split(scores, kept, {**rule, "passed": int(passing.sum()), "most": most})
     return split(scores, passing.nonzero().reshape(-1), rule)

@@ -16,7 +16,7 @@ from neurograft.core.choose import check_options
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts import store
 from neurograft.core.grafts.contents import Contents
-from neurograft.core.grafts.coordinates import coordinates, everything
+from neurograft.core.grafts.coordinates import coordinates, everything, holders
 from neurograft.core.grafts.delta import Delta, New, Slice
 from neurograft.core.grafts.fits import named
 from neurograft.core.grafts.operation import Operation
@@ -70,7 +70,8 @@ class Graft(Contents):
         apart = [n for n in Apart.of(model).held if n not in {m for o in operations for m in getattr(o, "names", ())}]
         if apart:
             operations = (*operations, Untie(apart))
-        originals = {n: stack.numbers(n, d.region, model, where) for n, d in known.items() if isinstance(d, Slice)}
+        slices, weights = {n: d for n, d in known.items() if isinstance(d, Slice)}, holders(model)
+        originals = {n: stack.numbers(n, d.region, model, where, weights) for n, d in slices.items()}
         known_as = {name: where.modules(name) for name in known}
         known_as = {name: modules for name, modules in known_as.items() if modules != [name]}
         facts = {"base": describe(model), "versions": versions(), "modules": known_as, **(card or {})}
@@ -149,7 +150,7 @@ class Graft(Contents):
 
     def bind(self, model: nn.Module) -> Graft:
         """Return the graft with the base's numbers under its changes, read from the model; sums need them."""
-        where, stack = coordinates(model), Stack.of(model)
+        where, stack, weights = coordinates(model), Stack.of(model), holders(model)
         found = {}
         for name, delta in self.deltas.items():
             if isinstance(delta, New):
@@ -157,7 +158,7 @@ class Graft(Contents):
             stack.check(name, self, model, where)
             whole = everything(delta.shape, as_matrix(delta.shape))
             region = delta.region if isinstance(delta, Slice) else whole
-            found[name] = stack.numbers(named(name, self, where), region, model, where)
+            found[name] = stack.numbers(named(name, self, where), region, model, where, weights)
         return replace(self, originals=found) if not self.logged else self.materialize(model)
 
     def materialize(self, model: nn.Module | None = None) -> Graft:

@@ -6,6 +6,7 @@ applying and removing never matters and an empty stack is the base bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,9 +74,20 @@ class Stack:
         wide = found if found.dtype == torch.float64 else found.float()
         return patched(region, wide, ledger.region, ledger.numbers())
 
-    def numbers(self, tensor: str, region: Region, model: nn.Module, where: Coordinates) -> Tensor:
-        """Return the base's numbers of a checkpoint tensor's region, on the CPU."""
-        weights, found = holders(model), None
+    def numbers(
+        self,
+        tensor: str,
+        region: Region,
+        model: nn.Module,
+        where: Coordinates,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the base's numbers of a checkpoint tensor's region, on the CPU.
+
+        `weights` are the model's `holders`, which who asks for many tensors looks up once: a bank of experts is
+        thousands of them.
+        """
+        weights, found = holders(model) if weights is None else weights, None
         for piece in where.to_module(tensor, region):
             values = self.original(piece.name, weights[piece.name], piece.region)
             if piece.order is None:
@@ -207,7 +219,7 @@ class Stack:
                 self.check(tensor, graft, model, where)
             whole = delta.on() if isinstance(delta, New) else delta
             if isinstance(whole, Replay):
-                whole = whole.replayed(self.numbers(name, whole.region, model, where))
+                whole = whole.replayed(self.numbers(name, whole.region, model, where, weights))
             region = everything(whole.shape, as_matrix(whole.shape)) if isinstance(whole, LowRank) else whole.region
             for piece in where.to_module(name, region):
                 weight = weights[piece.name]
