@@ -67,6 +67,7 @@ OPERATIONS = {
     "conv2d": ((6, 4, 3, 3), lambda w: F.conv2d(IMAGE, w, None, 2, 1, 1)),
     "grouped conv2d": ((6, 2, 3, 3), lambda w: F.conv2d(IMAGE, w, padding=1, groups=2)),
     "depthwise conv1d": ((4, 1, 3), lambda w: torch.conv1d(LINE, w, groups=4, padding=2, dilation=2)),
+    "many filters": ((80, 4, 3), lambda w: F.conv1d(LINE, w)),
     "many filters in groups": ((80, 1, 3), lambda w: F.conv1d(LINE, w, groups=4)),
     "added": ((N, C), lambda w: X + w),
     "added in place": ((N, C), lambda w: (X * 1.0).add_(w)),

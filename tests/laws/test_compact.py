@@ -276,6 +276,24 @@ def test_new_tokens_and_a_new_head_train_the_same(route):
     torch.testing.assert_close(reached[torch.bfloat16], reached[torch.float32], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("route", ["in-place", "side"])
+def test_a_second_attachment_goes_on_from_the_state_of_the_first(route):
+    model, loss = exact("llama")
+    where, before = some_of(model), bits(model)
+    with compact(model, where, route=route) as first:
+        stepped(first, loss)
+        state, graft, wanted = first.state_dict(), first.graft(), loss(model).detach()
+    with compact(model, where, route=route) as second:
+        second.load_state_dict(state)
+        assert torch.equal(loss(model).detach(), wanted)
+        assert second.graft().identity == graft.identity
+    with graft.on(model), compact(model, where, route=route) as over:
+        torch.testing.assert_close(loss(model).detach(), wanted, rtol=1e-12, atol=1e-12)
+        stepped(over, loss)
+        assert loss(model) < wanted
+    assert same_bits(bits(model), before)
+
+
 def stepped(live, loss):
     optimizer, losses = torch.optim.AdamW(live.parameters(), lr=1e-3), []
     for _ in range(3):
