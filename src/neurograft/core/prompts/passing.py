@@ -6,7 +6,7 @@ Shape letters: B batch rows, T tokens of this pass, n units, w features of a uni
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from neurograft.core.context import IGNORE, token_mask
 from neurograft.core.errors import RequestError, RunError
 
 Positions = str | Callable[[dict[str, Any]], Tensor]
+TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 
 
 @dataclass
@@ -46,8 +47,7 @@ class Pass:
         self.number += 1
         self.offset = _cached(self.batch)
         if self.offset == 0:
-            tokens, answers = tokens_of(self.batch), tokens_of(_told(self.batch, True))
-            self.first = tuple(0 if t is None else t.shape[1] for t in (tokens, answers))  # type: ignore[assignment]
+            self.first = (_width(self.batch, TOKENS), _width(self.batch, ("decoder_input_ids", "labels")))
         self.masks, self.under_way = {}, True
         self.unfinished += torch.is_grad_enabled()
 
@@ -99,11 +99,17 @@ def recomputing() -> int:
 
 def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:
     """Return the tensor that gives a batch its [B, T], or None."""
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+    for name in TOKENS:
         if batch.get(name) is not None:
             found: Tensor = batch[name]
             return found
     return None
+
+
+def _width(batch: Mapping[str, Any], names: Sequence[str]) -> int:
+    """Return how long the rows of the first of these inputs are; a classifier's labels have no length."""
+    given = (batch[n] for n in names if batch.get(n) is not None)
+    return next((t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() > 1), 0)
 
 
 def _cached(batch: Mapping[str, Any]) -> int:
