@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from neurograft.core.errors import RequestError, RunError
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 Positions = str | Callable[[dict[str, Any]], Tensor]
+TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 
 
 @dataclass
@@ -51,8 +52,7 @@ class Pass:
         self.two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.offset = _cached(self.batch)
         if self.offset == 0:
-            tokens, answers = tokens_of(self.batch), tokens_of(_told(self.batch, True))
-            self.first = tuple(0 if t is None else t.shape[1] for t in (tokens, answers))  # type: ignore[assignment]
+            self.first = (_width(self.batch, TOKENS), _width(self.batch, ("decoder_input_ids", "labels")))
         self.masks, self.stood, self.under_way = {}, set(), True
         self.unfinished += torch.is_grad_enabled()
 
@@ -107,7 +107,7 @@ def recomputing() -> int:
 
 def tokens_of(batch: Mapping[str, Any]) -> Tensor | None:
     """Return the tensor that gives a batch its [B, T], or None."""
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+    for name in TOKENS:
         if batch.get(name) is not None:
             found: Tensor = batch[name]
             return found
@@ -118,6 +118,12 @@ def examples(batch: Mapping[str, Any]) -> int:
     """Return how many examples a batch holds, 0 if that cannot be told."""
     named = [batch[n] for n in INPUTS if isinstance(batch.get(n), Tensor)]
     return next((len(v) for v in (*named, *batch.values()) if isinstance(v, Tensor) and v.dim()), 0)
+
+
+def _width(batch: Mapping[str, Any], names: Sequence[str]) -> int:
+    """Return how long the rows of the first of these inputs are; a classifier's labels have no length."""
+    given = (batch[n] for n in names if batch.get(n) is not None)
+    return next((t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() > 1), 0)
 
 
 def _cached(batch: Mapping[str, Any]) -> int:
