@@ -135,8 +135,7 @@ def _losses(model: nn.Module, batches: Sequence[Batch], loss: Loss | None) -> tu
                 counts.append(torch.ones(len(each), dtype=torch.float64))
                 continue
             found = scored(model, batch)
-            lost = -found.logits.float().log_softmax(-1).gather(1, found.labels.to(found.logits.device)[:, None])[:, 0]
-            rows = found.rows.cpu()
+            lost, rows = -found.log_probs(), found.rows.cpu()
             sums.append(torch.zeros(found.size, dtype=torch.float64).index_add_(0, rows, lost.double().cpu()))
             counts.append(torch.bincount(rows, minlength=found.size).double())
     number = torch.cat(counts) if counts else torch.zeros(0)

@@ -146,6 +146,9 @@ def peaked(rewards: Sequence[float], *, windows: int = WINDOWS) -> dict[str, Any
 
 def _right(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the share of labelled places whose label is the likeliest."""
-    read = [scored(model, batch) for batch in batches]
-    right = sum(int((one.logits.argmax(-1) == one.labels.to(one.logits.device)).sum()) for one in read)
-    return right / max(1, sum(len(one.labels) for one in read))
+    right = places = 0
+    for batch in batches:
+        one = scored(model, batch)
+        right += int((one.logits.argmax(-1) == one.labels.to(one.logits.device)).sum())
+        places += len(one.labels)
+    return right / max(1, places)
