@@ -10,7 +10,9 @@ from _tables import BigramForCausalLM, Table, rows_graft
 
 from neurograft.audits._changes import Null, as_change
 from neurograft.audits._paired import metric_runs, runs
-from neurograft.audits._scoring import Scored, scored
+from neurograft.audits._scoring import Scored, label_sums, scored, scored_in_halves
+from neurograft.audits.landscape import _right
+from neurograft.core.compact.meter import Peak
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.grafts.graft import Graft
@@ -235,7 +237,7 @@ def test_both_reads_the_base_first_and_each_in_evaluation():
 
 def test_what_was_scored_is_summed_by_row():
     logits = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]]).log()
-    found = Scored(logits, torch.tensor([0, 1, 0]), torch.tensor([0, 2, 2]), 3)
+    found = Scored([(logits, None)], torch.tensor([0, 1, 0]), torch.tensor([0, 2, 2]), 3)
     told = torch.tensor([0.75, 0.5, 0.125]).log()
     torch.testing.assert_close(found.log_probs, told)
     torch.testing.assert_close(
@@ -243,3 +245,53 @@ def test_what_was_scored_is_summed_by_row():
     )
     assert found.right.tolist() == [True, False, False]
     assert found.counts.tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "vit"])
+@pytest.mark.parametrize("chunk", [1, 150, 1 << 20])
+def test_a_few_places_at_a_time_give_what_all_at_once_give(family, chunk, monkeypatch):
+    monkeypatch.setattr("neurograft.audits._scoring.CHUNK", chunk)
+    model, graft = pico(family), Graft()
+    batch = pico_batch(model, batch=3)
+    with torch.no_grad():
+        found, halves = scored(model, batch), scored_in_halves(model, batch)
+    rows = torch.cat([part for _, part in found.pieces()])
+    assert torch.equal(rows, found.logits)
+    assert [at.indices(9999)[:2] for at, _ in found.pieces()][-1][1] == len(found.labels)
+    assert torch.equal(torch.cat([part for _, part in halves.pieces()]), halves.logits)
+    logp = found.logits.float().log_softmax(-1)
+    assert torch.equal(found.log_probs, logp.gather(1, found.labels[:, None])[:, 0])
+    some = torch.arange(len(halves.labels)) % 3 != 1
+    assert torch.equal(halves.only(some).logits, halves.logits[some])
+    assert torch.equal(halves.only(some).rows, halves.rows[some])
+    measured = runs(model, graft, [batch], nulls=0)["change"]
+    assert torch.equal(measured.base_logp, logp.gather(1, found.labels[:, None])[:, 0])
+
+
+def test_scoring_holds_the_output_once_and_the_audit_the_base_beside_it(monkeypatch):
+    monkeypatch.setattr("neurograft.audits._scoring.CHUNK", 1 << 14)
+    # Over a vocabulary of 150,000 the output of one batch is what fills a memory; a copy of it would double that.
+    model = pico("llama", vocab_size=4096)
+    batch = pico_batch(model, batch=16)
+    with torch.no_grad(), Peak() as forward:
+        model(**{k: v for k, v in batch.items() if k != "labels"})
+    with torch.no_grad():
+        output = scored(model, batch).blocks[0][0].numel() * 4
+        with Peak() as meter:
+            label_sums(model, [batch])
+    assert meter.peak < forward.peak + 0.5 * output
+    with Peak() as meter:
+        runs(model, Graft(), [batch], nulls=0)
+    assert meter.peak < forward.peak + 1.6 * output  # the base's log-probabilities, and pieces
+
+
+def test_batches_are_not_collected():
+    model = pico("llama", vocab_size=512)
+    batch = pico_batch(model, batch=8)
+    peaks = []
+    for count in (2, 8):
+        with torch.no_grad(), Peak() as meter:
+            label_sums(model, [batch] * count)
+            _right(model, [batch] * count)
+        peaks.append(meter.peak)
+    assert peaks[1] < 1.1 * peaks[0]

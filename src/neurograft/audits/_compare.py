@@ -11,8 +11,6 @@ from torch import Tensor
 from neurograft.audits._scoring import Scored
 from neurograft.core.errors import RequestError
 
-CHUNK = 1 << 23
-
 
 @dataclass
 class Paired:
@@ -70,25 +68,23 @@ class Paired:
 
 def compared(base: Scored, new: Scored, start: int) -> Paired:
     """Compare log-probabilities [N, V] with logits [N, V'], V' >= V: classes the base lacks are left out."""
-    classes = base.logits.shape[-1]
-    if len(base.labels) != len(new.labels) or new.logits.shape[-1] < classes:
+    classes = base.classes
+    if len(base.labels) != len(new.labels) or new.classes < classes:
         raise RequestError(
-            f"{tuple(new.logits.shape)} logits under the change and {tuple(base.logits.shape)} of the base",
+            f"{(len(new.labels), new.classes)} logits under the change and {(len(base.labels), classes)} of the base",
             expected="the same places and at least the base's classes",
             do="give a change of this base, and data the base can read",
         )
     known = base.labels < classes
-    labels, rows = base.labels[known], base.rows[known]
     if not bool(known.all()):
-        base = Scored(base.logits[known.to(base.logits.device)], labels, rows, base.size)
-        new = Scored(new.logits[known.to(new.logits.device)], labels, rows, new.size)
-    step = max(1, CHUNK // classes)
-    chunks = [
-        _rows(base.logits[i : i + step], new.logits[i : i + step, :classes], labels[i : i + step])
-        for i in range(0, max(1, len(labels)), step)
-    ]
-    columns = {f: torch.cat([c[f] for c in chunks]) for f in chunks[0]}
-    return Paired(rows.cpu() + start, **columns, items=0, classes=classes)
+        base, new = base.only(known), new.only(known)
+    logp = base.logits
+    columns: dict[str, Tensor] = {}
+    for at, logits in new.pieces():
+        for name, values in _rows(logp[at], logits[:, :classes], base.labels[at]).items():
+            # Into one tensor: small results kept between large ones would pin the allocator's heap.
+            columns.setdefault(name, values.new_empty(len(base.labels)))[at] = values
+    return Paired(base.rows.cpu() + start, **columns, items=0, classes=classes)
 
 
 def _rows(base: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

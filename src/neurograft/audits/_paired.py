@@ -78,6 +78,7 @@ def paired(model: nn.Module, switches: Mapping[str, Switch], batches: Sequence[B
                     for batch, base in zip(group, bases):
                         found = scored_in_halves(changed, batch) if switch.split else scored(changed, batch)
                         pieces[name].append(compared(base, found, start))
+                        del found  # the whole output of a batch, which the next one would have to stand beside
                         start += base.size
             items += sum(b.size for b in bases)
     if not items:
@@ -128,16 +129,25 @@ def _groups(model: nn.Module, batches: Sequence[Batch], budget: int) -> Iterator
     held = 0
     for batch in batches:
         found = scored(model, batch)
-        base = Scored(found.logits.float().log_softmax(-1), found.labels, found.rows, found.size)
-        if bool(base.logits.isnan().any()):
-            raise RequestError(
-                "a base whose output is NaN on this data", expected="finite logits", do="check the data and the dtype"
-            )
+        logp = _log_probs(found)
         group.append(batch)
-        bases.append(base)
-        held += base.logits.numel()
+        bases.append(Scored([(logp, None)], found.labels, found.rows, found.size))
+        held += logp.numel()
+        del found, logp
         if held >= budget:
             yield group, bases
             group, bases, held = [], [], 0
     if group:
         yield group, bases
+
+
+def _log_probs(found: Scored) -> Tensor:
+    """Return the log-probabilities of all classes, float32 [N, V], filled in a few places at a time."""
+    made = torch.empty(len(found.labels), found.classes, device=found.blocks[0][0].device)
+    for at, logits in found.pieces():
+        made[at] = logits.float().log_softmax(-1)
+        if bool(made[at].isnan().any()):
+            raise RequestError(
+                "a base whose output is NaN on this data", expected="finite logits", do="check the data and the dtype"
+            )
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,33 +14,65 @@ from neurograft.core.context import IGNORE, Batch, shifts, unlabelled
 from neurograft.core.errors import RequestError
 
 Sums = tuple[Tensor, Tensor]
+CHUNK = 1 << 20  # logits that are made float32 at a time
 
 
 @dataclass(frozen=True)
 class Scored:
     """The labelled places of a batch, in order of its rows.
 
+    A model's output is kept as it came, and read a few places at a time: over a large vocabulary it is the largest
+    tensor there is, and a float32 copy of it the second.
+
     Args:
-        logits: float [N, V].
+        blocks: logits [M, V], and which of the M places have a label (int64, None for all); one after another.
         labels: int64 [N].
         rows: which row of the batch each place belongs to, int64 [N].
         size: rows of the batch, also those without a labelled place.
     """
 
-    logits: Tensor
+    blocks: Sequence[tuple[Tensor, Tensor | None]]
     labels: Tensor
     rows: Tensor
     size: int
 
     @property
+    def classes(self) -> int:
+        """V."""
+        return self.blocks[0][0].shape[-1]
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits of all labelled places, [N, V]."""
+        found = [said if at is None else said[at] for said, at in self.blocks]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield which of the N places, and their logits [n, V], about `CHUNK` numbers at a time."""
+        step, first = max(1, CHUNK // self.classes), 0
+        for said, at in self.blocks:
+            count = len(said if at is None else at)
+            for i in range(0, max(1, count), step):
+                part = said[i : i + step] if at is None else said[at[i : i + step]]
+                yield slice(first + i, first + i + len(part)), part
+            first += count
+
+    @property
     def log_probs(self) -> Tensor:
         """Log-probability of each label, float32 [N] on the CPU."""
-        return self.logits.float().log_softmax(-1).gather(1, self.labels.to(self.logits.device)[:, None])[:, 0].cpu()
+        found = torch.empty(len(self.labels))
+        for where, logits in self.pieces():
+            labels = self.labels[where].to(logits.device)
+            found[where] = logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
+        return found
 
     @property
     def right(self) -> Tensor:
         """Whether the likeliest class is the label, bool [N] on the CPU."""
-        return (self.logits.argmax(-1) == self.labels.to(self.logits.device)).cpu()
+        found = torch.empty(len(self.labels), dtype=torch.bool)
+        for where, logits in self.pieces():
+            found[where] = (logits.argmax(-1) == self.labels[where].to(logits.device)).cpu()
+        return found
 
     @property
     def counts(self) -> Tensor:
@@ -49,6 +82,15 @@ class Scored:
     def by_row(self, values: Tensor) -> Tensor:
         """Return a number for each place, [N] on the CPU, summed over the places of each row, float64 [size]."""
         return torch.zeros(self.size, dtype=torch.float64).index_add_(0, self.rows.cpu(), values.double())
+
+    def only(self, keep: Tensor) -> Scored:
+        """Return some of the places, by a mask [N]."""
+        blocks, first = [], 0
+        for said, at in self.blocks:
+            places = torch.arange(len(said), device=said.device) if at is None else at
+            blocks.append((said, places[keep[first : first + len(places)].to(places.device)]))
+            first += len(places)
+        return Scored(blocks, self.labels[keep], self.rows[keep], self.size)
 
 
 def scored(model: nn.Module, batch: Batch) -> Scored:
@@ -65,10 +107,11 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
     logits = _logits(model, batch)
     if not shifts(model) and logits.dim() == labels.dim() + 1 and logits.shape[:-1] != labels.shape:
         logits = logits.movedim(1, -1)
-    places = torch.ones_like(labels, dtype=torch.bool)
+    places, whole, first = torch.ones_like(labels, dtype=torch.bool), logits, 0
     if shifts(model):
         attention = batch.get("attention_mask")
-        logits, labels, places = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:], places[:, 1:]
+        first = max(0, logits.shape[1] - labels.shape[1])
+        logits, labels, places = logits[:, first:][:, :-1], labels[:, 1:], places[:, 1:]
         if attention is not None and attention.dim() == 2 and attention.shape[1] == labels.shape[1] + 1:
             places = attention[:, :-1].bool()
     if logits.shape[:-1] != labels.shape:
@@ -79,7 +122,12 @@ def scored(model: nn.Module, batch: Batch) -> Scored:
         )
     keep = places.to(labels.device) & (labels != IGNORE)
     rows = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1)).expand_as(labels)
-    return Scored(logits[keep.to(logits.device)], labels[keep], rows[keep], len(labels))
+    at = keep.to(whole.device)
+    if shifts(model):
+        at = torch.zeros(whole.shape[:2], dtype=torch.bool, device=whole.device)
+        at[:, first : first + keep.shape[1]] = keep.to(whole.device)
+    said = whole.reshape(-1, whole.shape[-1])
+    return Scored([(said, at.reshape(-1).nonzero()[:, 0])], labels[keep], rows[keep], len(labels))
 
 
 def _labels(model: nn.Module, batch: Batch) -> Tensor:
@@ -146,13 +194,13 @@ def scored_in_halves(model: nn.Module, batch: Batch) -> Scored:
     parts, size = [], 0
     for half in halves(batch):
         found = scored(model, half)
-        parts.append(Scored(found.logits, found.labels, found.rows + size, found.size))
+        parts.append(Scored(found.blocks, found.labels, found.rows + size, found.size))
         size += found.size
-    logits, labels, rows = (torch.cat([getattr(p, f) for p in parts]) for f in ("logits", "labels", "rows"))
-    return Scored(logits, labels, rows, size)
+    labels, rows = (torch.cat([getattr(p, f) for p in parts]) for f in ("labels", "rows"))
+    return Scored([block for p in parts for block in p.blocks], labels, rows, size)
 
 
-def label_sums(model: nn.Module, batches: list[Batch], *, split: bool = False) -> Sums:
+def label_sums(model: nn.Module, batches: Sequence[Batch], *, split: bool = False) -> Sums:
     """Return by item the summed log-probability of its labels and their number, float64 [items] twice."""
     sums, counts = [], []
     for batch in batches:

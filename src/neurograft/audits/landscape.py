@@ -145,5 +145,8 @@ def peaked(rewards: Sequence[float], *, windows: int = WINDOWS) -> dict[str, Any
 
 def _right(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the share of labelled places whose label is the likeliest."""
-    read = [scored(model, batch) for batch in batches]
-    return sum(int(one.right.sum()) for one in read) / max(1, sum(len(one.labels) for one in read))
+    right = places = 0
+    for batch in batches:
+        one = scored(model, batch)
+        right, places = right + int(one.right.sum()), places + len(one.labels)
+    return right / max(1, places)
