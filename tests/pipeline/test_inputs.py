@@ -394,3 +394,14 @@ def test_pictures_that_are_not_there_and_broken_lines_are_named(tmp_path):
 def test_a_tokenizer_reads_no_sound_and_no_picture(row, family):
     with pytest.raises(RequestError, match=r"of row 0 and a \w+, which reads text"):
         as_batches([{**row, "label": 0}], pico(family), processing_class=T)
+
+
+@pytest.mark.parametrize("text", ["{", "not json", '{"model": {"type": "nonsense"}}'])
+def test_a_broken_tokenizer_is_named_and_not_taken_for_none(text, tmp_path):
+    llama = pico("llama")
+    llama.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert processor_for(model) is None
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(RequestError, match=r"tokenizer\.json, which cannot be read"):
+        processor_for(model)

@@ -18,6 +18,8 @@ from neurograft.pipeline._usable import check
 from neurograft.pipeline.encode import encode, is_ready
 from neurograft.pipeline.rows import Row, read_rows
 
+PROCESSORS = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+
 
 def processor_for(model: nn.Module, processing_class: Any = None) -> Any:
     """Return the processor to encode raw data with: the one given, one by name, or the one saved with the model.
@@ -30,7 +32,7 @@ def processor_for(model: nn.Module, processing_class: Any = None) -> Any:
         A processor, or None if none is known.
 
     Raises:
-        RequestError: a name under which no processor is found.
+        RequestError: a name under which no processor is found, or files of one that cannot be read.
     """
     if processing_class is not None and not isinstance(processing_class, (str, Path)):
         return processing_class
@@ -45,11 +47,19 @@ def processor_for(model: nn.Module, processing_class: Any = None) -> Any:
         tries.insert(0, (AutoProcessor, {}))
     if not Path(name).is_dir() and cut_off(str(name), file="tokenizer_config.json"):
         tries = []
+    failed: Exception | None = None
     for kind, options in tries:
         try:
             return kind.from_pretrained(str(name), **options)
-        except (OSError, ValueError, ImportError, KeyError, TypeError):
-            continue
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            failed = failed or error
+    there = next((file for file in PROCESSORS if _has(name, file)), None)
+    if there is not None:
+        raise RequestError(
+            f"{Path(name) / there}, which cannot be read ({str(failed).splitlines()[0] if str(failed) else failed!r})",
+            expected="the file as its processor saved it",
+            do="save the tokenizer or processor beside the model again",
+        ) from failed
     if processing_class is not None:
         raise RequestError(
             f"processing_class={str(name)!r}", expected="a saved tokenizer or processor", do="check the path"
