@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from transformers import TrainingArguments
 
 import neurograft as ng
 
@@ -47,6 +48,9 @@ def test_an_optimizer_with_moments_of_a_part_resumes(options, llama, pick, examp
     assert resumed.card["losses"] == straight.card["losses"]
 
 
-def test_a_training_without_a_step_is_said(llama, pick, examples):
-    with pytest.raises(ng.RunError, match="made no step"):
+def test_a_training_without_a_step_is_said(llama, pick, examples, tmp_path):
+    with pytest.raises(ng.RequestError, match="training of no step"):
         ng.tune(llama, examples(llama), pick(llama), args={"num_train_epochs": 0})
+    settings = TrainingArguments(str(tmp_path), num_train_epochs=0, report_to=[], use_cpu=True)
+    with pytest.raises(ng.RunError, match="made no step"):
+        ng.tune(llama, examples(llama), pick(llama), args=settings)
