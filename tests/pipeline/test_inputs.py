@@ -8,6 +8,7 @@ import torch
 
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.collate import collator
+from neurograft.pipeline.given import Given
 from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest, processor_for
 from neurograft.pipeline.models import load_model
 from neurograft.pipeline.rows import read_rows
@@ -405,3 +406,13 @@ def test_a_broken_tokenizer_is_named_and_not_taken_for_none(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(RequestError, match=r"tokenizer\.json, which cannot be read"):
         processor_for(model)
+
+
+def test_a_label_that_no_position_predicts_teaches_nothing():
+    """Of a causal model the first token is asked of nobody: a row with that label alone is left out."""
+    tokens = torch.tensor([[5, 6, 7], [5, 6, 7], [5, 6, 7]])
+    labels = torch.tensor([[5, -100, -100], [-100, 6, -100], [-100, -100, -100]])
+    given = Given([{"input_ids": tokens, "labels": labels}], [])
+    kept, left_out = given.labelled(pico("llama"))
+    assert left_out == 2
+    assert kept.batches[0]["labels"].tolist() == [[-100, 6, -100]]
