@@ -14,6 +14,7 @@ from neurograft.core.compact.tied import Tied
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.delta import Delta, LowRank, Slice
 from neurograft.core.grafts.stack import Stack
+from neurograft.core.linears import transposed
 from neurograft.core.region import Region, region_of
 from neurograft.core.selection import Selection
 from neurograft.core.units import Parameters, Part
@@ -50,13 +51,13 @@ class TiedMount(InPlaceMount):
         for live in self.lives:
             assert isinstance(live, Tied)
             owner = self.model.get_submodule(live.name.rpartition(".")[0])
-            transposed = type(owner).__name__ == "Conv1D"
+            flipped = transposed(owner)
             whole = self.where.to_checkpoint(live.name, _all(live.region)) if len(live.region.shape) == 2 else []
-            if live.region.layout == ("cols" if transposed else "rows") and len(whole) == 1:
-                member = torch.zeros(live.region.shape[1 if transposed else 0], len(live.theta))
+            if live.region.layout == ("cols" if flipped else "rows") and len(whole) == 1:
+                member = torch.zeros(live.region.shape[1 if flipped else 0], len(live.theta))
                 member[live.region.ids.cpu(), live.groups.cpu()] = 1.0
                 vectors = live.theta.detach().cpu().float().clone()
-                found[live.name] = LowRank(live.region.shape, vectors, member, 1.0, transposed)
+                found[live.name] = LowRank(live.region.shape, vectors, member, 1.0, flipped)
             else:
                 found[live.name] = Slice(live.region.to("cpu"), live.numbers().cpu().clone())
         return found
