@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from neurograft.adapters._in_place import InPlaceMount
+from neurograft.adapters._plain import need_plain
 from neurograft.core.card import method
 from neurograft.core.compact.factored import Factored
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.context import Trained
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.coordinates import everything
 from neurograft.core.grafts.delta import Delta, LowRank, Slice
-from neurograft.core.grafts.stack import Stack
 from neurograft.core.linears import transposed
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
@@ -65,13 +66,7 @@ def slice_lora(
             do="select rows, or use adapter='lora' for whole matrices",
         )
     regions = regions_of(model, where, protect=protect)
-    below = sorted(set(Stack.of(model).ledgers) & set(regions))
-    if below:
-        raise RequestError(
-            f"slice_lora on {below[0]}, which carries a graft",
-            expected="a plain base",
-            do="merge the grafts into a base of their own first, or use adapter='slice'",
-        )
+    need_plain(model, regions, what="slice_lora on", instead="use adapter='slice'")
     found = Parameters.of(model)
     for name, region in regions.items():
         if found.by_name[name].dim() == 1:
@@ -125,7 +120,7 @@ class FactoredMount(InPlaceMount):
                 found[live.name] = Slice(live.region.to("cpu"), live.theta.detach().cpu().clone())
                 continue
             flipped = transposed(self.model.get_submodule(live.name.rpartition(".")[0]))
-            whole = Region(live.region.shape, live.region.matrix, "all", torch.empty(0, dtype=torch.int64))
+            whole = everything(live.region.shape, live.region.matrix)
             if len(live.region.shape) == 2 and len(self.where.to_checkpoint(live.name, whole)) == 1:
                 found[live.name] = _wide(live, flipped)
             else:
