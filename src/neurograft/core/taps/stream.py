@@ -12,7 +12,8 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.prompts.passing import Positions
 from neurograft.core.taps.reducers import Exemplars, Reducer
-from neurograft.core.taps.tap import Watch, per_unit, watch
+from neurograft.core.taps.tap import per_unit, watch
+from neurograft.core.taps.watching import Watch
 from neurograft.core.units import Site
 
 POOLS = ("token", "mean", "max")
