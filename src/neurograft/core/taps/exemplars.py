@@ -119,7 +119,7 @@ def exemplify(
         batches: model inputs.
         k: exemplars of a unit, by its largest activation over positions; ties go to the earlier example.
         quantile: of a unit's activations over all examples and positions: its level.
-        sampled: positions the quantile is taken over; exact up to so many, see `core.stream.Sample`.
+        sampled: positions the quantile is taken over; exact up to so many, see `core.taps.reducers.Sample`.
         seed: names that sample.
 
     Raises:

@@ -38,7 +38,7 @@ def observe(
         sites: what to read; each needs a tap.
         batches: model inputs.
         make: n -> fresh reducers by name.
-        mask: which tokens count, as for `core.tap.watch`.
+        mask: which tokens count, as for `core.taps.tap.watch`.
         pool: what a reducer is given: every "token", or one "mean" or "max" of each example.
 
     Raises:
