@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from neurograft.anatomy._rearranged import Recorder
+from neurograft.anatomy._recorder import Recorder
 from neurograft.anatomy.checkpoint import CheckpointMap
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits

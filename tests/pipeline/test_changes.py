@@ -5,6 +5,7 @@ import pytest
 import neurograft as ng
 from neurograft.pipeline.changed import changed
 from neurograft.pipeline.few_shot import few_shot
+from neurograft.pipeline.recipe import VERBS, Recipe
 from neurograft.worlds.pico import pico, pico_batch
 
 
@@ -52,6 +53,14 @@ def test_changes_that_land_on_nothing_are_named(key):
     recipe, words = BAD[key]
     with pytest.raises(ng.RequestError, match=words):
         changed(recipe, {key: 1})
+
+
+def test_a_recipe_of_a_verb_that_run_does_not_carry_out_is_refused_when_it_is_made():
+    """`merge` was taken, and `plan` then said that everything trains."""
+    with pytest.raises(ng.RequestError, match="the step 'merge'"):
+        Recipe("two", ({"do": "merge"},))
+    for verb in VERBS:
+        Recipe("one", ({"do": verb},))
 
 
 @pytest.mark.parametrize(("name", "option"), [("milan", "ship"), ("sct", "place"), ("cones", "layers")])

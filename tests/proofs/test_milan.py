@@ -31,8 +31,9 @@ from neurograft.core.resolve import resolve
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
 from neurograft.core.taps.describe import TokenWords, describe
-from neurograft.core.taps.exemplars import Exemplified, Shown, exemplify
+from neurograft.core.taps.exemplars import exemplify
 from neurograft.core.taps.reducers import Sample
+from neurograft.core.taps.shown import Exemplified, Shown
 from neurograft.core.units import Site, Tap
 from neurograft.networks._speech import START, STOP, Vocabulary, beams
 from neurograft.networks.captioner import Captioner, captioner

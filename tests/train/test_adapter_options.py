@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from neurograft.anatomy.sites import sites
+from neurograft.core.errors import RequestError
 from neurograft.core.selection import Selection
 from neurograft.pipeline.attach import attach
 from neurograft.worlds.pico import pico, pico_batch
@@ -33,6 +34,21 @@ def test_the_dropout_of_lora(rate):
         torch.manual_seed(0)
         one, two = (model(**batch).logits for _ in range(2))
         assert torch.equal(one, two) is (rate == 0.0)
+
+
+@pytest.mark.parametrize("adapter", ["mask", ("slice_lora", {"rank": 1}), ("slice", {"tie": "site"})])
+def test_adapters_that_need_a_plain_base_say_which_parameter_carries_a_graft(adapter):
+    model = pico("llama")
+    found = sites(model, "row", match="*0*up_proj*")
+    where = Selection.of(found, {name: [0, 1] for name in found})
+    with attach(model, where) as live:
+        live.parameters()[0].data.add_(1.0)
+        graft = live.graft()
+    with attach(model, where, adapter=adapter):
+        pass
+    with graft.on(model), pytest.raises(RequestError, match=r"layers\.0\.mlp\.up_proj\.weight, which carries a graft"):
+        with attach(model, where, adapter=adapter):
+            pass
 
 
 def test_a_plan_by_depth_leaves_what_is_protected_alone():

@@ -17,6 +17,7 @@ from neurograft.core.context import Trained
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.coordinates import everything
 from neurograft.core.grafts.delta import Slice
+from neurograft.core.linears import transposed
 from neurograft.core.region import Region, as_matrix
 
 
@@ -75,7 +76,7 @@ class InPlaceMount(Mount):
                 if isinstance(owner, nn.Embedding):
                     live.looked_up()
                 else:
-                    live.local(0, "row" if type(owner).__name__ == "Conv1D" else "column")
+                    live.local(0, "row" if transposed(owner) else "column")
 
     @staticmethod
     def _checked(name: str, weight: nn.Parameter) -> nn.Parameter:

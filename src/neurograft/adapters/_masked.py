@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.adapters._in_place import InPlaceMount
+from neurograft.adapters._plain import need_plain
 from neurograft.core.compact.live import Live, Plain
 from neurograft.core.compact.mask import Mask
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.delta import Shut, Slice
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 from neurograft.core.units import Parameters
@@ -129,13 +129,7 @@ class MaskMount(InPlaceMount):
         patch: float,
         seed: int,
     ) -> None:
-        below = next((n for n in regions if n in Stack.of(model).ledgers), None)
-        if below is not None:
-            raise RequestError(
-                f"a mask over {below}, which a graft on this model changes",
-                expected="a plain base",
-                do="remove the graft, or merge it into a base of its own first",
-            )
+        need_plain(model, regions, what="a mask over", instead="remove them")
         self.mask, self.seed = mask, seed
         self.tuned = {} if toward is None else _tuned(model, regions, toward)
         count = max(1, int(patch * sum(r.numel for r in regions.values()) + 0.5)) if patch else 0

@@ -15,7 +15,7 @@ from neurograft.core.grafts.operation import Operation
 
 
 class Held:
-    """A trainable tensor of an operation; an `Entry` of `core.values`.
+    """A trainable tensor of an operation; an `Entry` of `core.compact.values`.
 
     Args:
         name: under which the model lists it: a module of the model, a dot, and a leaf.

@@ -14,6 +14,7 @@ from neurograft.core.compact.beside import Beside
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.uses import LiveWeight
 from neurograft.core.errors import RequestError
+from neurograft.core.linears import is_linear, transposed
 from neurograft.core.region import Region
 
 
@@ -84,7 +85,7 @@ class Packed(Beside):
     def __init__(self, name: str, owner: nn.Module, leaf: str, region: Region) -> None:
         super().__init__(name, nn.Parameter(dequantized(name, owner, leaf), requires_grad=False), region)
         self.weight, self.owner = getattr(owner, leaf), owner
-        self.transposed = type(owner).__name__ == "Conv1D"
+        self.transposed = transposed(owner)
         self.handle: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
@@ -126,7 +127,7 @@ def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
     parameter: Tensor = getattr(owner, leaf)
     held = parameter.detach()
     unpack = getattr(owner, "dequantize", None)
-    linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D" or hasattr(owner, "in_features")
+    linear = is_linear(owner) or hasattr(owner, "in_features")
     if leaf not in ("weight", "bias") or not (linear or callable(unpack)):
         raise RequestError(
             f"{name} of a {type(owner).__name__} on the side path, a {type(parameter).__name__} of {held.dtype}",

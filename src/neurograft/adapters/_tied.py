@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.adapters._in_place import InPlaceMount
+from neurograft.adapters._plain import need_plain
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.mount import matrix_of
 from neurograft.core.compact.tied import Tied
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.coordinates import everything
 from neurograft.core.grafts.delta import Delta, LowRank, Slice
-from neurograft.core.grafts.stack import Stack
+from neurograft.core.linears import transposed
 from neurograft.core.region import Region, region_of
 from neurograft.core.selection import Selection
 from neurograft.core.units import Parameters, Part
@@ -31,13 +33,7 @@ class TiedMount(InPlaceMount):
         new: Iterable[str] | Mapping[str, int] = (),
         allow_dense: bool = False,
     ) -> None:
-        below = sorted(set(Stack.of(model).ledgers) & set(regions))
-        if below:
-            raise RequestError(
-                f"tie='site' on {below[0]}, which carries a graft",
-                expected="a plain base",
-                do="merge the grafts into a base of their own first, or leave tie out",
-            )
+        need_plain(model, regions, what="tie='site' on", instead="leave tie out")
         self.grouped = grouped(model, regions, where)
         super().__init__(model, {n: r for n, (r, _) in self.grouped.items()}, new=new, allow_dense=allow_dense)
 
@@ -50,20 +46,17 @@ class TiedMount(InPlaceMount):
         for live in self.lives:
             assert isinstance(live, Tied)
             owner = self.model.get_submodule(live.name.rpartition(".")[0])
-            transposed = type(owner).__name__ == "Conv1D"
-            whole = self.where.to_checkpoint(live.name, _all(live.region)) if len(live.region.shape) == 2 else []
-            if live.region.layout == ("cols" if transposed else "rows") and len(whole) == 1:
-                member = torch.zeros(live.region.shape[1 if transposed else 0], len(live.theta))
+            flipped = transposed(owner)
+            shape, matrix = live.region.shape, live.region.matrix
+            whole = self.where.to_checkpoint(live.name, everything(shape, matrix)) if len(shape) == 2 else []
+            if live.region.layout == ("cols" if flipped else "rows") and len(whole) == 1:
+                member = torch.zeros(shape[1 if flipped else 0], len(live.theta))
                 member[live.region.ids.cpu(), live.groups.cpu()] = 1.0
                 vectors = live.theta.detach().cpu().float().clone()
-                found[live.name] = LowRank(live.region.shape, vectors, member, 1.0, transposed)
+                found[live.name] = LowRank(shape, vectors, member, 1.0, flipped)
             else:
                 found[live.name] = Slice(live.region.to("cpu"), live.numbers().cpu().clone())
         return found
-
-
-def _all(region: Region) -> Region:
-    return Region(region.shape, region.matrix, "all", torch.empty(0, dtype=torch.int64))
 
 
 def grouped(model: nn.Module, regions: Mapping[str, Region], where: Selection) -> dict[str, tuple[Region, Tensor]]:

@@ -16,6 +16,7 @@ from neurograft.core.compact.spill import Spill, differing
 from neurograft.core.context import Trained
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.fingerprint import tensor_digest
+from neurograft.core.grafts.coordinates import everything
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.grafts.replay import Replay
 from neurograft.core.region import Region
@@ -136,7 +137,7 @@ class DenseMount(Mount):
 
     def _region(self, name: str) -> Region:
         shape = tuple(self.found.by_name[name].shape)
-        return Region(shape, matrix_of(self.model, name, shape), "all", torch.empty(0, dtype=torch.int64))
+        return everything(shape, matrix_of(self.model, name, shape))
 
     def _kept(self, device: str | None = "cpu") -> Mapping[str, torch.Tensor]:
         now = {n: self.found.by_name[n].detach() for n in self.names}

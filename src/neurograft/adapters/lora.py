@@ -14,6 +14,7 @@ from neurograft.core.card import method
 from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.errors import RequestError, near
 from neurograft.core.grafts.delta import Delta, LowRank
+from neurograft.core.linears import is_linear, transposed
 from neurograft.core.seeds import seeded
 from neurograft.core.selection import Selection
 from neurograft.core.units import Parameters
@@ -148,7 +149,7 @@ def _targets(
             do="leave the other attachment first, or merge the adapter into a base of its own",
         )
     found = Parameters.of(model)
-    linear = {n for n, m in model.named_modules() if _is_linear(m)}
+    linear = {n for n, m in model.named_modules() if is_linear(m)}
     get: Any = getattr(model, "get_output_embeddings", None)
     head = None if get is None else get()
     if where is not None:
@@ -190,21 +191,17 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") or fnmatchcase(name, f"{pattern}.*")
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _inject(model: nn.Module, linears: Mapping[str, nn.Module], *, r: int, scale: float, dropout: float) -> None:
     """Let PEFT put its layers in; one pass for each orientation of the weight."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     alpha: Any = scale * r  # PEFT computes alpha / r, also of a fraction
-    for transposed in (False, True):
-        mine = [n for n, m in linears.items() if (type(m).__name__ == "Conv1D") is transposed]
+    for flipped in (False, True):
+        mine = [n for n, m in linears.items() if transposed(m) is flipped]
         if mine:
             config = LoraConfig(
-                r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=mine, fan_in_fan_out=transposed
+                r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=mine, fan_in_fan_out=flipped
             )
             held = dict(vars(model))
             inject_adapter_in_model(config, model, adapter_name=NAME)

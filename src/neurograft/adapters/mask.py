@@ -43,8 +43,8 @@ def mask(
         new: parameters the base's checkpoint lacks, trained whole.
         protect: units whose numbers must not move.
         toward: a graft of this model, or a tuned copy of it; None for a mask over the base itself.
-        shape: how m depends on s: one of `core.mask.SHAPES`. Shapes other than "straight" train a soft m, which the
-            graft rounds.
+        shape: how m depends on s: one of `core.compact.mask.SHAPES`. Shapes other than "straight" train a soft m, which
+            the graft rounds.
         at: threshold of "straight" (0.005; s begins at twice that), offset of "flip" (10).
         patch: share of the numbers, those that differ most from the tuned ones, whose m is 1 at the start; for "flip".
         tied: what to do with a parameter that has two names: "refuse", or mask it for "both".

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from neurograft.adapters._operations import Held
 from neurograft.adapters.dense import DenseMount
 from neurograft.core.card import method
 from neurograft.core.compact.mount import Mount, regions_of
@@ -74,30 +75,13 @@ def reversible(
     return mount
 
 
-class Half:
-    """A trainable projection of a layer."""
-
-    def __init__(self, name: str, value: torch.Tensor) -> None:
-        self.name, self.theta = name, nn.Parameter(value)
-
-    def moved(self, device: torch.device) -> None:
-        """Follow the model to another device."""
-        self.theta.data = self.theta.data.to(device)
-
-    def write(self) -> None:
-        """Nothing to write: the projection is no part of the base."""
-
-    def reload(self) -> None:
-        """Nothing to take over."""
-
-
 class ReversibleMount(DenseMount):
     """Parameters set free in a decoder of reversible blocks."""
 
     def __init__(
         self, model: nn.Module, names: list[str], tape: Tape, *, new: Iterable[str] | Mapping[str, int] = ()
     ) -> None:
-        self.halves, self.tape = [Half(n, value) for n, value in halves(model).items()], tape
+        self.halves, self.tape = [Held(n, value) for n, value in halves(model).items()], tape
         super().__init__(model, names, new=new)
         self.reversing = Reversing(model, {h.name: h.theta for h in self.halves}, tape)
         register_values(model, self.halves)

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 
 from neurograft.adapters._in_place import InPlaceMount
+from neurograft.adapters._plain import need_plain
 from neurograft.core.card import method
 from neurograft.core.compact.factored import Factored
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.context import Trained
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts.coordinates import everything
 from neurograft.core.grafts.delta import Delta, LowRank, Slice
-from neurograft.core.grafts.stack import Stack
+from neurograft.core.linears import transposed
 from neurograft.core.region import Region
 from neurograft.core.seeds import generator
 from neurograft.core.selection import Selection
@@ -64,13 +66,7 @@ def slice_lora(
             do="select rows, or use adapter='lora' for whole matrices",
         )
     regions = regions_of(model, where, protect=protect)
-    below = sorted(set(Stack.of(model).ledgers) & set(regions))
-    if below:
-        raise RequestError(
-            f"slice_lora on {below[0]}, which carries a graft",
-            expected="a plain base",
-            do="merge the grafts into a base of their own first, or use adapter='slice'",
-        )
+    need_plain(model, regions, what="slice_lora on", instead="use adapter='slice'")
     found = Parameters.of(model)
     for name, region in regions.items():
         if found.by_name[name].dim() == 1:
@@ -123,10 +119,10 @@ class FactoredMount(InPlaceMount):
             if not isinstance(live, Factored):
                 found[live.name] = Slice(live.region.to("cpu"), live.theta.detach().cpu().clone())
                 continue
-            transposed = type(self.model.get_submodule(live.name.rpartition(".")[0])).__name__ == "Conv1D"
-            whole = Region(live.region.shape, live.region.matrix, "all", torch.empty(0, dtype=torch.int64))
+            flipped = transposed(self.model.get_submodule(live.name.rpartition(".")[0]))
+            whole = everything(live.region.shape, live.region.matrix)
             if len(live.region.shape) == 2 and len(self.where.to_checkpoint(live.name, whole)) == 1:
-                found[live.name] = _wide(live, transposed)
+                found[live.name] = _wide(live, flipped)
             else:
                 found[live.name] = Slice(live.region.to("cpu"), live.numbers().cpu().clone())
         return found
@@ -136,7 +132,7 @@ class FactoredMount(InPlaceMount):
         return {}
 
 
-def _wide(live: Factored, transposed: bool) -> LowRank:
+def _wide(live: Factored, flipped: bool) -> LowRank:
     """Return the factors of a whole matrix, A B in its chosen rows or columns and 0 elsewhere."""
     a, b = (f.detach().cpu().float().clone() for f in live.factors())
     ids = live.region.ids.cpu()
@@ -145,6 +141,6 @@ def _wide(live: Factored, transposed: bool) -> LowRank:
         ids = torch.arange(len(a))
     chosen = torch.zeros(live.region.shape[0 if by_rows else 1], a.shape[1])
     chosen[ids] = a
-    if by_rows != transposed:  # the chosen axis is the output's
-        return LowRank(live.region.shape, b, chosen, live.scale, transposed)
-    return LowRank(live.region.shape, chosen.t().contiguous(), b.t().contiguous(), live.scale, transposed)
+    if by_rows != flipped:  # the chosen axis is the output's
+        return LowRank(live.region.shape, b, chosen, live.scale, flipped)
+    return LowRank(live.region.shape, chosen.t().contiguous(), b.t().contiguous(), live.scale, flipped)

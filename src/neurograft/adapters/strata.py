@@ -17,6 +17,7 @@ from neurograft.core.card import method
 from neurograft.core.compact.mount import Mount, regions_of
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.delta import Delta
+from neurograft.core.linears import is_linear
 from neurograft.core.selection import Selection
 
 TREATMENTS = ("all", "redrawn", "bias", "norm", "low_rank")
@@ -196,7 +197,7 @@ def _by_layers(
 def _linear(model: nn.Module, names: Sequence[str]) -> list[str]:
     owners = [n.rpartition(".")[0] for n in names if n.endswith(".weight")]
     kinds = {owner: model.get_submodule(owner) for owner in owners}
-    return [o for o, m in kinds.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    return [o for o, m in kinds.items() if is_linear(m)]
 
 
 def _cut(upto: float | None, layers: int) -> int:

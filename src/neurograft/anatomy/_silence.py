@@ -55,6 +55,17 @@ def silent_taps(model: nn.Module, taps: Mapping[str, Site], ids: Tensor) -> Iter
         yield
 
 
+def both_ways(
+    model: nn.Module, batch: Mapping[str, Any], site: Site, taps: Mapping[str, Site], ids: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs with some units of a site silenced in the weights, and with them silenced at the taps."""
+    with silent_weights(model, site, ids):
+        by_weight = outputs(model, batch)
+    with silent_taps(model, taps, ids):
+        by_tap = outputs(model, batch)
+    return by_weight, by_tap
+
+
 def outputs(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     """Run a model and return its floating outputs; caches are left out."""
     with torch.no_grad():

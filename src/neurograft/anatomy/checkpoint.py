@@ -1,7 +1,7 @@
 """Between a transformers model's parameters and the tensors of its checkpoint.
 
 The names, cuts and joins are transformers' own: its save conversion is run once on tensors without content
-(`_rearranged`), so that what we call a tensor is what `save_pretrained` calls it.
+(`_recorder`), so that what we call a tensor is what `save_pretrained` calls it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from neurograft.anatomy._rearranged import Recorder, View, contiguous
+from neurograft.anatomy._rearranged import View, contiguous
+from neurograft.anatomy._recorder import Recorder
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.coordinates import Piece, everything, holders, missing, narrowest
 from neurograft.core.region import Region, as_matrix

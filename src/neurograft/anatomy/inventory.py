@@ -9,6 +9,7 @@ from torch import nn
 
 from neurograft.anatomy.matrix import Bank, Matrix
 from neurograft.core.errors import RequestError, near
+from neurograft.core.linears import is_linear, transposed
 from neurograft.core.units import Parameters
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -82,7 +83,7 @@ class Inventory:
         if isinstance(module, nn.Linear):
             return Matrix(weight, module.out_features, module.in_features, bias=bias)
         shape = self.shape(weight)
-        if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        if transposed(module):
             return Matrix(weight, shape[1], shape[0], flipped=True, bias=bias)
         kernel = math.prod(shape[2:])
         if isinstance(module, CONVS):
@@ -146,4 +147,4 @@ def taps_itself(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
+    return is_linear(module) or isinstance(module, nn.modules.conv._ConvNd)

@@ -95,12 +95,17 @@ def sites(
     one_of(units, KINDS, what="unit kind")
     if block is not None and units != "block":
         raise RequestError(f"block={block} for units={units!r}", expected="units='block'", do="leave block out")
-    inventory = Inventory(model)
-    reading = Reading(inventory, describe(inventory))
+    reading = read(model)
     found = _matching(_in_layers(of_kind(reading, units, at=at), reading, layers), match)
     if block is None:
         return found
     return of_kind(replace(reading, block=block, only=frozenset(found)), units, at=at)
+
+
+def read(model: nn.Module) -> Reading:
+    """Read a model once, for all kinds of its units."""
+    inventory = Inventory(model)
+    return Reading(inventory, describe(inventory))
 
 
 def of_kind(reading: Reading, units: str, *, at: str | None = None) -> dict[str, Site]:
@@ -111,6 +116,27 @@ def of_kind(reading: Reading, units: str, *, at: str | None = None) -> dict[str,
         if found:
             return found
     raise _nothing(asked, units)
+
+
+def every_kind(reading: Reading, kinds: Iterable[str] | None = None) -> Iterator[dict[str, Site]]:
+    """Yield the sites of every kind, and of every activation it has.
+
+    Args:
+        reading: the model.
+        kinds: these alone; None for all that the model has.
+
+    Raises:
+        RequestError: an unknown kind, or one that was asked for and the model lacks.
+    """
+    given = None if kinds is None else [one_of(kind, KINDS, what="unit kind") for kind in kinds]
+    roles = list(dict.fromkeys(role for branches in reading.anatomy.branches for role in branches))
+    for kind in KINDS if given is None else given:
+        for i, at in enumerate(("", *roles, "residual") if kind == "layer" else AT.get(kind, ("",))):
+            try:
+                yield of_kind(reading, kind, at=at if i else None)
+            except RequestError:
+                if given is not None and i == 0:
+                    raise
 
 
 def _checked(units: str, at: str | None) -> str | None:

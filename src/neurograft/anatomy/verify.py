@@ -6,31 +6,29 @@ fails it, and `neurograft anatomy MODEL --verify` runs it on a user's model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neurograft.anatomy._reading import AT, Reading
+from neurograft.anatomy._reading import Reading
 from neurograft.anatomy._silence import (
     EFFECT,
     ROUNDING,
+    both_ways,
     distance,
     outputs,
     quiet,
-    silent_taps,
     silent_weights,
     some_units,
 )
-from neurograft.anatomy.describe import describe
-from neurograft.anatomy.inventory import Inventory
-from neurograft.anatomy.sites import of_kind
-from neurograft.core.errors import RequestError, RunError, one_of
+from neurograft.anatomy.sites import every_kind, of_kind, read
+from neurograft.core.errors import RequestError, RunError
 from neurograft.core.seeds import generator
 from neurograft.core.taps.tap import watch
-from neurograft.core.units import KINDS, Site
+from neurograft.core.units import Site
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ def verify(
         >>> {row.status for row in verify(model, pico_batch(model), kinds=["neuron", "head"])}
         {'equal'}
     """
-    inventory = Inventory(model)
-    return check(Reading(inventory, describe(inventory)), batch, kinds=kinds, limit=limit, seed=seed)
+    return check(read(model), batch, kinds=kinds, limit=limit, seed=seed)
 
 
 def check(
@@ -110,7 +107,7 @@ def check(
     model = reading.inventory.model
     with quiet(model):
         base = outputs(model, batch)
-        for found in _asked(reading, kinds):
+        for found in every_kind(reading, kinds):
             names = list(found)
             if limit is not None and len(names) > limit:
                 names = [names[(2 * i + 1) * len(names) // (2 * limit)] for i in range(limit)]
@@ -154,18 +151,6 @@ def _first(model: nn.Module, batch: Mapping[str, Any], site: Site) -> Tensor | N
     return seen[0] if seen else None
 
 
-def _asked(reading: Reading, kinds: Iterable[str] | None) -> Iterator[dict[str, Site]]:
-    given = None if kinds is None else [one_of(kind, KINDS, what="unit kind") for kind in kinds]
-    roles = list(dict.fromkeys(role for branches in reading.anatomy.branches for role in branches))
-    for kind in KINDS if given is None else given:
-        for i, at in enumerate(("", *roles, "residual") if kind == "layer" else AT.get(kind, ("",))):
-            try:
-                yield of_kind(reading, kind, at=at if i else None)
-            except RequestError:
-                if given is not None and i == 0:
-                    raise
-
-
 def _site(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -181,13 +166,10 @@ def _site(
         return Row(site.kind, site.name, site.n, None, None, "owned")
     try:
         if not site.writes:
-            _fires(model, batch, taps)
+            with watch(model, taps, lambda name, x: None):  # raises if one does not fire
+                outputs(model, batch)
             return Row(site.kind, site.name, site.n, None, None, "read")
-        ids = some_units(site, seed)
-        with silent_weights(model, site, ids):
-            by_weight = outputs(model, batch)
-        with silent_taps(model, taps, ids):
-            by_tap = outputs(model, batch)
+        by_weight, by_tap = both_ways(model, batch, site, taps, some_units(site, seed))
     except (RunError, RequestError, RuntimeError, IndexError) as failure:
         return Row(site.kind, site.name, site.n, None, None, "failed", str(failure))
     error, moved = distance(by_weight, by_tap), distance(by_weight, base)
@@ -211,11 +193,6 @@ def contributions(reading: Reading, site: Site) -> dict[str, Site]:
         found = (of_kind(reading, "layer", at=role)[f"{block}/layer@{role}"] for role in roles)
         return {s.name: s for s in found}
     return {site.name: site} if site.tap is not None else {}
-
-
-def _fires(model: nn.Module, batch: Mapping[str, Any], taps: Mapping[str, Site]) -> None:
-    with watch(model, taps, lambda name, x: None):
-        outputs(model, batch)
 
 
 def ownership(model: nn.Module, site: Site, *, most: int = 256, seed: int = 0) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ TAIL = 0.05
 BINS = 24
 Table = Callable[[Paired], Tensor]
 Statistic = Callable[[Tensor], Tensor]
-Reader = Callable[[Paired], Tensor]
 
 
 def measure(
@@ -144,60 +142,6 @@ def by_metric(
         noise_floor=floor({k: sign * float((b - a).mean()) for k, (a, b) in found.items()}),
     )
     return made, moved
-
-
-@dataclass(frozen=True)
-class Average:
-    """A measure that is a mean over labelled places.
-
-    Args:
-        unit: of the number.
-        better: "higher", "lower" or "zero".
-        moved: the change at each place; the difference of `new` and `base` if None.
-        base: the number for the base at each place, if it has one.
-        new: the number under the change.
-    """
-
-    unit: str
-    better: str
-    moved: Reader | None = None
-    base: Reader | None = None
-    new: Reader | None = None
-
-    def at_places(self, paired: Paired) -> Tensor:
-        """Return the change at each place, float64 [N]."""
-        if self.moved is not None:
-            return self.moved(paired).double()
-        assert self.base is not None
-        assert self.new is not None
-        return self.new(paired).double() - self.base(paired).double()
-
-
-def averages(runs: Runs, wanted: Mapping[str, Average], **options: Any) -> dict[str, Any]:
-    """Return the measures of several averages, by name; options as for `measure`."""
-    return {
-        name: measure(
-            runs,
-            averaged(one.at_places),
-            unit=one.unit,
-            better=one.better,
-            base=mean(one.base) if one.base else None,
-            new=mean(one.new) if one.new else None,
-            name=name,
-            **options,
-        )
-        for name, one in wanted.items()
-    }
-
-
-def averaged(read: Reader) -> Table:
-    """Return the table whose ratio is the mean of a value over places."""
-    return lambda paired: paired.per_item(read(paired))
-
-
-def mean(read: Reader) -> Callable[[Paired], float]:
-    """Return the mean of a value over places, as a function of a run."""
-    return lambda paired: float(read(paired).double().mean())
 
 
 def place(paired: Paired) -> str:

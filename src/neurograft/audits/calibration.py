@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.audits._averages import Average, averages
 from neurograft.audits._compare import Paired
-from neurograft.audits._measures import Average, averages, measure, numbers, overview
+from neurograft.audits._measures import measure, numbers, overview
 from neurograft.audits._paired import Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from neurograft.audits._measures import Average, averages, overview
+from neurograft.audits._averages import Average, averages
+from neurograft.audits._measures import overview
 from neurograft.audits._paired import Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch

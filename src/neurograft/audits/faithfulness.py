@@ -42,7 +42,7 @@ def faithfulness(
         model: the base; left as found.
         change: a graft, grafts, or a tuned model, in which the same circuit is run.
         batches: prompts with answers.
-        circuit: groups of heads by name, `core.circuit.Group`.
+        circuit: groups of heads by name, `core.taps.circuit.Group`.
         reference: prompts to take means over.
         query: the place whose token "mention" is like.
         elsewhere: what heads do at places where no group is at work: "ablate" or "keep".

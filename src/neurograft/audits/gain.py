@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neurograft.audits._averages import Average, averages
 from neurograft.audits._compare import Paired
-from neurograft.audits._measures import Average, averages, by_metric, measure, overview
+from neurograft.audits._measures import by_metric, measure, overview
 from neurograft.audits._paired import Metric, Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import one_of
 
 Metrics = Metric | Mapping[str, Metric] | None
-BUILT_IN = ("likelihood", "accuracy", "exact")
 
 
 @method(needs={"batches", "labels"}, claims={"empty_is_zero", "noise_floor"})

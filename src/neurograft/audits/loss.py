@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.audits._measures import Average, averages, by_metric, histogram, numbers, overview
+from neurograft.audits._averages import Average, averages
+from neurograft.audits._measures import by_metric, histogram, numbers, overview
 from neurograft.audits._paired import Metric, Runs, runs
 from neurograft.core.card import method
 from neurograft.core.context import Batch
@@ -63,7 +64,7 @@ def loss(
             f"share of {seen['place']}s", "lower", base=lambda p: ~p.base_right, new=lambda p: ~p.new_right
         ),
     }
-    sums = paired.per_item(wanted["loss"].at_places(paired))
+    sums = wanted["loss"].table(paired)
     return {
         **seen,
         "measures": averages(measured, wanted, **options),

@@ -48,7 +48,7 @@ def unit_concepts(
         units: a kind of unit, or sites.
         at: which of its activations.
         match: only sites whose names match this pattern.
-        pool: over an example's places, as in `core.table.table`.
+        pool: over an example's places, as in `core.taps.table.table`.
         best: how many units are named for each concept.
         seed: names the shuffle.
 

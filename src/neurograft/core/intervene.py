@@ -27,7 +27,7 @@ from neurograft.core.errors import RequestError, RunError, one_of
 from neurograft.core.fingerprint import digest
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.prompts.passing import Seen
-from neurograft.core.taps.amounts import checked
+from neurograft.core.taps.amounts import applied, checked
 from neurograft.core.taps.board import Board, Guest, features
 from neurograft.core.taps.folding import folded
 from neurograft.core.units import Site
@@ -142,15 +142,8 @@ class Intervention:
     @staticmethod
     def from_parts(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Intervention:
         """Read what `meta` and `tensors` wrote."""
-        rows, positions = meta["rows"], meta["positions"]
-        return Intervention(
-            Site.from_dict(meta["site"]),
-            tensors["ids"],
-            meta["kind"],
-            tensors.get("value"),
-            positions if isinstance(positions, str) else tuple(positions),
-            None if rows is None else tuple(rows),
-        )
+        site = Site.from_dict(meta["site"])
+        return Intervention(site, tensors["ids"], meta["kind"], tensors.get("value"), **aimed(meta))
 
     @cached_property
     def key(self) -> str:
@@ -209,31 +202,11 @@ class Intervention:
         axis = len(seen.lead)
         ids = self.ids.to(x.device)
         old = x.index_select(axis, ids)
-        new, flags = self._new(old, seen), self._where(seen)
+        new = applied(self.kind, self.value, old, self.width, seen.place() if self.aligned else None)
+        flags = self._where(seen)
         if flags is not None:
             new = torch.where(flags.to(x.device).reshape(*seen.lead, *[1] * (x.dim() - axis)), new, old)
         return x.index_copy(axis, ids, new.to(x.dtype))
-
-    def _new(self, old: Tensor, seen: Seen) -> Tensor:
-        if self.kind == "zero":
-            return torch.zeros_like(old)
-        assert self.value is not None
-        value = self.value.to(old.device, old.dtype if old.dtype == torch.float64 else torch.float32)
-        if self.kind == "rotate":
-            turned = old.to(value.dtype)[..., None, :] @ value if value.dim() == 3 else old.to(value.dtype) @ value
-            return turned.squeeze(-2) if value.dim() == 3 else turned
-        if self.kind == "remove":
-            wide = old.to(value.dtype)
-            return wide - (wide @ value.mT) @ value
-        if self.aligned:
-            rows, at = seen.place()
-            length = value.shape[1]
-            return value[rows % value.shape[0], at.clamp(max=length - 1)]
-        if self.width > 1 and value.dim() == 1:
-            value = value[:, None]
-        if self.kind == "scale":
-            return old * value
-        return old + value if self.kind == "add" else value.expand_as(old)
 
     def _where(self, seen: Seen) -> Tensor | None:
         """Return which activations change, bool shaped like their leading axes; None for all."""
@@ -257,6 +230,15 @@ class Intervention:
             inside = at < self.value.shape[1]
             flags = inside if flags is None else flags.cpu() & inside
         return flags
+
+
+def aimed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the positions and rows that an intervention's `meta` wrote."""
+    rows, positions = meta["rows"], meta["positions"]
+    return {
+        "positions": positions if isinstance(positions, str) else tuple(positions),
+        "rows": None if rows is None else tuple(rows),
+    }
 
 
 @dataclass(eq=False)

@@ -137,7 +137,7 @@ class Region:
         """Write `values` into a contiguous `weight` without raising its version counter.
 
         The write goes through `.data`: W is saved by autograd for the input gradient, and a write between two
-        steps must not look like an in-place change of a live graph. `core.live` guards the graphs instead.
+        steps must not look like an in-place change of a live graph. `core.compact.live` guards the graphs instead.
         """
         bank, rows, columns = self.matrix
         w, ids = weight.data, self.ids.to(weight.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.errors import RequestError
-from neurograft.core.intervene import Intervention
+from neurograft.core.intervene import Intervention, aimed
 from neurograft.core.numerics.rotations import numbers_of, rotations
 from neurograft.core.units import Site
 
@@ -80,14 +80,5 @@ class Turn(Intervention):
     @staticmethod
     def from_parts(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Turn:
         """Read what `meta` and `tensors` wrote."""
-        rows, positions = meta["rows"], meta["positions"]
-        return Turn(
-            Site.from_dict(meta["site"]),
-            tensors["ids"],
-            "rotate",
-            None,
-            positions if isinstance(positions, str) else tuple(positions),
-            None if rows is None else tuple(rows),
-            tensors["angles"],
-            meta["form"],
-        )
+        site, form = Site.from_dict(meta["site"]), meta["form"]
+        return Turn(site, tensors["ids"], "rotate", angles=tensors["angles"], form=form, **aimed(meta))

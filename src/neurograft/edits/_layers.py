@@ -25,7 +25,8 @@ def in_order(
         found: the layers' FFNs, in order.
         rows: the prompts.
         goal: what the stream behind the last layer should be at each subject, [n, d].
-        solve: (FFN, its keys at the subjects [n, k], on the CPU) -> answers [n, k], such as `core.keyvalue.answers`.
+        solve: (FFN, its keys at the subjects [n, k], on the CPU) -> answers [n, k], such as
+            `core.numerics.keyvalue.answers`.
 
     Returns:
         One rank for each request, by checkpoint tensor.

@@ -17,6 +17,7 @@ from neurograft.core.context import Context, unlabelled
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.coordinates import coordinates, everything
 from neurograft.core.grafts.delta import LowRank
+from neurograft.core.linears import transposed
 from neurograft.core.prompts.requests import Rows
 from neurograft.core.region import as_matrix
 from neurograft.core.taps.tap import Reader, change, watch
@@ -114,11 +115,11 @@ def _memory(model: nn.Module, keys: Site, written: Mapping[str, Site], block: st
         )
     parameters, module = Parameters.of(model), model.get_submodule(tap.module)
     weight = parameters.alias[f"{tap.module}.weight"]
-    transposed = type(module).__name__ == "Conv1D"
+    flipped = transposed(module)
     shape = tuple(parameters.by_name[weight].shape)
-    assert shape == ((keys.n, values.n) if transposed else (values.n, keys.n)), (keys.name, shape)
+    assert shape == ((keys.n, values.n) if flipped else (values.n, keys.n)), (keys.name, shape)
     stream = Site(f"{block}/stream", "channel", values.n, (), Tap(block, "output"), keys.layer)
-    return Memory(keys, values, stream, weight, transposed)
+    return Memory(keys, values, stream, weight, flipped)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neurograft.core.context import IGNORE, device_of
 from neurograft.core.grafts.delta import Delta, LowRank
+from neurograft.core.linears import transposed
 from neurograft.core.prompts.requests import Request, Rows, joined
 from neurograft.core.taps.tap import change
 from neurograft.core.units import Parameters, Site, Tap
@@ -37,7 +38,7 @@ class Separate(Training):
     def fit(self, weight: nn.Parameter, requests: Sequence[Request]) -> list[float]:
         """Read the requests' keys, train their parts, and return the mean loss of every epoch."""
         module = next(n.rpartition(".")[0] for n, p in self.model.named_parameters() if p is weight)
-        self.transposed = type(self.model.get_submodule(module)).__name__ == "Conv1D"
+        self.transposed = transposed(self.model.get_submodule(module))
         wide, high = weight.shape if self.transposed else tuple(weight.shape)[::-1]
         self.sites = {
             side: Site(f"{module}/{side}", "channel", n, (), Tap(module, side))

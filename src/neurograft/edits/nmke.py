@@ -62,7 +62,7 @@ def nmke(
     """Find for each request what the last layer should hand on at the subject, and let the layers learn it in order.
 
     Layer by layer, with keys K and what is still missing R, shared among the layers left:
-    D = R (K K^T + A)^-1 K^T, A as `core.keyvalue.answers` has it. mask="none" is AlphaEdit; with null=None and
+    D = R (K K^T + A)^-1 K^T, A as `core.numerics.keyvalue.answers` has it. mask="none" is AlphaEdit; with null=None and
     weight > 0 it is MEMIT; with exact=True, weight=1 and one layer it is ROME.
 
     Args:

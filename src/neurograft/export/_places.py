@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.linears import is_linear
 from neurograft.export._changes import Touched, tied_names, touched
 from neurograft.export._factors import Factors, factors, mismatches
 
@@ -38,7 +38,7 @@ class Found:
                 found.heads[item.module] = item.owner
             elif tied_names(model, item.name):
                 found.unfit[item.name] = "tied weights; an adapter would change one of their uses"
-            elif item.leaf == "bias" and isinstance(item.owner, (nn.Linear, Conv1D, nn.Conv2d)):
+            elif item.leaf == "bias" and (is_linear(item.owner) or isinstance(item.owner, nn.Conv2d)):
                 biases.append(item)
             else:
                 found._weight(item)
@@ -62,7 +62,7 @@ class Found:
             else:
                 self.unfit[item.name] = "a change of an embedding that is not whole rows"
             return
-        plain = isinstance(owner, (nn.Linear, Conv1D)) and item.leaf == "weight"
+        plain = is_linear(owner) and item.leaf == "weight"
         filters = isinstance(owner, nn.Conv2d) and owner.groups == 1
         bank = dim == 3 and not isinstance(owner, nn.modules.conv._ConvNd)
         if not (plain or filters or bank):

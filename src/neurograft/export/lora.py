@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from neurograft.core.card import method
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.skeleton import skeleton
+from neurograft.core.linears import transposed
 from neurograft.export._adapter import listed, write_adapter
 from neurograft.export._changes import Touched, base_model, base_name
 from neurograft.export._factors import Factors
@@ -77,7 +77,7 @@ def _config(found: Found, base: str | None, revision: str | None) -> LoraConfig:
     ranks = found.ranks()
     tokens = {i.module: i.members[0][0].region.ids.tolist() for i in found.tokens.values()}
     modules = sorted({i.module for i, _ in found.layers.values()} | {i.module for i in found.biases.values()})
-    conv1d = any(isinstance(i.owner, Conv1D) for i, _ in found.layers.values())
+    conv1d = any(transposed(i.owner) for i, _ in found.layers.values())
     return LoraConfig(
         r=max(ranks.values(), default=1),
         lora_alpha=max(ranks.values(), default=1),
@@ -137,7 +137,7 @@ def _layer(path: str, layer: Any, found: Found) -> dict[str, Tensor]:
     name = _bare(path)
     made = found.layers[f"{name}.weight"][1] if f"{name}.weight" in found.layers else {}
     weight = layer.get_base_layer().weight
-    conv1d = isinstance(layer.get_base_layer(), Conv1D)
+    conv1d = transposed(layer.get_base_layer())
     shape = (weight.shape[0], weight[0].numel())
     pairs = made.get(0) or [(torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))]
     P, Q = torch.cat([p for p, _ in pairs], 1), torch.cat([q for _, q in pairs], 0)

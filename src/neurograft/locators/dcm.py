@@ -51,7 +51,7 @@ def dcm(
         context: model, sites of kind "head", base prompts labelled with the answer that is wanted once the variable is
             patched, and as contrast the counterfactual prompt of each.
         heads: which heads may be patched, such as a group of a circuit; all if None.
-        at: the place, in both prompts; see `core.places`.
+        at: the place, in both prompts; see `core.prompts.places`.
         query: the place whose token "mention" is like.
         lam: price of a patched head.
         lr: learning rate.

@@ -49,7 +49,7 @@ def path_patching(
         context: model, sites of kind "head", batches with answers, and as contrast a corrupt prompt for each.
         receivers: the heads that are reached; none for "logits".
         into: what of them: "logits", "queries", "keys" or "values".
-        at: the place of senders and of the receivers' inputs; see `core.places`.
+        at: the place of senders and of the receivers' inputs; see `core.prompts.places`.
         query: the place whose token "mention" is like.
 
     Returns:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
 from neurograft.core.seeds import seeded
-from neurograft.core.taps.exemplars import Shown
+from neurograft.core.taps.shown import Shown
 from neurograft.networks._regions import regions
 from neurograft.networks._speech import Language, State, Vocabulary, beams, chosen, cross_entropy, taught
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
 from neurograft.core.taps.describe import words_of
-from neurograft.core.taps.exemplars import Shown
+from neurograft.core.taps.shown import Shown
 from neurograft.networks._regions import regions
 
 Encode = Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,8 @@ from neurograft.core.grafts.coordinates import Coordinates, coordinates
 from neurograft.core.grafts.origin import describe
 from neurograft.core.grafts.stack import Stack
 from neurograft.core.resolve import resolve
-from neurograft.pipeline.models import SHIPPED, Model, class_of, config_of, load_model
+from neurograft.pipeline._configs import SHIPPED, class_of, config_of
+from neurograft.pipeline.models import Model, load_model
 
 INDEX = ".safetensors.index.json"
 Reader = Callable[[], Tensor]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from neurograft.anatomy._reading import AT, Reading
-from neurograft.anatomy.describe import describe
-from neurograft.anatomy.inventory import Inventory
-from neurograft.anatomy.sites import of_kind
+from neurograft.anatomy._reading import Reading
+from neurograft.anatomy.sites import every_kind, read
 from neurograft.anatomy.verify import Row, check
 from neurograft.core.errors import RequestError
-from neurograft.core.units import KINDS, Site, census
+from neurograft.core.units import Site, census
 from neurograft.pipeline.models import Model, load_model
 from neurograft.worlds.pico import families, pico, pico_batch, strangers
 
@@ -65,30 +63,19 @@ def anatomy(
     if model is None:
         return everything(limit=limit, seed=seed)
     live = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
-    inventory = Inventory(live)
-    reading = Reading(inventory, describe(inventory))
+    reading = read(live)
     rows = check(reading, pico_batch(live, seed=seed), limit=limit, seed=seed) if verify else []
     known = reading.anatomy
     return {
         "family": known.family,
-        "parameters": sum(p.numel() for p in inventory.parameters.by_name.values()),
+        "parameters": sum(p.numel() for p in reading.inventory.parameters.by_name.values()),
         "layers": len(known.layers),
         "first_layer": known.layers[0] if known.layers else None,
         "embedding": known.embedding,
         "head": known.head,
         **({"not_recognized": known.note} if known.note else {}),
-        "kinds": [_kind(found, reading, rows) for found in _every(reading)],
+        "kinds": [_kind(found, reading, rows) for found in every_kind(reading)],
     }
-
-
-def _every(reading: Reading) -> Iterator[dict[str, Site]]:
-    for kind in KINDS:
-        roles = list(dict.fromkeys(r for branches in reading.anatomy.branches for r in branches))
-        for i, at in enumerate(("", *roles, "residual") if kind == "layer" else AT.get(kind, ("",))):
-            try:
-                yield of_kind(reading, kind, at=at if i else None)
-            except RequestError:
-                continue
 
 
 def _kind(found: Mapping[str, Site], reading: Reading, rows: list[Row]) -> dict[str, Any]:
@@ -119,13 +106,12 @@ def everything(*, limit: int = 2, seed: int = 0) -> dict[str, Any]:
 
 def _architecture(name: str, by: str, limit: int, seed: int) -> dict[str, Any]:
     model: nn.Module = pico(name, seed=seed, dtype=torch.float64)
-    inventory = Inventory(model)
-    reading = Reading(inventory, describe(inventory))
+    reading = read(model)
     known = reading.anatomy
     rows = check(reading, pico_batch(model, seed=seed), limit=limit, seed=seed)
     reasons = [f"{row.site}: {row.reason}" for row in rows if row.status == "failed"]
     found = {"heads": any(b.attentions for b in known.blocks), "neurons": any(b.ffns for b in known.blocks)}
-    if known.note and not all_of(found):
+    if known.note and not all(found.values()):
         reasons.append(known.note)
     count = Counter(row.status for row in rows)
     return {
@@ -140,8 +126,3 @@ def _architecture(name: str, by: str, limit: int, seed: int) -> dict[str, Any]:
         ),
         "reason": "; ".join(reasons),
     }
-
-
-def all_of(found: Mapping[str, bool]) -> bool:
-    """Say whether everything was found."""
-    return not [name for name, there in found.items() if not there]

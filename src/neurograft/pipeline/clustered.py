@@ -34,7 +34,7 @@ def clustered(
     Args:
         state: what the recipe has made so far, its model and data.
         k: groups a site; no more than it has units.
-        pool: over an example's tokens, as in `core.table.table`.
+        pool: over an example's tokens, as in `core.taps.table.table`.
         standardize: bring each unit's profile over the examples to mean 0 and deviation 1, so that units group by
             when they fire, not by how strongly.
         data: examples the profiles are taken on, instead of the run's.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from neurograft.core.errors import RequestError, extra, near, one_of
+from neurograft.core.errors import RequestError, extra, one_of
 from neurograft.core.resolve import resolve
 from neurograft.core.seeds import seeded
-from neurograft.pipeline._hub import cut_off
+from neurograft.pipeline._configs import SHIPPED, class_of, config_of
 
 Model = nn.Module | str | Path
-SHIPPED = {"atlas": "neurograft.worlds.atlas.path"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -72,12 +70,25 @@ def load_model(
     factory = class_of(config, name, head)
     if num_labels is not None:
         config.num_labels = num_labels
-    if device_map is not None:
-        options["device_map"] = device_map
-    options |= {"dtype": as_dtype(dtype) or "auto", "use_safetensors": True, "output_loading_info": True}
+    options |= {"config": config, "dtype": as_dtype(dtype) or "auto"}
+    with seeded(seed, "new head"):
+        made, missing = _read(factory, name, device_map, options)
+    if missing and head is None:
+        raise RequestError(
+            f"{name}, whose files lack {', '.join(missing[:4])}",
+            expected=f"all weights of a {type(made).__name__}",
+            do="name the head that is to be drawn anew: head='SequenceClassification'",
+        )
+    return made.eval()
+
+
+def _read(factory: Any, name: str, device_map: Any, options: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """Return a model with its weights, and the names of those that its files lack."""
+    placed = {} if device_map is None else {"device_map": device_map}
     try:
-        with seeded(seed, "new head"):
-            made, report = factory.from_pretrained(name, config=config, **options)
+        made, report = factory.from_pretrained(
+            name, **options, **placed, use_safetensors=True, output_loading_info=True
+        )
     except (OSError, SafetensorError) as error:
         raise RequestError(
             f"the model {name!r}, whose weights cannot be read ({error})",
@@ -98,15 +109,7 @@ def load_model(
             expected="devices of this machine, as device_map of from_pretrained",
             do="use 'cpu' or 'auto'",
         ) from error
-    missing = sorted(report.get("missing_keys", ()))
-    if missing and head is None:
-        raise RequestError(
-            f"{name}, whose files lack {', '.join(missing[:4])}",
-            expected=f"all weights of a {type(made).__name__}",
-            do="name the head that is to be drawn anew: head='SequenceClassification'",
-        )
-    loaded: nn.Module = made.eval()
-    return loaded
+    return made, sorted(report.get("missing_keys", ()))
 
 
 def model_name(model: Model) -> str:
@@ -124,86 +127,6 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     found: torch.dtype = getattr(torch, one_of(str(dtype).removeprefix("torch."), DTYPES, what="dtype"))
     return found
-
-
-def config_of(name: str, options: dict[str, Any]) -> Any:
-    """Return a model's config by path or Hub id: one of transformers, or the plain text of one of diffusers.
-
-    Raises:
-        RequestError: no model is there.
-    """
-    path = Path(name)
-    if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            grafted = "; a graft's folder stands behind its base" if (path / "graft.json").is_file() else ""
-            raise RequestError(
-                f"the folder {name}", expected="a model: a config.json in it", do=f"check the path{grafted}"
-            )
-        try:
-            text = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RequestError(
-                f"{file}, which is no JSON ({error})", expected="a model's config", do="copy or download it again"
-            ) from error
-        if not isinstance(text, dict):
-            raise RequestError(
-                f"{file}, a JSON {type(text).__name__}", expected="a model's config", do="copy or download it again"
-            )
-        if "_class_name" in text:
-            return text
-    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise RequestError(
-            f"the model {name!r}, where no folder is",
-            expected="a model folder or a Hub id",
-            do=f"check the path; {near(path.name, beside)}" if beside else "check the path",
-        )
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        if not path.is_dir() and cut_off(name):
-            raise OSError("no connection to the Hub, and nothing of it in the cache")
-        return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        if path.is_dir():
-            raise RequestError(
-                f"the model {name!r} of type {text.get('model_type')!r}, which transformers cannot read ({error})",
-                expected="a config of an architecture that this version of transformers knows",
-                do="mend the config, install the version that defines it, or pass the live model: its anatomy is then"
-                " found by dataflow",
-            ) from error
-        beside = [*SHIPPED, *(p.name for p in Path().iterdir() if (p / "config.json").is_file())]
-        raise RequestError(
-            f"the model {name!r}, neither a folder nor a reachable Hub model",
-            expected="a model folder, a Hub id or a shipped model",
-            do=f"check the name and the connection; {near(name, beside)}",
-        ) from error
-
-
-def class_of(config: Any, name: str, head: str | None) -> Any:
-    """Return the class of transformers that a config names, or the one with the wanted head.
-
-    Raises:
-        RequestError: it names none, or the head is unknown.
-    """
-    import transformers
-
-    if head is not None:
-        suffix = head.removeprefix("AutoModelFor").replace("-", " ").title().replace(" ", "") if "-" in head else head
-        known = [n for n in dir(transformers) if n.startswith("AutoModelFor")]
-        wanted = suffix if suffix.startswith("AutoModelFor") else f"AutoModelFor{suffix}"
-        return getattr(transformers, one_of(wanted, known, what="head"))
-    named = getattr(config, "architectures", None) or []
-    factory = getattr(transformers, named[0], None) if named else None
-    if factory is None:
-        raise RequestError(
-            f"{name}, whose config names {'the class ' + named[0] if named else 'no class'}",
-            expected="`architectures` in config.json, with a class of transformers",
-            do="load the model yourself and pass it live, or name a head",
-        )
-    return factory
 
 
 def _diffusers(name: str, config: dict[str, Any], options: dict[str, Any], dtype: Any) -> nn.Module:

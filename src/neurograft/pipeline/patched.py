@@ -29,7 +29,7 @@ def patched(
 
     Args:
         state: what the recipe has made so far, its model and data.
-        groups: of `core.projection`, whose neurons are taken.
+        groups: of `core.taps.projection`, whose neurons are taken.
         post: the changed model, a folder or a Hub id; the graft `of` if None.
         of: name of the graft.
         direction: name of scores of one site of residual channels: the direction.

@@ -16,6 +16,7 @@ from neurograft.core.compact.gradients import Side, route
 from neurograft.core.compact.mount import regions_of
 from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
+from neurograft.core.linears import transposed
 from neurograft.core.region import Region
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.units import Site
@@ -150,7 +151,7 @@ def _scores(net: nn.Module, found: dict[str, Site], by: Any, recipe: Recipe) -> 
 
 def _row(net: nn.Module, name: str, region: Region) -> dict[str, Any]:
     owner = net.get_submodule(name.rpartition(".")[0])
-    side: Side = "row" if type(owner).__name__ == "Conv1D" else "column"
+    side: Side = "row" if transposed(owner) else "column"
     if len(region.shape) != 2 or isinstance(owner, nn.Embedding):
         how = "vector" if len(region.shape) < 2 else type(owner).__name__.lower()
     else:

@@ -7,11 +7,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from neurograft.core.choose import check_options, option_names
-from neurograft.core.errors import RequestError, one_of
+from neurograft.core.errors import one_of
 from neurograft.core.resolve import resolve
 
 SHIPS = ("operations", "weights")  # how a step `intervene` makes its graft: {"do": "intervene", "ship": "weights", ...}
-VERBS = ("locate", "select", "evidence", "tune", "audit", "edit", "merge", "route", "intervene")
+
+# The verbs a step may do: what of the state each is given, by its argument's name, and the name its result gets.
+VERBS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "locate": (("model", "data"), "scores"),
+    "select": (("scores",), "where"),
+    "evidence": (("model", "where", "data"), "evidence"),
+    "tune": (("model", "data", "where"), "graft"),
+    "audit": (("model", "graft"), "report"),
+    "edit": (("model", "requests"), "graft"),
+    "intervene": (("model", "where"), "graft"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,8 @@ class Recipe:
 
     Example:
         >>> r = Recipe("half", ({"do": "locate", "by": "noise", "units": "neuron"}, {"do": "select", "fraction": 0.5}))
-        >>> r.with_step("select", fraction=0.25).steps[1]["fraction"]
-        0.25
+        >>> [step["do"] for step in r.steps]
+        ['locate', 'select']
     """
 
     name: str
@@ -45,23 +55,9 @@ class Recipe:
         for step in self.steps:
             do = step.get("do", "")
             if "." not in do:
-                one_of(do, VERBS, what="verb of a recipe")
+                one_of(do, VERBS, what="the step")
             if do == "intervene":
                 one_of(step.get("ship", SHIPS[0]), SHIPS, what="form of a graft")
-
-    def with_step(self, do: str, **changes: Any) -> Recipe:
-        """Return the recipe with arguments changed in every step that does `do`.
-
-        Raises:
-            RequestError: no step does it.
-        """
-        if all(step["do"] != do for step in self.steps):
-            raise RequestError(
-                f"a change of the step {do!r} of {self.name}",
-                expected=f"one of {', '.join(dict.fromkeys(s['do'] for s in self.steps))}",
-                do="change a step the recipe has",
-            )
-        return replace(self, steps=tuple({**s, **changes} if s["do"] == do else s for s in self.steps))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for a graft's card."""

@@ -18,18 +18,9 @@ from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline._network import network
 from neurograft.pipeline.changed import changed
 from neurograft.pipeline.models import Model, load_model
-from neurograft.pipeline.recipe import SHIPS, Recipe
+from neurograft.pipeline.recipe import SHIPS, VERBS, Recipe
 
-# What each verb is given of the state, by its argument's name, and the name its result gets.
-GIVEN: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "locate": (("model", "data"), "scores"),
-    "select": (("scores",), "where"),
-    "evidence": (("model", "where", "data"), "evidence"),
-    "tune": (("model", "data", "where"), "graft"),
-    "audit": (("model", "graft"), "report"),
-    "edit": (("model", "requests"), "graft"),
-    "intervene": (("model", "where"), "graft"),
-}
+WORDS = ("do", "as", "on")  # of a step itself; the others are arguments
 
 
 @dataclass
@@ -113,36 +104,13 @@ def run(
     common = state["common"] = {"processing_class": processing_class, "seed": seed}  # for steps that are no verbs
     used: set[str] = set()
     for step in plan.steps:
-        do, arguments = step["do"], {k: v for k, v in step.items() if k not in ("do", "as", "on")}
-        if "." in do:
-            state |= {k: _signed(v, plan) for k, v in (resolve(do)(state, **arguments) or {}).items()}
-            continue
-        if do not in GIVEN:
-            raise RequestError(f"the step {do!r}", expected=f"one of {', '.join(GIVEN)}", do="leave it out")
-        names, result = GIVEN[do]
-        verb = resolve(f"neurograft.pipeline.{do}")
-        known = option_names(verb)
-        arguments = {k: _referred(v, state) for k, v in arguments.items()}
-        extra = {k: v for k, v in {**common, **given}.items() if k in known and k not in arguments and v is not None}
-        used |= extra.keys()
-        # A step may name its own data or selection instead of the run's.
-        lacking = [n for n in names if n not in arguments and n not in state]
-        if lacking:
-            raise RequestError(
-                f"the step {do!r} of {plan.name} before anything made its {lacking[0]}",
-                expected="a step before it that does",
-                do=f"put one before it, or give {lacking[0]} at the step",
-            )
-        first = [arguments.pop(n) if n in arguments else state[n] for n in names]
-        ship = arguments.pop("ship", SHIPS[0])
-        _check_names(verb, arguments, do)
-        used |= {n for n in _listed(step.get("on")) if n in given}
-        with _under(step.get("on"), state):
-            made = verb(*first, **arguments, **extra)
-            if do == "intervene":
-                made = made.fold() if ship == "weights" else made.graft()
-        state[step.get("as", result)] = _signed(made, plan)
-    unused = [k for k in given if k not in used and all(k not in names for names, _ in GIVEN.values())]
+        if "." in step["do"]:
+            arguments = {k: v for k, v in step.items() if k not in WORDS}
+            state |= {k: _signed(v, plan) for k, v in (resolve(step["do"])(state, **arguments) or {}).items()}
+        else:
+            name = step.get("as", VERBS[step["do"]][1])
+            state[name] = _signed(_made(step, plan.name, state, {**common, **given}, used), plan)
+    unused = [k for k in given if k not in used and all(k not in names for names, _ in VERBS.values())]
     if unused:
         raise RequestError(
             f"{', '.join(unused)}, which no step of {plan.name} takes",
@@ -150,6 +118,34 @@ def run(
             do="leave them out, or set them at a step: changes={'tune.args': ...}",
         )
     return Outcome({k: v for k, v in state.items() if k not in ("model", "data", "requests", "common")})
+
+
+def _made(
+    step: Mapping[str, Any], recipe: str, state: Mapping[str, Any], given: Mapping[str, Any], used: set[str]
+) -> Any:
+    """Return what the verb of a step makes; what it was given beside the state is added to `used`."""
+    do = step["do"]
+    names, verb = VERBS[do][0], resolve(f"neurograft.pipeline.{do}")
+    known = option_names(verb)
+    arguments = {k: _referred(v, state) for k, v in step.items() if k not in WORDS}
+    extra = {k: v for k, v in given.items() if k in known and k not in arguments and v is not None}
+    used |= extra.keys() | {n for n in _listed(step.get("on")) if n in given}
+    # A step may name its own data or selection instead of the run's.
+    lacking = [n for n in names if n not in arguments and n not in state]
+    if lacking:
+        raise RequestError(
+            f"the step {do!r} of {recipe} before anything made its {lacking[0]}",
+            expected="a step before it that does",
+            do=f"put one before it, or give {lacking[0]} at the step",
+        )
+    first = [arguments.pop(n) if n in arguments else state[n] for n in names]
+    ship = arguments.pop("ship", SHIPS[0])
+    _check_names(verb, arguments, do)
+    with _under(step.get("on"), state):
+        made = verb(*first, **arguments, **extra)
+        if do == "intervene":
+            return made.fold() if ship == "weights" else made.graft()
+    return made
 
 
 def _check_names(verb: Any, arguments: Mapping[str, Any], do: str) -> None:

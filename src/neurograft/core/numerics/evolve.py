@@ -1,4 +1,4 @@
-"""Evolution of bit vectors for `core.search`, and a diverse few of what was found."""
+"""Evolution of bit vectors for `core.numerics.search`, and a diverse few of what was found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""By how much, or to what, an intervention changes activations: the values that each kind of it takes.
+"""By how much, or to what, an intervention changes activations: the values each kind takes, and what it makes of them.
 
 Shape letters: k chosen units, w features of a unit.
 """
@@ -40,6 +40,43 @@ def checked(kind: str, value: Tensor | None, k: int, w: int) -> Tensor | None:
     if kind in ("rotate", "remove"):
         _check_orthogonal(kind, value)
     return value
+
+
+def applied(kind: str, value: Tensor | None, old: Tensor, w: int, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Return what activations become.
+
+    Args:
+        kind: of the intervention.
+        value: as `checked` returned it.
+        old: the chosen units' activations, [..., k], or [..., k, w] of wider ones.
+        w: features of a unit.
+        at: batch rows and positions of the activations, for a value that stands at these.
+
+    Returns:
+        Shaped like `old`; float32, or float64 where `old` is, but for zeros.
+
+    Example:
+        >>> applied("scale", torch.tensor([2.0, 0.5]), torch.tensor([[1.0, 4.0]]), 1)
+        tensor([[2., 2.]])
+    """
+    if kind == "zero":
+        return torch.zeros_like(old)
+    assert value is not None
+    value = value.to(old.device, old.dtype if old.dtype == torch.float64 else torch.float32)
+    if kind == "rotate":
+        turned = old.to(value.dtype)[..., None, :] @ value if value.dim() == 3 else old.to(value.dtype) @ value
+        return turned.squeeze(-2) if value.dim() == 3 else turned
+    if kind == "remove":
+        wide = old.to(value.dtype)
+        return wide - (wide @ value.mT) @ value
+    if at is not None:
+        rows, places = at
+        return value[rows % value.shape[0], places.clamp(max=value.shape[1] - 1)]
+    if w > 1 and value.dim() == 1:
+        value = value[:, None]
+    if kind == "scale":
+        return old * value
+    return old + value if kind == "add" else value.expand_as(old)
 
 
 def _shapes(kind: str, value: Tensor | None, k: int, w: int) -> tuple[tuple[int, ...], ...]:

@@ -33,7 +33,7 @@ class Group:
 
     Args:
         where: the heads.
-        at: the place at which they do it; see `core.places`.
+        at: the place at which they do it; see `core.prompts.places`.
     """
 
     where: Selection

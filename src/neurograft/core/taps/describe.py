@@ -20,7 +20,7 @@ from torch import Tensor
 from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
-from neurograft.core.taps.exemplars import Shown
+from neurograft.core.taps.shown import Shown
 
 
 class Describer(Protocol):

@@ -16,7 +16,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.prompts.passing import Positions
 from neurograft.core.selection import Selection
 from neurograft.core.taps.stream import means
-from neurograft.core.taps.tap import routed
+from neurograft.core.taps.watching import routed
 from neurograft.core.units import Parameters, Site
 
 # Those that lower the projection: toward the direction or against it, active or negative, falling or rising.

@@ -17,7 +17,7 @@ from neurograft.core.prompts.passing import Positions
 from neurograft.core.selection import Selection
 from neurograft.core.taps.reducers import Rate
 from neurograft.core.taps.stream import observe
-from neurograft.core.taps.tap import routed
+from neurograft.core.taps.watching import routed
 from neurograft.core.units import Site
 
 

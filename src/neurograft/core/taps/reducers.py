@@ -1,13 +1,12 @@
 """Statistics of units that take activations batch by batch: memory grows with the units, never with the data.
 
-Every reducer takes activations [tokens, n] and merges with another of its kind, so that halves of the data, or several
-processes, give what the whole gives. Sums are kept in float64.
+Every reducer takes activations [tokens, n]; however the data are cut into batches, it gives the same. Sums are kept in
+float64.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,13 +34,9 @@ class Reducer(ABC):
     @abstractmethod
     def _take(self, x: Tensor, places: Tensor | None) -> None: ...
 
-    @abstractmethod
-    def merge(self, other: Self) -> Self:
-        """Take in what another of the same kind has seen, and return this one."""
-
 
 class Moments(Reducer):
-    """Count, mean and variance, by Chan's merge of batch means and squared deviations.
+    """Count, mean and variance, by Chan's joining of batch means and squared deviations.
 
     Example:
         >>> m = Moments(1)
@@ -56,20 +51,11 @@ class Moments(Reducer):
         self.squares = torch.zeros(n, dtype=torch.float64)
 
     def _take(self, x: Tensor, places: Tensor | None) -> None:
-        mean = x.mean(0)
-        self._join(len(x), mean.double().cpu(), (x - mean).square_().sum(0).double().cpu())
-
-    def _join(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        total, step = self.count + count, mean - self.mean
+        mean, count = x.mean(0), len(x)
+        total, step = self.count + count, mean.double().cpu() - self.mean
         self.mean = self.mean + step * (count / total)
+        squares = (x - mean).square_().sum(0).double().cpu()
         self.squares = self.squares + squares + step.square() * (self.count * count / total)
-
-    def merge(self, other: Self) -> Self:
-        """Take in another's moments."""
-        if other.count:
-            self._join(other.count, other.mean, other.squares)
-            self.count += other.count
-        return self
 
     @property
     def variance(self) -> Tensor:
@@ -89,13 +75,6 @@ class Sums(Reducer):
         self.absolute += x.abs().sum(0).double().cpu()
         self.squared += x.square().sum(0).double().cpu()
 
-    def merge(self, other: Self) -> Self:
-        """Add another's sums."""
-        self.signed, self.absolute = self.signed + other.signed, self.absolute + other.absolute
-        self.squared = self.squared + other.squared
-        self.count += other.count
-        return self
-
 
 class Rate(Reducer):
     """Share of activations above a bar: the firing rate.
@@ -113,11 +92,6 @@ class Rate(Reducer):
         # Comparing straight into floats is many times faster on a CPU than summing booleans.
         self.fired += torch.gt(x, self.above, out=torch.empty_like(x)).sum(0).double().cpu()
 
-    def merge(self, other: Self) -> Self:
-        """Add another's counts."""
-        self.fired, self.count = self.fired + other.fired, self.count + other.count
-        return self
-
     @property
     def rate(self) -> Tensor:
         """Share of activations above the bar, float64 [n]; 0 where none was seen."""
@@ -132,18 +106,9 @@ class Extremes(Reducer):
         self.high, self.low = torch.zeros(n), torch.zeros(n)
 
     def _take(self, x: Tensor, places: Tensor | None) -> None:
-        self._join(x.amax(0).float().cpu(), x.amin(0).float().cpu())
-
-    def _join(self, high: Tensor, low: Tensor) -> None:
+        high, low = x.amax(0).float().cpu(), x.amin(0).float().cpu()
         self.high = torch.maximum(self.high, high) if self.count else high
         self.low = torch.minimum(self.low, low) if self.count else low
-
-    def merge(self, other: Self) -> Self:
-        """Take in another's extremes."""
-        if other.count:
-            self._join(other.high, other.low)
-            self.count += other.count
-        return self
 
     @property
     def absolute(self) -> Tensor:
@@ -155,12 +120,12 @@ class Sample(Reducer):
     """A uniform sample of tokens, all units of the same ones, for quantiles.
 
     Exact while at most `size` tokens were seen; afterwards the rank of a quantile q is off by about
-    sqrt(q (1 - q) / size). Every token gets a random key and the smallest keys stay, so samples merge exactly.
+    sqrt(q (1 - q) / size). Every token gets a random key and the smallest keys stay.
 
     Args:
         n: how many units.
         size: tokens kept; memory is size * n floats.
-        seed: names the keys; streams that will be merged need different ones.
+        seed: names the keys.
     """
 
     def __init__(self, n: int, *, size: int = 1024, seed: int = 0) -> None:
@@ -175,20 +140,11 @@ class Sample(Reducer):
             if not len(near):
                 return
             keys, x = keys[near], x[near.to(x.device)]
-        self._join(keys, x.float().cpu())
-
-    def _join(self, keys: Tensor, rows: Tensor) -> None:
-        all_keys, all_rows = torch.cat([self.keys, keys]), torch.cat([self.rows, rows])
+        all_keys, all_rows = torch.cat([self.keys, keys]), torch.cat([self.rows, x.float().cpu()])
         if len(all_keys) > self.size:
             kept = all_keys.topk(self.size, largest=False, sorted=False).indices
             all_keys, all_rows = all_keys[kept], all_rows[kept]
         self.keys, self.rows = all_keys, all_rows
-
-    def merge(self, other: Self) -> Self:
-        """Take in another's sample."""
-        self._join(other.keys, other.rows)
-        self.count += other.count
-        return self
 
     def quantile(self, q: float) -> Tensor:
         """Return the q-quantile of each unit, float32 [n]; 0 where nothing was seen."""
@@ -231,9 +187,3 @@ class Exemplars(Reducer):
         where = torch.cat([self.places[:, units], places])
         self.values[:, units] = both.gather(0, order)
         self.places[:, units] = where.gather(0, order[..., None].expand(-1, -1, 2))
-
-    def merge(self, other: Self) -> Self:
-        """Take in another's exemplars; their places must be counted in one numbering."""
-        self._join(other.values, other.places, torch.arange(self.n))
-        self.count += other.count
-        return self

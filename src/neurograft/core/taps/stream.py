@@ -12,7 +12,8 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.prompts.passing import Positions
 from neurograft.core.taps.reducers import Exemplars, Reducer
-from neurograft.core.taps.tap import Watch, per_unit, watch
+from neurograft.core.taps.tap import per_unit, watch
+from neurograft.core.taps.watching import Watch
 from neurograft.core.units import Site
 
 POOLS = ("token", "mean", "max")
@@ -37,7 +38,7 @@ def observe(
         sites: what to read; each needs a tap.
         batches: model inputs.
         make: n -> fresh reducers by name.
-        mask: which tokens count, as for `core.tap.watch`.
+        mask: which tokens count, as for `core.taps.tap.watch`.
         pool: what a reducer is given: every "token", or one "mean" or "max" of each example.
 
     Raises:

@@ -14,7 +14,8 @@ from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.prompts.passing import Positions
-from neurograft.core.taps.tap import Watch, change, per_unit, watch
+from neurograft.core.taps.tap import change, per_unit, watch
+from neurograft.core.taps.watching import Watch
 from neurograft.core.units import Site
 
 POOLS = ("max", "mean", "last", "answer")

@@ -11,20 +11,17 @@ not a silence.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neurograft.core.asking import asking
-from neurograft.core.errors import RequestError, RunError
-from neurograft.core.prompts.passing import Pass, Positions, Seen
+from neurograft.core.prompts.passing import Positions, Seen
 from neurograft.core.taps.board import Board, Guest
+from neurograft.core.taps.watching import Watch, lost, seated
 from neurograft.core.units import Site
 
 Reader = Callable[[str, Tensor], None]
@@ -40,45 +37,6 @@ def per_unit(x: Tensor) -> Tensor:
         [[5.0, 1.0]]
     """
     return x if x.dim() == 2 else torch.linalg.vector_norm(x.float(), dim=-1)
-
-
-@dataclass
-class Watch:
-    """What a block of watching has seen.
-
-    Args:
-        now: the model's current pass; `now.number` counts passes.
-        fired: site name -> how often its tap fired.
-        tokens: site name -> how many tokens it saw.
-        seen: where the activations that are being read stand; only during a call of the reader.
-    """
-
-    now: Pass
-    fired: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    seen: Seen | None = None
-    kept: Tensor | None = None
-    lost: str = ""
-
-    def place(self) -> tuple[Tensor, Tensor]:
-        """Return the batch row and the position of the tokens that are being read, int64 [tokens] each.
-
-        Raises:
-            RequestError: it is not told whose tokens they are, as inside some experts.
-        """
-        if self.seen is None:
-            raise RunError("place() was asked for outside of a reader")
-        if self.lost:
-            raise RequestError(
-                f"activations at {self.lost!r}, which does not tell whose tokens it got",
-                expected="units of which every token's example is known",
-                do="leave it out (match=), or do not ask by example (over='data', pool='token')",
-            )
-        rows, at = (p.reshape(-1) for p in self.seen.place())
-        if self.kept is None:
-            return rows, at
-        kept = self.kept.reshape(-1).cpu()
-        return rows[kept], at[kept]
 
 
 @contextmanager
@@ -122,12 +80,12 @@ def watch(
         found.fired[name] += 1
         found.tokens[name] += len(flat)
         if len(flat):
-            found.seen, found.kept, found.lost = seen, kept, name if _lost(sites[name], seen) else ""
+            found.seen, found.kept, found.lost = seen, kept, name if lost(sites[name], seen) else ""
             with torch.no_grad():
                 reader(name, flat)
             found.seen = None
 
-    with _seated(board, Guest(sites, visit), found):
+    with seated(board, Guest(sites, visit), found):
         yield found
 
 
@@ -164,7 +122,7 @@ def change(model: nn.Module, sites: Mapping[str, Site], fn: Changer, *, key: str
         found.seen = None
         return made
 
-    with _seated(board, Guest(sites, visit, key=key, again=True), found):
+    with seated(board, Guest(sites, visit, key=key, again=True), found):
         yield found
 
 
@@ -197,7 +155,7 @@ def gradients(
         if not torch.is_grad_enabled() or seen.astray(name):
             return None
         kept, rows = seen.mask(mask or "all"), seen.place()[0].reshape(-1)
-        rows = torch.full_like(rows, -1) if _lost(sites[name], seen) else rows
+        rows = torch.full_like(rows, -1) if lost(sites[name], seen) else rows
         wide = len(seen.lead)
 
         def tell(x: Tensor, g: Tensor) -> None:
@@ -210,7 +168,7 @@ def gradients(
         return Meter.apply(x, anchor, tell)
 
     guest = Guest(sites, visit, key="\x7f", again=True)
-    with asking(model), _seated(board, guest, found, "no backward pass reached it"):
+    with asking(model), seated(board, guest, found, "no backward pass reached it"):
         yield found
 
 
@@ -233,37 +191,3 @@ class Meter(torch.autograd.Function):
         with torch.no_grad():
             ctx.tell(x, g)
         return g if ctx.needs_input_grad[0] else None, None, None
-
-
-@contextmanager
-def _seated(board: Board, guest: Guest, found: Watch, why: str = "") -> Iterator[None]:
-    """Seat a guest for a block and check on a regular end that every tap did its work."""
-    board.join(guest)
-    before = board.now.number
-    try:
-        yield
-    finally:
-        board.leave(guest)
-    silent = [n for n, s in guest.sites.items() if not found.fired[n] and (guest.fired[n] or not routed(s))]
-    if silent:
-        passes = board.now.number - before
-        raise RunError(
-            f"the tap of {silent[0]} never fired ({len(silent)} of {len(guest.sites)} sites, {passes} forward passes): "
-            + (why or "the model was not called, or a compiled or fused kernel bypasses the module")
-        )
-    empty = [n for n in guest.sites if not found.tokens[n] and not routed(guest.sites[n])]
-    if empty:
-        raise RunError(f"the tap of {empty[0]} saw no token ({len(empty)} sites): every position was masked")
-
-
-def _lost(site: Site, seen: Seen) -> bool:
-    """Say whether tokens are some that were sent to an expert and nobody knows which, or no example's at all."""
-    if seen.tokens is not None:
-        return False
-    return (routed(site) and len(seen.lead) == 1) or bool((seen.place()[0] < 0).any())
-
-
-def routed(site: Site) -> bool:
-    """Say whether a tap lies inside an expert, which may rightly see no token."""
-    tap = site.tap
-    return tap is not None and (tap.expert is not None or re.search(r"\bexperts\.\w*\d+\b", tap.module) is not None)
