@@ -17,15 +17,13 @@ MLP = {
 
 
 def _pick(model, chosen=None):
-    """Return rows, columns or single weights of matrices as a selection: {parameter: (kind, ids)}."""
+    """Return rows, columns or single weights of parameters as a selection: {parameter: (kind, ids)}."""
     sites, ids = {}, {}
     for name, (kind, units) in (MLP if chosen is None else chosen).items():
         shape = tuple(model.get_parameter(name).shape)
-        part = {
-            "row": Part.rows(name, shape),
-            "column": Part.columns(name, shape),
-            "weight": Part.entries(name, math.prod(shape)),
-        }[kind]
+        part = Part.entries(name, math.prod(shape))
+        if kind != "weight":
+            part = Part.rows(name, shape) if kind == "row" else Part.columns(name, shape)
         sites[name] = Site(name, kind, part.n, (part,))
         ids[name] = units
     return Selection.of(sites, ids)
