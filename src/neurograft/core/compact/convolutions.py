@@ -180,7 +180,7 @@ def conv(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     live: Live = weight.neurograft
     every = (*options, given.get("groups", 1))
     if live.beside:
-        return _ConvBeside.apply(y, given["input"], live.theta, live.original, live, every)
+        return _ConvBeside.apply(y, given["input"], live.source(), live.original, live, every)
     if not live.theta.requires_grad:
         return y
     return _ConvTap.apply(y, given["input"], live.source(), live, every)
