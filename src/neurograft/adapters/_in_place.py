@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from neurograft.core.compact.convolutions import filters
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.mount import Mount
 from neurograft.core.compact.uses import LiveWeight, tag, untag
@@ -72,8 +73,12 @@ class InPlaceMount(Mount):
     def _prepare(self, live: Live) -> None:
         """Choose the routes of the plain cases now, so that a compiler meets no search for them."""
         for name, key in self.found.alias.items():
-            if key == live.name and live.region.matrix[0] == 1 and len(live.region.shape) == 2:
-                owner = self.model.get_submodule(name.rpartition(".")[0])
+            if key != live.name or live.region.matrix[0] != 1:
+                continue
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.modules.conv._ConvNd) and len(live.region.shape) > 2:
+                filters(live)
+            elif len(live.region.shape) == 2:
                 if isinstance(owner, nn.Embedding):
                     live.looked_up()
                 else:

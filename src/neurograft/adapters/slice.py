@@ -16,6 +16,7 @@ from neurograft.core.compact.mount import Mount, regions_of, untied
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.region import Region
 from neurograft.core.selection import Selection
+from neurograft.core.tokens import beside
 
 
 @method(claims={"undo", "only_the_selection", "compact", "zero_graft", "live_model", "resume", "coordinates"})
@@ -35,7 +36,8 @@ def slice(
     Args:
         model: any module; everything else in it is frozen meanwhile.
         where: the units.
-        new: parameters the base's checkpoint lacks, trained whole (patterns), or name -> rows the base has.
+        new: parameters the base's checkpoint lacks, trained whole (patterns), or name -> rows the base has. What else
+            grew with these rows (an untied head, its bias) stays as it is and ships in the graft.
         protect: units whose numbers must not move; their overlap with `where` is left out.
         tied: what to do with a parameter that has two names: "refuse", train it for "both", or "untie" it, so that
             only the selected use changes; the graft then unties it wherever it is put on.
@@ -84,13 +86,14 @@ def _mounted(
     regions = regions_of(model, where, protect=protect, tied=tied)
     if tie is not None:
         return TiedMount(model, regions, where, new=new, allow_dense=allow_dense, beside=route == "side")
-    appended = dict(new) if isinstance(new, Mapping) else {}
+    appended, chosen = dict(new) if isinstance(new, Mapping) else {}, set(regions)
     for name, rows in appended.items():
         weight = model.get_parameter(name)
         grown = Region.of(weight.shape, "rows", torch.arange(rows, weight.shape[0]))
-        if name in regions:
+        taken = next((n for n in (name, *beside(model, name)) if n in chosen), None)
+        if taken is not None:
             raise RequestError(
-                f"a selection in {name}, to which new rows are added",
+                f"a selection in {taken}, to which new rows are added",
                 expected="one or the other",
                 do="leave its units out of the selection",
             )

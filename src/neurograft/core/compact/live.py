@@ -47,6 +47,7 @@ class Live:
         self.seen = weight._version
         self.routes: dict[tuple[int, Side], tuple[Route, int, int]] = {}
         self.rows: Lookup | None = None
+        self.filters: Any = None  # of a convolution, see `convolutions.filters`
 
     def __reduce__(self) -> Any:
         raise RunError(
@@ -121,7 +122,7 @@ class Live:
         self.theta.data = self.theta.data.to(device)
         self.region, self.original = self.region.to(device), self.original.to(device)
         self.routes.clear()
-        self.rows = None
+        self.rows = self.filters = None
         self.seen = self.weight._version
 
     def sync(self) -> None:

@@ -23,7 +23,7 @@ from neurograft.core.grafts.fits import check_room, check_writable, named, other
 from neurograft.core.grafts.ledger import Change, Ledger, aligned
 from neurograft.core.grafts.replay import Replay
 from neurograft.core.region import Region, as_matrix, union
-from neurograft.core.tokens import grown
+from neurograft.core.tokens import beside, grown
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Apart, Untie
 
@@ -155,16 +155,24 @@ class Stack:
         """Untie weights and append rows before anything is looked up; what undoes it goes to `handles`."""
         alias = Parameters.of(model).alias
         untied = {n for o in graft.operations if isinstance(o, Untie) for n in o.names} - Apart.of(model).held.keys()
-        fresh = {n: d for n, d in graft.deltas.items() if isinstance(d, New) and n in alias}
-        longer = {n: (d.after, d.shape[0]) for n, d in fresh.items() if d.after is not None}
-        reshaped = (untied & alias.keys()) | {n for n, (before, _) in longer.items() if before}
-        check_room(graft, {alias[n] for n in reshaped}, self.ledgers, self.grafts.values())
+        longer = {n: d.after for n, d in graft.deltas.items() if isinstance(d, New) and d.after}
+        reshaped = {alias[n] for n in untied & alias.keys()}
+        for name in self._parameters(model, graft, longer):
+            reshaped |= {name, *beside(model, name)}
+        check_room(graft, reshaped, self.ledgers, self.grafts.values())
         for operation in graft.operations:
             if isinstance(operation, Untie):
                 handles.append(operation.mount(model))
-        for name, (before, rows) in longer.items():
-            growth = grown(model, name, before, rows)
-            handles += [growth] if growth else []
+        for name, tensor in self._parameters(model, graft, longer).items():
+            handles += grown(model, name, longer[tensor], graft.deltas[tensor].shape[0])
+
+    @staticmethod
+    def _parameters(model: nn.Module, graft: Contents, longer: Mapping[str, int]) -> dict[str, str]:
+        """Return the parameters that tensors with appended rows stand for, and those tensors."""
+        if not longer:
+            return {}
+        where = coordinates(model)
+        return {parameter: tensor for tensor in longer for parameter in where.modules(named(tensor, graft, where))}
 
     def drop(self, model: nn.Module, graft: Contents) -> None:
         """Take a graft off; the model is then what the remaining ones make of the base.
