@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.batches import IGNORE, Batch, shifts, unlabelled
+from neurograft.core.batches import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.region import Region
+from neurograft.core.running import run
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ class Step:
     @cached_property
     def predictions(self) -> Any:
         """The model's outputs without its own loss where it can do without labels; computed once."""
-        if "outputs" in self.__dict__ or "labels" in _only_from_labels(self.model):
-            return self.outputs
-        return self.call(**unlabelled(self.batch))
+        return self.outputs if "outputs" in self.__dict__ else run(self.model, self.batch, call=self.call)
 
     @cached_property
     def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,9 +165,3 @@ class Step:
         rows = keep.nonzero()[:, 0]
         counts = torch.bincount(rows, minlength=len(keep))
         return None if bool((counts == counts[0]).all()) else 1 / (len(keep) * counts[rows])
-
-
-def _only_from_labels(model: nn.Module) -> tuple[str, ...]:
-    # Encoder-decoders make their decoder's input from the labels.
-    config = getattr(model, "config", None)
-    return ("labels",) if getattr(config, "is_encoder_decoder", False) else ()

@@ -73,7 +73,6 @@ def locate(
     Returns:
         Scores over all units of the kind, with provenance in `card`. Examples without a label tell nothing to a locator
         that needs labels and are left out, however they are batched; the card says how many as `unlabelled`.
-        that needs labels and are left out, however they are batched; the card says how many as `unlabelled`.
 
     Raises:
         RequestError: an unknown method, kind, site or option, data that the locator needs and did not get.
