@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from neurograft.core.errors import RequestError, RunError
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 Positions = str | Callable[[dict[str, Any]], Tensor]
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+TOLD = "_neurograft_told"
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Pass:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take over the arguments of a forward pass of the root."""
         names = list(inspect.signature(model.forward).parameters) if args else []
-        self.batch = {**dict(zip(names, args)), **kwargs}
+        self.batch = model.__dict__.get(TOLD) or {**dict(zip(names, args)), **kwargs}
         self.number += 1
         self.two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.offset = _cached(self.batch)
@@ -97,6 +99,30 @@ class Pass:
                 flags = torch.zeros_like(flags)
             self.masks[key] = flags
         return self.masks[key]
+
+
+@contextmanager
+def told(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Let taps of a model take its passes in the block for passes of this batch, whatever it is called with.
+
+    Which tokens count may depend on columns the model is better called without, such as labels.
+
+    Example:
+        >>> net, now = nn.Identity(), Pass()
+        >>> with told(net, {"x": 1, "labels": 2}):
+        ...     now.begin(net, (), {"x": 1})
+        >>> now.batch
+        {'x': 1, 'labels': 2}
+    """
+    held = model.__dict__.get(TOLD)
+    model.__dict__[TOLD] = dict(batch)
+    try:
+        yield
+    finally:
+        if held is None:
+            del model.__dict__[TOLD]
+        else:
+            model.__dict__[TOLD] = held
 
 
 def recomputing() -> int:
