@@ -186,6 +186,60 @@ def test_an_anchor_holds_the_model_near_the_base(llama, pick, examples):
     assert held < 0.5 * free
 
 
+def test_the_loss_of_a_window_is_the_mean_over_its_labels(llama, pick):
+    """Every position has a label: the first one is predicted by nothing and does not count."""
+    parts = [pico_batch(llama, batch=b, length=5, seed=b) for b in (1, 3)]
+    for part in parts:
+        part["labels"] = part["input_ids"].clone()
+    with torch.no_grad():
+        expected = (llama(**parts[0]).loss * 1 + llama(**parts[1]).loss * 3) / 4
+    with attach(llama, pick(llama)) as live:
+        losses = fit(live, parts, steps=1, accumulate=2)
+    assert losses == pytest.approx([float(expected)], abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["dense", "lora"])
+def test_layers_drawn_by_depth_train_alone(adapter, llama, examples):
+    """Also under an adapter whose layers stand in the place of the model's own, which hides its anatomy."""
+    batches, history = [collator(llama)(examples(llama)[:4])], []
+    with attach(llama, adapter=adapter) as live:
+        history.append(live.state_dict())
+        fit(
+            live,
+            batches,
+            steps=6,
+            schedule=("sampled", {"count": 1, "every": 2, "seed": 2, "ends": False}),
+            evaluate=lambda step: history.append(live.state_dict()),
+        )
+    moved = [{n for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(history)]
+    layers = [{n.partition("layers.")[2].partition(".")[0] for n in names} for names in moved]
+    assert all(len(names) == 1 for names in layers)
+    assert layers[::2] == layers[1::2]
+    assert set.union(*layers) == {"0", "1"}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_anchor_is_asked_of_the_same_training(own, llama, pick, examples):
+    """Also on data of its own: what is called, what is trained, the base, the step."""
+    rows, join, seen = examples(llama), collator(llama), []
+
+    def called(**inputs):
+        return llama(**inputs)
+
+    def near(step):
+        with torch.no_grad():
+            base = step.of_base(lambda: step.model(**step.batch).logits, who="near")
+        moved = [float((t.values.detach() - t.original).abs().max()) for t in step.trained().values()]
+        seen.append((step.call is called, step.step, step.max_steps, len(moved), max(moved) > 0, base.shape[0]))
+        return step.mean(-step.log_probs)
+
+    with attach(llama, pick(llama)) as live:
+        data = {"data": [join(rows[4:6])]} if own else {}
+        fit(live, [join(rows[:4])], steps=2, anchor=(near, {"weight": 0.1, **data}), call=called)
+    size = 2 if own else 4
+    assert seen == [(True, 0, 2, 3, False, size), (True, 1, 2, 3, True, size)]
+
+
 def test_a_schedule_wakes_one_part_after_the_other(llama, pick, examples):
     batches = [collator(llama)(examples(llama)[:4])]
     history = []
@@ -346,6 +400,7 @@ def test_a_kernel_that_bypasses_the_weight_is_noticed_and_can_be_served(pick):
     def square(model, batch):
         return model(batch["x"]).square().mean()
 
+    before = float(square(net, batches[0]).detach())
     with attach(net, where) as live, pytest.raises(RunError, match=r"no gradient reached 1\.weight"):
         fit(live, batches, steps=1, objective=square)
     twin = net[1].weight.detach().clone().requires_grad_(True)
@@ -362,6 +417,10 @@ def test_a_kernel_that_bypasses_the_weight_is_noticed_and_can_be_served(pick):
         assert torch.equal(net[1].weight.detach()[[0, 2]], live.trained()["1.weight"])
     assert type(net[1]) is Custom
     assert type(net[0]) is nn.Linear
+    with attach(net, where) as live, exposed(net.modules()):
+        live.reselect(lambda: pick(net, {"0.weight": ("row", [1])}))
+        assert net[1].weight is net._modules["1"]._parameters["weight"]  # no longer live: as it is
+        assert float(net(batches[0]["x"]).detach().square().mean()) == pytest.approx(before)
 
 
 def test_full_training_may_leave_a_part_unreached_and_names_it(pick):
