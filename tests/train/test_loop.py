@@ -320,6 +320,10 @@ def test_what_did_not_happen_is_said(llama, pick, examples):
         fit(live, batches, steps=1, objective=finite_over_an_infinite_slope)
     with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="no gradient reached"):
         fit(live, batches, steps=1, objective=lambda model, batch: model.lm_head.weight.sum().requires_grad_())
+    with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="no gradient reached"):
+        witness = Witness(live)
+        witness.losses.append(1.0)  # a loss, and no step that asked for a gradient
+        witness.check()
     with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="steps"):
         fit(live, [], steps=1)
     with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="decay 'cosine'"):
@@ -354,6 +358,22 @@ def test_gradients_are_of_one_step_and_clipped_to_their_norm(max_norm, steps):
         fit(live, [{"x": torch.ones(1)}], steps=3, **how)
         moved = [float(net.w.detach()), float(net.v.detach())]
     assert moved == pytest.approx([-0.5 * 3 * s for s in steps], rel=1e-5)
+
+
+def test_batch_statistics_belong_to_the_base(unmoved):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    found, seen = unmoved(net), []
+    found.random = torch.random.get_rng_state()
+
+    def square(model, batch):
+        seen.append([m.training for m in model])
+        return model(batch["x"]).square().mean()
+
+    graft = rehearsal(net, [{"x": torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))}], steps=2)
+    assert graft(None, objective=square).numel > 0
+    found.check()
+    assert seen == [[True, False, True, True]] * 2
 
 
 def test_all_wake_up_after_a_training_in_which_some_slept():

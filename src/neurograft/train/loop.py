@@ -21,7 +21,7 @@ from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, decaying, forward_only, groups_of
 from neurograft.train.steps import differentiable, driven, probed, reference_of
-from neurograft.train.untouched import random_state
+from neurograft.train.untouched import averaging, random_state
 
 Feed = Callable[[int, Phase], Batch]
 DECAYS = ("constant", "linear")
@@ -115,9 +115,14 @@ def _built(mount: Mount, optimizer: Any, *, apart: bool, weight_decay: float, lr
 
 @contextmanager
 def _training(model: nn.Module, conductor: Conductor, seed: int) -> Iterator[None]:
-    """Put the model into training mode and seed its dropout; modes, random state and sleepers are put back."""
+    """Put the model into training mode and seed its dropout; modes, random state and sleepers are put back.
+
+    Layers that keep statistics of batches stay in evaluation mode: these belong to the base.
+    """
     modes = [(m, m.training) for m in model.modules()]
     model.train()
+    for module in averaging(model):
+        module.eval()
     try:
         with random_state():
             torch.manual_seed(derive(seed, "dropout"))
