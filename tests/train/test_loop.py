@@ -360,6 +360,17 @@ def test_gradients_are_of_one_step_and_clipped_to_their_norm(max_norm, steps):
     assert moved == pytest.approx([-0.5 * 3 * s for s in steps], rel=1e-5)
 
 
+def test_gradients_from_before_and_from_a_failed_training_are_no_part_of_a_step():
+    net, how = Slope(), {"optimizer": "SGD", "lr": 0.5, "max_norm": None, "steps": 1}
+    data = [{"x": torch.ones(1)}]
+    with attach(net, adapter="dense") as live:
+        net(data[0]["x"]).backward()
+        with pytest.raises(RunError, match="loss is nan"):
+            fit(live, data, objective=lambda model, batch: model(batch["x"]) * float("nan"), **how)
+        fit(live, data, objective=lambda model, batch: model(batch["x"]), **how)
+        assert [float(net.w.detach()), float(net.v.detach())] == [-1.5, -2.0]
+
+
 def test_batch_statistics_belong_to_the_base(unmoved):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))

@@ -87,6 +87,7 @@ def fit(
     apart = conductor.schedule is not None or forward_only(chosen(optimizer))
     moving = _built(mount, optimizer, apart=apart, weight_decay=weight_decay, lr=lr, seed=seed)
     with _training(mount.model, conductor, seed):
+        moving.zero_grad(set_to_none=True)  # of a training that failed, or the caller's
         for step in range(steps):
             for group in moving.param_groups:
                 group["lr"] = group["initial_lr"] * _factor(step, steps, warmup, decay)
