@@ -1,21 +1,18 @@
 """Grafts on and off in random turns, against a slow literal twin that makes every number anew from the base."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from neurograft.core.errors import RequestError
-from neurograft.core.fingerprint import same_bits, tensor_digest
+from neurograft.core.fingerprint import same_bits
 from neurograft.core.grafts.coordinates import coordinates, everything, holders
 from neurograft.core.grafts.delta import LowRank, Shut, Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.stack import ATTRIBUTE, Stack
 from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
-from neurograft.core.untie import Untie
 from neurograft.worlds.pico import pico
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
