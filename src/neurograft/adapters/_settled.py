@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from neurograft.core.compact.live import Live
-from neurograft.core.region import Layout, Region, positions, shared, union
+from neurograft.core.overlap import shared
+from neurograft.core.region import Layout, Region, positions, union
 
 
 @dataclass(frozen=True)
