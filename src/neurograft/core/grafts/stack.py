@@ -6,6 +6,7 @@ of applying and removing never matters and an empty stack is the base bit for bi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
