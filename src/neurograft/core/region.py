@@ -185,14 +185,6 @@ class Region:
         order = entries.argsort()
         return Region(self.shape, self.matrix, "flat", entries[order]), order
 
-    def contains(self, other: Region) -> bool:
-        """Say whether every entry of `other` is in this region."""
-        if self.layout == "all":
-            return True
-        if other.layout == self.layout and other.block == self.block:
-            return bool(torch.isin(other.ids, self.ids).all())
-        return bool(torch.isin(other.flat(), self.flat()).all())
-
     def _grid(self, w: Tensor) -> Tensor:
         assert self.block is not None
         (_, rows, columns), (high, wide) = self.matrix, self.block
