@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from neurograft.core.units import Part, Site
 HIDDEN, FFN, LAYERS, VOCABULARY, ROWS, LENGTH = 512, 1536, 8, 4096, 4, 256
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FLOOR, LEAST = "floor", "least"
-NEURONS, UPPER = "neurons 2 %", "neurons 2 %, upper half of the layers"
+NEURONS, PLAIN, UPPER = "neurons 2 %", "neurons 2 %, torch's kernels", "neurons 2 %, upper half of the layers"
 ENTRIES, LORA, SHIRA, FULL = "one weight per row", "LoRA r=8", "SHiRA, same entries", "full fine-tuning"
 
 
@@ -42,21 +43,24 @@ class Contender:
         model: called with the batch.
         trained: tensors that the optimizer steps; none for the floor.
         mount: the attachment, for our own contenders.
+        own: whether our products may take another kernel than torch's.
     """
 
     model: nn.Module
     trained: list[nn.Parameter]
     mount: Mount | None = None
+    own: bool = True
 
     def prepared(self, batch: dict[str, Tensor]) -> Callable[[], None]:
         """Return one training step."""
         optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True) if self.trained else None
 
         def step() -> None:
-            self.model(**batch).loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
+            with nullcontext() if self.own else torch.backends.mkldnn.flags(enabled=False):
+                self.model(**batch).loss.backward()
+                if optimizer is not None:
+                    optimizer.step()
+                    optimizer.zero_grad()
 
         return step
 
@@ -103,11 +107,11 @@ def entries(model: nn.Module) -> Selection:
     return Selection.of(sites, ids)
 
 
-def mounted(where: Callable[[nn.Module], Selection]) -> Contender:
+def mounted(where: Callable[[nn.Module], Selection], *, own: bool = True) -> Contender:
     """Attach a selection to a fresh base."""
     model = base()
     mount = compact(model, where(model))
-    return Contender(model, mount.parameters(), mount)
+    return Contender(model, mount.parameters(), mount, own)
 
 
 def lora() -> Contender:
@@ -152,6 +156,7 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     FLOOR: floor,
     LEAST: least,
     NEURONS: lambda: mounted(lambda m: neurons(m, range(LAYERS), 0.02)),
+    PLAIN: lambda: mounted(lambda m: neurons(m, range(LAYERS), 0.02), own=False),
     UPPER: lambda: mounted(lambda m: neurons(m, range(LAYERS // 2, LAYERS), 0.02)),
     ENTRIES: lambda: mounted(entries),
     LORA: lora,
@@ -168,8 +173,9 @@ def targets(times: Times, kept: dict[str, int], clock: str) -> dict[str, Any]:
         if mine in kept and other in kept:
             ratio = times.ratio(mine, other, clock=clock)
             found[f"time: {mine} / {other}"] = {**target(ratio["median"], at_most), **ratio}
-    if LEAST in kept and LORA in kept:
-        found[f"time: {LEAST} / {LORA}"] = times.ratio(LEAST, LORA, clock=clock)
+    for mine, other in [(PLAIN, FLOOR), (PLAIN, LORA), (LEAST, LORA)]:
+        if mine in kept and other in kept:
+            found[f"time: {mine} / {other}"] = times.ratio(mine, other, clock=clock)
     if NEURONS in kept and LORA in kept:
         found[f"saved bytes: {NEURONS} / {LORA}"] = target(kept[NEURONS] / kept[LORA], 0.80)
     return found

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import Intervention
+from neurograft.core.prompts.passing import Pass, Seen
 from neurograft.core.taps.board import ATTRIBUTE
 from neurograft.core.taps.capture import capture
 from neurograft.core.taps.tap import change, watch
@@ -288,6 +290,34 @@ def test_a_fold_of_fused_experts():
     live = hooked(model, batch, step)
     with _written(model, step.fold(model)):
         assert torch.allclose(logits(model, batch), live, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", [{"positions": (0, -1)}, {"rows": (1,)}, {"rows": (1,), "positions": (2,)}])
+def test_places_inside_experts_of_another_device(how):
+    """A router's choice lies where the experts are; positions and rows, which are numbers, do not."""
+    model = pico("mixtral")
+    site = first(model)
+    step = Intervention(site, torch.tensor([0, 2]), "add", torch.ones(()), **how)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a device that this machine may lack
+        now = Pass()
+        now.begin(model, (), {"input_ids": torch.empty(2, 8, dtype=torch.int64, device="cuda")})
+        seen = Seen(now, (5,), torch.empty(5, dtype=torch.int64, device="cuda"), False, model)
+        found = step.visit(site.name, torch.empty(5, site.n, device="cuda"), seen)
+    assert (found.shape, found.device.type) == ((5, site.n), "cuda")
+
+
+def test_places_do_not_follow_the_default_device():
+    model = pico("llama")
+    now = Pass()
+    now.begin(model, (), pico_batch(model))
+    expected = Seen(now, (2, 8), None, False, model).place()
+    step = Intervention(first(model), torch.tensor([0]), "add", torch.ones(()), (0, -1), (1,))
+    with torch.device("meta"):
+        for lead in ((2, 8), (16,)):
+            seen = Seen(now, lead, None, False, model)
+            for ours, theirs in zip(seen.place(), expected, strict=True):
+                assert torch.equal(ours, theirs.reshape(lead))
+            assert step._where(seen).nonzero().shape == (2, len(lead))
 
 
 def test_folds_are_refused_where_they_are_not_exact():

@@ -54,6 +54,15 @@ def test_a_flip_starts_at_its_patch_within_a_ten_thousandth():
     assert float(off.max()) < 1.3e-4
 
 
+def test_a_flip_starts_at_the_same_numbers_for_the_same_seed():
+    like, flip = torch.zeros(50, dtype=torch.bfloat16), Mask("flip", 10.0)
+    one, two, other = (flip.start(like, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    exact = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(one, exact.bfloat16())
+
+
 def test_a_clamp_is_held_after_each_step():
     model = net()
     tuned = moved(model, [0, 64])

@@ -72,7 +72,10 @@ def test_changes_that_read_a_weight_as_other_matrices_meet():
     for first, second in (grafts, grafts[::-1]):
         with first.on(model), second.on(model):
             torch.testing.assert_close(model[0].weight.detach(), expected)
+            both = model[0].weight.detach().clone()
         assert same_bits(model[0].weight, base[0].weight)
+        with (first + second).on(model):
+            assert torch.equal(model[0].weight, both)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurograft.core.compact import products
-from neurograft.core.compact.beside import Beside
+from neurograft.core.compact.beside import Beside, Left, Onward
 from neurograft.core.compact.live import Live
+from neurograft.core.compact.tied import TiedBeside
 from neurograft.core.compact.uses import USES, tag, untag
 from neurograft.core.errors import RunError
 from neurograft.core.region import Region, as_matrix
@@ -127,6 +128,41 @@ def test_numbers_and_gradients_equal_the_dense_twin(name, kind, monkeypatch):
             assert torch.equal(weight.detach(), before)
             live.resting = True
             assert torch.equal(run(weight).detach(), at_rest)
+
+
+def tied(name, weight, region):
+    return TiedBeside(name, weight, region, torch.arange(region.values_shape[0]) % 2)
+
+
+def onward(name, weight, region):
+    """On top of entries left behind in another layout, some of which return; the whole weight, of rows alone."""
+    left = Region.of(region.shape, "flat", range(0, weight.numel(), 3), matrix=region.matrix)
+    return Onward(name, weight, region, left, rand(left.numel, seed=4))
+
+
+@pytest.mark.parametrize("kind", [tied, onward])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_values_that_stand_for_others_beside_the_weight(name, kind, monkeypatch):
+    run = OPERATIONS[name][1]
+    for region in regions(name):
+        (weight, live), (twin, _) = made(name, region, kind), made(name)
+        before = weight.detach().clone()
+        live.theta.data += 0.1 * rand(*live.theta.shape, seed=3)
+        live.region.write_(twin, live.numbers())
+        reached = {}
+        for w in (weight, twin):
+            for given in INPUTS:
+                monkeypatch.setitem(globals(), given, globals()[given].detach().clone().requires_grad_())
+            found = run(w)
+            found.backward(rand(*found.shape, seed=2))
+            reached[w is twin] = found.detach(), [globals()[given].grad for given in INPUTS]
+        torch.testing.assert_close(reached[False], reached[True], rtol=0, atol=1e-10)
+        wanted = torch.autograd.grad(live.source(), live.theta, live.region.read(twin.grad))[0]
+        torch.testing.assert_close(live.theta.grad, wanted, rtol=0, atol=1e-10)
+        assert weight.grad is None
+        assert torch.equal(weight.detach(), before)
+        copied = live.copied()
+        assert torch.equal(copied, twin.detach())
 
 
 @pytest.mark.parametrize("kind", [Live, Beside])
@@ -324,6 +360,18 @@ def test_questions_and_snapshots_stay_plain():
         weight[0, 1] = 5.0
         F.linear(X, weight)
     assert live.theta[0, 0] == 5.0
+
+
+def test_what_was_left_behind_is_added_without_a_gradient():
+    for name in ("linear", "embedding", "conv1d", "grouped", "multiplied"):
+        for region in regions(name):
+            weight, live = made(name, region, lambda n, w, r: Left(n, w, r, torch.ones(r.values_shape)))
+            twin, _ = made(name)
+            region.write_(twin, torch.ones(region.values_shape))
+            found = OPERATIONS[name][1](weight)
+            torch.testing.assert_close(found, OPERATIONS[name][1](twin.detach()), rtol=0, atol=1e-12)
+            assert not found.requires_grad
+            assert not isinstance(live.theta, nn.Parameter)
 
 
 def test_what_is_saved_is_the_selected_columns_only():

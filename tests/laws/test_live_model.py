@@ -425,3 +425,24 @@ def test_a_compiled_step_is_one_graph_and_trains_the_same(family, match, route):
     for ours, theirs in zip(made.mount.parameters(), eager.mount.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("route", ["in-place", "side"])
+@pytest.mark.parametrize(
+    ("layout", "groups"), [("rows", 2), ("cols", 1), ("cols", 2), ("block", 1), ("flat", 1), ("flat", 2), ("all", 1)]
+)
+def test_a_compiled_convolution_is_one_graph_and_has_the_eager_gradient(layout, groups, route):
+    """Columns and single entries were searched for in every pass, where no compiler can follow."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(4, 70, 3, padding=1, groups=groups), torch.nn.Tanh())
+        x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with compact(model, some_of(model, (layout,), match="weight", fraction=0.1), route=route) as live:
+        (theta,) = live.parameters()
+        wanted = torch.autograd.grad(model(x).square().sum(), (theta, x))
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(x).square().sum(), (theta, x))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()

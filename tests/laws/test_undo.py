@@ -255,6 +255,29 @@ def test_grafts_that_untie_share_the_untying_and_clash_with_grafts_of_the_tied_w
         first.apply(pico("llama"))
 
 
+def test_an_untying_that_runs_out_of_memory_half_way_leaves_the_ties(monkeypatch):
+    model = pico("t5", tie_word_embeddings=True)
+    shared, ties, clone, made = model.shared.weight, model.all_tied_weights_keys, torch.Tensor.clone, []
+    assert len(ties) > 1
+
+    def full(self, *args, **kwargs):
+        if self.shape == shared.shape:
+            made.append(1)
+            if len(made) > 1:
+                raise MemoryError
+        return clone(self, *args, **kwargs)
+
+    untie = Untie.of(model, ["lm_head.weight"])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", full)
+        with pytest.raises(MemoryError):
+            untie.mount(model)
+    assert all(model.get_parameter(name) is shared for name in ties)
+    assert model.config.tie_word_embeddings is True
+    assert model.all_tied_weights_keys is ties
+    untie.mount(model).remove()
+
+
 def test_rows_appended_to_weights_that_were_untied_first():
     model = pico("gpt2")
     base, names = bits(model), ("transformer.wte.weight", "lm_head.weight")

@@ -1,5 +1,7 @@
 """Selections by hand, and what must hold after every training."""
 
+import math
+
 import pytest
 import torch
 
@@ -15,13 +17,14 @@ MLP = {
 
 
 def _pick(model, chosen=None):
-    """Return rows or columns of matrices as a selection: {parameter: (kind, ids)}."""
+    """Return rows, columns or single weights of parameters as a selection: {parameter: (kind, ids)}."""
     sites, ids = {}, {}
     for name, (kind, units) in (MLP if chosen is None else chosen).items():
         shape = tuple(model.get_parameter(name).shape)
-        rows = kind == "row"
-        part = Part.rows(name, shape) if rows else Part.columns(name, shape)
-        sites[name] = Site(name, kind, shape[0 if rows else 1], (part,))
+        part = Part.entries(name, math.prod(shape))
+        if kind != "weight":
+            part = Part.rows(name, shape) if kind == "row" else Part.columns(name, shape)
+        sites[name] = Site(name, kind, part.n, (part,))
         ids[name] = units
     return Selection.of(sites, ids)
 

@@ -186,6 +186,60 @@ def test_an_anchor_holds_the_model_near_the_base(llama, pick, examples):
     assert held < 0.5 * free
 
 
+def test_the_loss_of_a_window_is_the_mean_over_its_labels(llama, pick):
+    """Every position has a label: the first one is predicted by nothing and does not count."""
+    parts = [pico_batch(llama, batch=b, length=5, seed=b) for b in (1, 3)]
+    for part in parts:
+        part["labels"] = part["input_ids"].clone()
+    with torch.no_grad():
+        expected = (llama(**parts[0]).loss * 1 + llama(**parts[1]).loss * 3) / 4
+    with attach(llama, pick(llama)) as live:
+        losses = fit(live, parts, steps=1, accumulate=2)
+    assert losses == pytest.approx([float(expected)], abs=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["dense", "lora"])
+def test_layers_drawn_by_depth_train_alone(adapter, llama, examples):
+    """Also under an adapter whose layers stand in the place of the model's own, which hides its anatomy."""
+    batches, history = [collator(llama)(examples(llama)[:4])], []
+    with attach(llama, adapter=adapter) as live:
+        history.append(live.state_dict())
+        fit(
+            live,
+            batches,
+            steps=6,
+            schedule=("sampled", {"count": 1, "every": 2, "seed": 2, "ends": False}),
+            evaluate=lambda step: history.append(live.state_dict()),
+        )
+    moved = [{n for n in a if not torch.equal(a[n], b[n])} for a, b in itertools.pairwise(history)]
+    layers = [{n.partition("layers.")[2].partition(".")[0] for n in names} for names in moved]
+    assert all(len(names) == 1 for names in layers)
+    assert layers[::2] == layers[1::2]
+    assert set.union(*layers) == {"0", "1"}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_anchor_is_asked_of_the_same_training(own, llama, pick, examples):
+    """Also on data of its own: what is called, what is trained, the base, the step."""
+    rows, join, seen = examples(llama), collator(llama), []
+
+    def called(**inputs):
+        return llama(**inputs)
+
+    def near(step):
+        with torch.no_grad():
+            base = step.of_base(lambda: step.model(**step.batch).logits, who="near")
+        moved = [float((t.values.detach() - t.original).abs().max()) for t in step.trained().values()]
+        seen.append((step.call is called, step.step, step.max_steps, len(moved), max(moved) > 0, base.shape[0]))
+        return step.mean(-step.log_probs)
+
+    with attach(llama, pick(llama)) as live:
+        data = {"data": [join(rows[4:6])]} if own else {}
+        fit(live, [join(rows[:4])], steps=2, anchor=(near, {"weight": 0.1, **data}), call=called)
+    size = 2 if own else 4
+    assert seen == [(True, 0, 2, 3, False, size), (True, 1, 2, 3, True, size)]
+
+
 def test_a_schedule_wakes_one_part_after_the_other(llama, pick, examples):
     batches = [collator(llama)(examples(llama)[:4])]
     history = []
@@ -266,6 +320,11 @@ def test_what_did_not_happen_is_said(llama, pick, examples):
         fit(live, batches, steps=1, objective=finite_over_an_infinite_slope)
     with attach(llama, pick(llama)) as live, pytest.raises(RunError, match="no gradient reached"):
         fit(live, batches, steps=1, objective=lambda model, batch: model.lm_head.weight.sum().requires_grad_())
+    with attach(llama, pick(llama)) as live:
+        witness = Witness(live)
+        witness.losses.append(1.0)  # a loss, and no step that asked for a gradient
+        with pytest.raises(RunError, match="no gradient reached"):
+            witness.check()
     with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="steps"):
         fit(live, [], steps=1)
     with attach(llama, pick(llama)) as live, pytest.raises(RequestError, match="decay 'cosine'"):
@@ -300,6 +359,33 @@ def test_gradients_are_of_one_step_and_clipped_to_their_norm(max_norm, steps):
         fit(live, [{"x": torch.ones(1)}], steps=3, **how)
         moved = [float(net.w.detach()), float(net.v.detach())]
     assert moved == pytest.approx([-0.5 * 3 * s for s in steps], rel=1e-5)
+
+
+def test_gradients_from_before_and_from_a_failed_training_are_no_part_of_a_step():
+    net, how = Slope(), {"optimizer": "SGD", "lr": 0.5, "max_norm": None, "steps": 1}
+    data = [{"x": torch.ones(1)}]
+    with attach(net, adapter="dense") as live:
+        net(data[0]["x"]).backward()
+        with pytest.raises(RunError, match="loss is nan"):
+            fit(live, data, objective=lambda model, batch: model(batch["x"]) * float("nan"), **how)
+        fit(live, data, objective=lambda model, batch: model(batch["x"]), **how)
+        assert [float(net.w.detach()), float(net.v.detach())] == [-1.5, -2.0]
+
+
+def test_batch_statistics_belong_to_the_base(unmoved):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    found, seen = unmoved(net), []
+    found.random = torch.random.get_rng_state()
+
+    def square(model, batch):
+        seen.append([m.training for m in model])
+        return model(batch["x"]).square().mean()
+
+    graft = rehearsal(net, [{"x": torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))}], steps=2)
+    assert graft(None, objective=square).numel > 0
+    found.check()
+    assert seen == [[True, False, True, True]] * 2
 
 
 def test_all_wake_up_after_a_training_in_which_some_slept():
@@ -346,6 +432,7 @@ def test_a_kernel_that_bypasses_the_weight_is_noticed_and_can_be_served(pick):
     def square(model, batch):
         return model(batch["x"]).square().mean()
 
+    before = float(square(net, batches[0]).detach())
     with attach(net, where) as live, pytest.raises(RunError, match=r"no gradient reached 1\.weight"):
         fit(live, batches, steps=1, objective=square)
     twin = net[1].weight.detach().clone().requires_grad_(True)
@@ -362,6 +449,10 @@ def test_a_kernel_that_bypasses_the_weight_is_noticed_and_can_be_served(pick):
         assert torch.equal(net[1].weight.detach()[[0, 2]], live.trained()["1.weight"])
     assert type(net[1]) is Custom
     assert type(net[0]) is nn.Linear
+    with attach(net, where) as live, exposed(net.modules()):
+        live.reselect(lambda: pick(net, {"0.weight": ("row", [1])}))
+        assert net[1].weight is net._modules["1"]._parameters["weight"]  # no longer live: as it is
+        assert float(net(batches[0]["x"]).detach().square().mean()) == pytest.approx(before)
 
 
 def test_full_training_may_leave_a_part_unreached_and_names_it(pick):

@@ -257,7 +257,7 @@ def test_turns_that_cannot_be_made(pick, examples, unmoved):
     turn = {"schedule": ("every", {"steps": 1})}
     with ng.attach(model, pick(model, TURNS[0])) as live, pytest.raises(ng.RequestError, match="reselect="):
         fit(live, [batch], steps=2, **turn)
-    with ng.attach(model, adapter="lora") as live, pytest.raises(ng.RequestError, match="in place"):
+    with ng.attach(model, adapter="lora") as live, pytest.raises(ng.RequestError, match="not tied"):
         fit(live, [batch], steps=2, reselect=lambda net, step: pick(net, TURNS[2]), **turn)
     with ng.attach(model, pick(model, TURNS[0])) as live:
         with pytest.raises(ng.RequestError, match="touches no parameter"):

@@ -170,6 +170,35 @@ def test_resumed_equals_uninterrupted_and_the_best_model_is_loaded(pick, tmp_pat
     assert not torch.equal(kept[HEAD], ends[HEAD])
 
 
+LAYOUTS = {"rows": ("row", [5, 6, 30]), "columns": ("column", [0, 9]), "entries": ("weight", range(3, 2048, 37))}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_beside_its_weight_trains_as_in_place(layout, tied, pick, tmp_path):
+    """The fused head reads the weight past the module; the base is not written, nor is anything left on the module."""
+    reached = {}
+    for route in ("in-place", "side"):
+        model = pico("llama", tie_word_embeddings=tied, dtype=torch.float64)
+        name = "model.embed_tokens.weight" if tied else HEAD
+        where = pick(model, {name: LAYOUTS[layout], "model.layers.1.mlp.down_proj.weight": ("column", [0, 7])})
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with ng.attach(model, where, route=route, tied="both" if tied else "refuse") as live:
+            trainer = trainer_of(model, live, tmp_path, bf16=False, weight_decay=0.0)
+            trainer.train()
+            assert trainer.moved["tensors"] == 2
+            written = any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            assert written is (route == "in-place")
+            after = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+            reached[route] = [*trainer.witness.losses, after], live.state_dict(), live.graft()
+        assert type(model.lm_head) is torch.nn.Linear
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    (losses, values, graft), (theirs, found, other) = reached["in-place"], reached["side"]
+    torch.testing.assert_close(theirs, losses, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found, values, rtol=0, atol=1e-9)
+    assert graft.base == other.base
+
+
 def test_an_adapter_around_the_head_is_refused(pick, tmp_path):
     model = model_of()
     with (
@@ -177,9 +206,13 @@ def test_an_adapter_around_the_head_is_refused(pick, tmp_path):
         pytest.raises(ng.RequestError, match="fused head"),
     ):
         trainer_of(model, live, tmp_path)
-    side = pick(model, {HEAD: ("row", [3])})
-    with ng.attach(model, side, route="side") as live, pytest.raises(ng.RequestError, match="fused head"):
+    where, head = pick(model, {HEAD: ("row", [3])}), model.lm_head
+    model.lm_head = torch.nn.Linear(32, 64, bias=False)
+    model.lm_head.weight = torch.nn.Parameter((head.weight.detach() * 100).round().to(torch.int8), False)
+    model.lm_head.dequantize = lambda: head.weight.detach()
+    with ng.attach(model, where, route="side") as live, pytest.raises(ng.RequestError, match="fused head"):
         trainer_of(model, live, tmp_path)
+    model.lm_head = head
     with ng.attach(model, pick(model), adapter="lora") as live:
         trainer = trainer_of(model, live, tmp_path, objective="likelihood")
         trainer.train()

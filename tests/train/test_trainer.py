@@ -180,6 +180,14 @@ def test_losses_that_count_no_labels_are_averaged_over_the_batches_there_are(lla
     assert graft.card["losses"] == [1.0, 1.0]
 
 
+def test_the_card_says_what_an_anchor_was_asked_on(llama, pick, examples):
+    rows = examples(llama)
+    anchor = [("kl", {"weight": 0.5, "data": rows[:2]}), "kl"]
+    graft = ng.tune(llama, rows, pick(llama), anchor=anchor, args={**FAST, "max_steps": 1})
+    said = [(a["path"].rpartition(".")[2], a["weight"], a["own_data"]) for a in graft.card["anchors"]]
+    assert said == [("kl", 0.5, True), ("kl", 1.0, False)]
+
+
 def test_an_anchor_sees_all_of_its_data_in_turn(llama, pick, examples):
     """Over micro-batches and steps alike, and none of it in an evaluation."""
     seen = []
@@ -342,6 +350,47 @@ def test_new_tokens(pick, examples):
     with graft.on(base):
         assert torch.equal(base(**batch).logits, seen)
     assert base(input_ids=batch["input_ids"].clamp(max=59)).logits.shape[-1] == 60
+
+
+class Anything(torch.nn.Module):
+    """A model that says nothing of what it takes, as wrappers do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **inputs):
+        return self.inner(*args, **inputs)
+
+
+def test_a_model_that_takes_anything_gets_every_column_and_others_those_they_name():
+    model = pico("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    rows = [{k: v[0] for k, v in pico_batch(model, batch=1, seed=s).items()} for s in range(4)]
+    plain, wrapped = (ng.tune(m, rows, args={**FAST, "max_steps": 2}) for m in (model, Anything(model)))
+    assert wrapped.card["losses"] == plain.card["losses"]
+    assert wrapped.deltas.keys() == {f"inner.{n}" for n in plain.deltas}
+    seen = []
+
+    def told(step):
+        seen.append((sorted(step.extra), "weight" in step.batch))
+        return step.outputs.loss
+
+    heavy = [{**row, "weight": torch.tensor(float(i))} for i, row in enumerate(rows)]
+    ng.tune(model, heavy, objective=told, args={**FAST, "max_steps": 1})
+    assert seen == [(["weight"], False)]
+
+
+def test_what_several_devices_or_processes_cannot_do_is_refused(llama, pick, examples, tmp_path, monkeypatch):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, **FAST)
+    with ng.attach(llama, pick(llama)) as live:
+        trainer = GraftTrainer(model=llama, args=args, mount=live, optimizer="mezo", objective="auto")
+        monkeypatch.setattr(TrainingArguments, "world_size", 2)
+        with pytest.raises(ng.RequestError, match="in 2 processes"):
+            trainer.create_optimizer()
+        monkeypatch.undo()
+        monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+        with pytest.raises(ng.RequestError, match="several devices in one process"):
+            trainer._conductor(None, None)
 
 
 def test_optimizers_and_objectives_by_name(llama, pick, examples):

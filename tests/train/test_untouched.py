@@ -17,6 +17,7 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.order, self.list, self.set = {"a": 1, "b": 2}, [1, 2], {1}
+        self.only, self.pair = {"a": None}, [None, None]
         self.register_buffer("count", torch.zeros(2))
 
 
@@ -29,6 +30,7 @@ def test_containers_come_back_as_they_were_and_stay_the_same_objects():
             order["a"], odd.extra = order.pop("a"), 1  # another order
             lists.append(3)
             sets.add(2)
+            odd.only["a"], odd.pair[:] = 1, [1, 2]  # every value another, the keys and the length as before
             odd.order = {}
             odd.count += 1
             handles.append(odd.register_forward_hook(print))
@@ -38,6 +40,7 @@ def test_containers_come_back_as_they_were_and_stay_the_same_objects():
         interrupted()
     assert odd.order is order
     assert (list(order), lists, sets, odd.count.tolist()) == (["a", "b"], [1, 2], {1}, [0.0, 0.0])
+    assert (odd.only, odd.pair) == ({"a": None}, [None, None])
     assert not hasattr(odd, "extra")
     assert not odd._forward_hooks
     handles[0].remove()  # it finds its dict, though emptied

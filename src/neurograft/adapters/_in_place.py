@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from neurograft.core.compact.convolutions import filters
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.mount import Mount
 from neurograft.core.compact.uses import LiveWeight, tag, untag
@@ -37,6 +38,7 @@ class InPlaceMount(Mount):
         super().__init__(model, new=new)
         self.allow_dense, self.lives, self.handles = allow_dense, list[Live](), list[Any]()
         self.heads: list[Live] = []
+        self.idle: list[Live] = []  # what stands beside a weight and is not trained any more
         self.start: dict[str, torch.Tensor] = {}
         narrow = (torch.bfloat16, torch.float16)
         self.heads = [self._head(n, p) for n, p in self.whole().items() if p.dtype in narrow]
@@ -71,8 +73,12 @@ class InPlaceMount(Mount):
     def _prepare(self, live: Live) -> None:
         """Choose the routes of the plain cases now, so that a compiler meets no search for them."""
         for name, key in self.found.alias.items():
-            if key == live.name and live.region.matrix[0] == 1 and len(live.region.shape) == 2:
-                owner = self.model.get_submodule(name.rpartition(".")[0])
+            if key != live.name or live.region.matrix[0] != 1:
+                continue
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.modules.conv._ConvNd) and len(live.region.shape) > 2:
+                filters(live)
+            elif len(live.region.shape) == 2:
                 if isinstance(owner, nn.Embedding):
                     live.looked_up()
                 else:
@@ -119,12 +125,12 @@ class InPlaceMount(Mount):
         """Return the trained values; on top of other grafts, relative to the base below them."""
         found = {}
         for live in self.lives:
-            values = live.theta.detach().cpu().clone()
+            region, values = self.regions()[live.name].to("cpu"), live.theta.detach().cpu().clone()
             if live.name in self.start:
                 now = self.start[live.name]
-                base = self.stack.original(live.name, self._at_rest(live), live.region.to("cpu")).to(values.dtype)
+                base = self.stack.original(live.name, self._at_rest(live), region).to(values.dtype)
                 values = torch.where(now == base, values, base + (values - now))
-            found[live.name] = Slice(live.region.to("cpu"), values)
+            found[live.name] = Slice(region, values)
         return found
 
     @staticmethod
@@ -135,18 +141,19 @@ class InPlaceMount(Mount):
 
     def held(self) -> dict[str, Trained]:
         """Return what is trained of each parameter."""
-        return {live.name: Trained(live.theta, live.region, live.original) for live in self.lives}
+        return {live.name: Trained(live.source(), live.region, live.original) for live in self.lives}
 
     def rest(self) -> Callable[[], None]:
         """Put the numbers from before the attachment back for a moment."""
         if not self.attached:
             return lambda: None
-        for live in self.lives:
+        lives = (*self.lives, *self.idle)
+        for live in lives:
             live.resting = True  # neither a forward pass nor reading the state may write the values back
             live.restore()
 
         def ended() -> None:
-            for live in self.lives:
+            for live in lives:
                 live.resting = False
                 live.write()
 
@@ -157,13 +164,13 @@ class InPlaceMount(Mount):
         return {live.name: live.region for live in self.lives}
 
     def _untag(self) -> None:
-        for live in (*self.lives, *self.heads):
+        for live in (*self.lives, *self.heads, *self.idle):
             live.write()
             self._off(live)
         unregister_values(self.model)
 
     def _tag(self, lives: list[Live]) -> None:
-        every = [*lives, *self.heads]
+        every = [*lives, *self.heads, *self.idle]
         self.lives, self.by_theta = lives, {id(live.theta): live for live in every}
         register_values(self.model, every)
         for live in every:
@@ -181,7 +188,7 @@ class InPlaceMount(Mount):
         """Make every weight plain again, with its original numbers."""
         for handle in self.handles:
             handle.remove()
-        for live in (*self.lives, *self.heads):
+        for live in (*self.lives, *self.heads, *self.idle):
             live.restore()
             self._off(live)
         unregister_values(self.model)
@@ -191,7 +198,7 @@ class InPlaceMount(Mount):
 
         `.to("meta")`, offloading, sharding and `load_state_dict(assign=True)` rebuild parameters.
         """
-        for live in (*self.lives, *self.heads):
+        for live in (*self.lives, *self.heads, *self.idle):
             if self._lost(live):
                 raise RunError(
                     f"{live.name} was replaced after it was attached (moved, offloaded, sharded or assigned); "

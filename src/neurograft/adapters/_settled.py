@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from neurograft.core.compact.live import Live
-from neurograft.core.region import Layout, Region, positions, shared, union
+from neurograft.core.overlap import shared
+from neurograft.core.region import Layout, Region, positions, union
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Settled:
     values: Tensor
 
     @staticmethod
-    def of(live: Live) -> Settled:
-        """Return a live weight's entries as they are now."""
-        return Settled(live.region.to("cpu"), live.original.cpu(), live.theta.detach().cpu().clone())
+    def of(region: Region, original: Tensor, values: Tensor) -> Settled:
+        """Return entries that are trained as they are now, on the CPU."""
+        return Settled(region.to("cpu"), original.cpu(), values.detach().cpu().clone())
 
     def joined(self, newer: Settled) -> Settled:
         """Return the entries of both; where they overlap, the newer values and the base's numbers.

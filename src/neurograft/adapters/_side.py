@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neurograft.adapters._in_place import InPlaceMount
+from neurograft.adapters._settled import Settled
+from neurograft.adapters._turning import SliceMount
 from neurograft.core.compact.additions import product
-from neurograft.core.compact.beside import Beside
+from neurograft.core.compact.beside import Beside, Left, Onward
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.uses import LiveWeight
+from neurograft.core.context import Trained
 from neurograft.core.errors import RequestError
 from neurograft.core.linears import is_linear, transposed
 from neurograft.core.region import Region
 
 
-class SideMount(InPlaceMount):
+class SideMount(SliceMount):
     """Values trained beside frozen weights.
 
     The trainable tensor of a weight holds values, as on the in-place route, so that weight decay means the
     same; every use of the weight adds what they differ from the base. Plain weights are live ones that are not
     written; a linear layer that is packed or sharded gets a hook. Parameters the base lacks are trained in place.
+    What a turn to other units leaves behind goes on being added, at the price of a product with as many numbers.
     """
 
     def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
@@ -38,6 +44,56 @@ class SideMount(InPlaceMount):
                 do="leave it out of the selection, or load the base unquantized",
             )
         return Packed(name, module, leaf, region)
+
+    def _onward(self, name: str, weight: nn.Parameter, region: Region) -> Live:
+        past = self.past.get(name)
+        if past is None:
+            return self._live(name, weight, region)
+        return Onward(name, weight, region, past.region, past.values, allow_dense=self.allow_dense)
+
+    def _tag(self, lives: list[Live]) -> None:
+        trained, weights = {live.name for live in lives}, self.found.by_name
+        idle = {n: past for n, past in self.past.items() if n not in trained}
+        self.idle = [Left(n, weights[n], past.region, past.values) for n, past in idle.items()]
+        super()._tag(lives)
+
+    def _settled(self, live: Live) -> Settled:
+        assert isinstance(live, Beside)
+        return Settled.of(*live.trained, live.theta)
+
+    def regions(self) -> dict[str, Region]:
+        """Return which entries of which weights are trained."""
+        return {live.name: live.trained[0] for live in self.lives if isinstance(live, Beside)}
+
+    def held(self) -> dict[str, Trained]:
+        """Return what is trained of each parameter."""
+        return {live.name: Trained(live.theta, *live.trained) for live in self.lives if isinstance(live, Beside)}
+
+    def _leave(self, *, base: bool) -> None:
+        """Nothing to write: what was left behind is added at every use."""
+
+    @contextmanager
+    def _shown(self, lives: list[Live]) -> Iterator[None]:
+        """Let the weights be copies with the values in them for a moment; the base itself is not written.
+
+        Raises:
+            RequestError: a weight is packed, offloaded or sharded.
+        """
+        packed = next((live.name for live in lives if isinstance(live, Packed)), None)
+        if packed is not None:
+            raise RequestError(
+                f"another selection on a model whose {packed} is trained beside packed numbers",
+                expected="plain weights, in which a locator can be shown the values trained so far",
+                do="load the base unquantized, or take a schedule that does not select anew",
+            )
+        weights = [(live.weight, live.weight.data, live) for live in (*lives, *self.idle)]
+        try:
+            for weight, _, live in weights:
+                weight.data = live.copied()
+            yield
+        finally:
+            for weight, base, _ in weights:
+                weight.data = base
 
     @staticmethod
     def _checked(name: str, weight: nn.Parameter) -> nn.Parameter:

@@ -11,7 +11,7 @@ from neurograft.adapters._in_place import InPlaceMount
 from neurograft.adapters._plain import need_plain
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.mount import matrix_of
-from neurograft.core.compact.tied import Tied
+from neurograft.core.compact.tied import Tied, TiedBeside
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.coordinates import everything
 from neurograft.core.grafts.delta import Delta, LowRank, Slice
@@ -22,7 +22,7 @@ from neurograft.core.units import Parameters, Part
 
 
 class TiedMount(InPlaceMount):
-    """Vectors trained in place; row i of a group becomes base_i + vector of the group."""
+    """Vectors trained in place, or beside the weight; row i of a group becomes base_i + vector of the group."""
 
     def __init__(
         self,
@@ -32,13 +32,15 @@ class TiedMount(InPlaceMount):
         *,
         new: Iterable[str] | Mapping[str, int] = (),
         allow_dense: bool = False,
+        beside: bool = False,
     ) -> None:
+        self.kind = TiedBeside if beside else Tied
         need_plain(model, regions, what="tie='site' on", instead="leave tie out")
         self.grouped = grouped(model, regions, where)
         super().__init__(model, {n: r for n, (r, _) in self.grouped.items()}, new=new, allow_dense=allow_dense)
 
     def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
-        return Tied(name, weight, region, self.grouped[name][1], allow_dense=self.allow_dense)
+        return self.kind(name, weight, region, self.grouped[name][1], allow_dense=self.allow_dense)
 
     def deltas(self) -> dict[str, Slice] | dict[str, Delta]:  # type: ignore[override]
         """Return vectors and 0/1 membership as low-rank factors, exactly; folded rows where a weight has no factors."""

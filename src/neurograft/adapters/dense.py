@@ -125,7 +125,8 @@ class DenseMount(Mount):
                 below = self.stack.ledgers.get(name)
                 if below is not None:
                     base = self.original[name].clone()
-                    below.region.write_(base, below.original)
+                    for touched, numbers in below.originals():
+                        touched.write_(base, numbers)
                     held, was = base.to(wide.dtype), self.original[name].to(wide.dtype)
                     wide = torch.where(held == was, wide, held + (wide - was))
                 found[name] = Slice(region, wide)

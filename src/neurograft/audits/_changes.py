@@ -187,7 +187,7 @@ def _of_grafts(model: nn.Module, grafts: tuple[Graft, ...]) -> Change:
                     shape = tuple(where.read(tensor).shape)
                     found.new += [p.name for p in where.to_module(tensor, everything(shape, as_matrix(shape)))]
         for name, ledger in stack.ledgers.items():
-            mine = [s.region for g in grafts for s, _ in ledger.members.get(g.identity, ())]
+            mine = [ledger.members[g.identity].region for g in grafts if g.identity in ledger.members]
             if mine and name not in found.new:
                 regions[name] = union(mine)
                 after[name] = regions[name].read(parameters[name]).cpu()

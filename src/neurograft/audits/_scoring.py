@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import IGNORE, Batch, shifts, unlabelled
+from neurograft.core.context import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError
+from neurograft.core.running import run
 
 Sums = tuple[Tensor, Tensor]
 CHUNK = 1 << 20  # logits that are made float32 at a time
@@ -152,18 +151,8 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor:
     return labels
 
 
-def forward(model: nn.Module, batch: Batch) -> Any:
-    """Run a model on a batch; labels are given to it only where it cannot run without."""
-    inputs: dict[str, Any] = unlabelled(batch)
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    asked = inspect.signature(model.forward).parameters.get("labels")
-    if "labels" in batch and (encoder_decoder or (asked is not None and asked.default is inspect.Parameter.empty)):
-        inputs["labels"] = batch["labels"]
-    return model(**inputs)
-
-
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    outputs = forward(model, batch)
+    outputs = run(model, batch)
     found = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if not isinstance(found, Tensor):
         raise RequestError(

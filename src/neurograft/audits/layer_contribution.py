@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from neurograft.anatomy.describe import anatomy
 from neurograft.audits._changes import as_change, evaluating
-from neurograft.audits._scoring import forward
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch, shifts, token_mask
 from neurograft.core.errors import RequestError, RunError
+from neurograft.core.taps.look import look
 from neurograft.core.units import Parameters
 
 CHUNK = 1 << 22
@@ -127,7 +127,7 @@ def _outputs(model: nn.Module, modules: Sequence[str], batch: Batch) -> dict[str
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in modules]
     try:
-        forward(model, batch)
+        look(model, batch, hooked=modules)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,13 +12,13 @@ from neurograft.audits._changes import Null, as_change, evaluating
 from neurograft.audits._layers import blocks
 from neurograft.audits._measures import as_measure, floor
 from neurograft.audits._paired import Switch
-from neurograft.audits._scoring import forward
 from neurograft.audits._statistics import estimate
 from neurograft.core.card import method
 from neurograft.core.context import Batch, token_mask
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.numerics.linalg import linear_cka
 from neurograft.core.prompts.examples import size
+from neurograft.core.taps.look import look
 
 BATCHES = 16
 WHOLE = ""  # the name of the model itself, for one without layers
@@ -134,7 +134,7 @@ def outputs(
     handles = [modules[name].register_forward_hook(hook(name)) for name in names]
     try:
         for batch in batches:
-            forward(model, batch)
+            look(model, batch, hooked=names)
             first += size(batch)
     finally:
         for handle in handles:

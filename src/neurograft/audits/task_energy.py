@@ -16,6 +16,7 @@ from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.passing import Seen
 from neurograft.core.taps.board import Board, Guest
+from neurograft.core.taps.look import look
 
 
 @method(paper="slicefine")
@@ -56,7 +57,7 @@ def task_energy(
         board.join(guest)
         try:
             for batch in batches:
-                net(**batch)
+                look(net, batch)
         finally:
             board.leave(guest)
     found = []

@@ -16,6 +16,7 @@ from neurograft.core.batches import IGNORE, POSITIONS, Batch, device_of, shifts,
 from neurograft.core.errors import RequestError
 from neurograft.core.phase import Phase
 from neurograft.core.prompts.requests import Request
+from neurograft.core.running import run
 from neurograft.core.seeds import generator
 from neurograft.core.step import Step, Trained
 from neurograft.core.units import Site
@@ -27,6 +28,7 @@ __all__ = [
     "Context",
     "Phase",
     "Request",
+    "Said",
     "Step",
     "Trained",
     "device_of",
@@ -34,6 +36,25 @@ __all__ = [
     "token_mask",
     "unlabelled",
 ]
+
+
+@dataclass(frozen=True)
+class Said:
+    """A target that reads what a model says and no loss of its own, so that none needs to be computed.
+
+    Args:
+        of: (outputs, batch) -> scalar.
+
+    Example:
+        >>> Said(lambda outputs, batch: outputs.sum())(torch.ones(2), {})
+        tensor(2.)
+    """
+
+    of: Callable[[Any, Batch], Tensor]
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the scalar."""
+        return self.of(outputs, batch)
 
 
 @dataclass
@@ -48,7 +69,7 @@ class Context:
         groups: several sets of batches by name (languages, tasks), for methods that compare more than two.
         loss: (model, batch) -> scalar loss, the bound objective.
         asked: the objective itself, for methods that tell it the number of their step; `loss` is asked if None.
-        target: (outputs, batch) -> scalar, for attributions to something other than the loss.
+        target: (outputs, batch) -> scalar, for attributions to something else than the loss; a `Said` if it reads none.
         positions: which tokens count: one of `POSITIONS`, or a callable batch -> bool [B, T].
         processor: tokenizer or processor, if there is one.
         requests: edit requests.
@@ -105,7 +126,8 @@ class Context:
         examples are batched. `step` is for losses that draw: one number, one draw.
         """
         if self.target is not None:
-            return self.target(self.model(**batch), batch)
+            given = run(self.model, batch) if isinstance(self.target, Said) else self.model(**batch)
+            return self.target(given, batch)
         if self.asked is not None:
             return self.asked(Step(self.model, batch, step=step, apart=True))
         if self.loss is None:

@@ -209,15 +209,18 @@ class Intervention:
         return x.index_copy(axis, ids, new.to(x.dtype))
 
     def _where(self, seen: Seen) -> Tensor | None:
-        """Return which activations change, bool shaped like their leading axes; None for all."""
+        """Return which activations change, bool shaped like their leading axes; None for all.
+
+        Places are on the CPU, as positions and rows are; a mask of the batch is where the batch is.
+        """
         flags: Tensor | None = None
         if isinstance(self.positions, tuple):
             wanted = [p if p >= 0 else p + seen.first for p in self.positions]
-            flags = torch.isin(seen.place()[1], torch.tensor(wanted))
+            flags = torch.isin(seen.place()[1], torch.tensor(wanted, device="cpu"))
         elif self.positions != "all":
             flags = seen.mask(self.positions)
         if self.rows is not None:
-            mine = torch.isin(seen.place()[0], torch.tensor(self.rows))
+            mine = torch.isin(seen.place()[0], torch.tensor(self.rows, device="cpu"))
             flags = mine if flags is None else flags.cpu() & mine
         if self.aligned:
             assert self.value is not None

@@ -185,6 +185,20 @@ class Region:
         order = entries.argsort()
         return Region(self.shape, self.matrix, "flat", entries[order]), order
 
+    def contains(self, other: Region) -> bool:
+        """Say whether every entry of `other` is in this region."""
+        if self.layout == "all":
+            return True
+        if self.alike(other):
+            return bool(torch.isin(other.ids, self.ids).all())
+        return bool(torch.isin(other.flat(), self.flat()).all())
+
+    def alike(self, other: Region) -> bool:
+        """Say whether the ids of both number the same things, so that equal ids are equal entries."""
+        if self.layout != other.layout or self.layout in ("flat", "all"):
+            return self.layout == other.layout
+        return self.matrix == other.matrix and self.block == other.block
+
     def _grid(self, w: Tensor) -> Tensor:
         assert self.block is not None
         (_, rows, columns), (high, wide) = self.matrix, self.block
@@ -249,7 +263,7 @@ def union(regions: Iterable[Region]) -> Region:
     first = found[0]
     if any(r.layout == "all" for r in found):
         return next(r for r in found if r.layout == "all")
-    if all(r.layout == first.layout and r.block == first.block for r in found):
+    if all(first.alike(r) for r in found):
         ids = torch.cat([r.ids.cpu() for r in found]).unique()
     else:
         ids = torch.cat([r.flat().cpu() for r in found]).unique()
@@ -269,7 +283,7 @@ def positions(inner: Region, outer: Region) -> Tensor:
     """
     if outer.layout == "all":
         return inner.flat().cpu()
-    if inner.layout == outer.layout and inner.block == outer.block:
+    if inner.alike(outer):
         where = torch.searchsorted(outer.ids, inner.ids)
         width = math.prod(inner.values_shape[1:])
         return (where[:, None] * width + torch.arange(width)).reshape(-1)
@@ -278,17 +292,3 @@ def positions(inner: Region, outer: Region) -> Tensor:
         return torch.searchsorted(flat, inner.flat().cpu())
     order = flat.argsort()
     return order[torch.searchsorted(flat[order], inner.flat().cpu())]
-
-
-def shared(one: Region, other: Region) -> tuple[Tensor, Tensor]:
-    """Return where the entries both regions hold stand among the values of each, flattened.
-
-    Example:
-        >>> a, b = Region.of((4, 2), "rows", [0, 2]), Region.of((4, 2), "rows", [2, 3])
-        >>> [where.tolist() for where in shared(a, b)]
-        [[2, 3], [0, 1]]
-    """
-    mine, theirs = one.flat().cpu(), other.flat().cpu()
-    inside = torch.isin(mine, theirs).nonzero().reshape(-1)
-    order = theirs.argsort()
-    return inside, order[torch.searchsorted(theirs[order], mine[inside])]

@@ -8,12 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurograft.core.batches import IGNORE, Batch, shifts, unlabelled
+from neurograft.core.batches import IGNORE, Batch, shifts
 from neurograft.core.errors import RequestError
+from neurograft.core.likelihood import label_log_probs
 from neurograft.core.region import Region
+from neurograft.core.running import run
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,24 @@ class Step:
     @cached_property
     def predictions(self) -> Any:
         """The model's outputs without its own loss where it can do without labels; computed once."""
-        if "outputs" in self.__dict__ or "labels" in _only_from_labels(self.model):
-            return self.outputs
-        return self.call(**unlabelled(self.batch))
+        return self.outputs if "outputs" in self.__dict__ else run(self.model, self.batch, call=self.call)
 
     @cached_property
-    def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _labelled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The places that have a label, int64 [N] among all of the logits, their labels [N], and which they are."""
         labels = self.batch.get("labels")
         if labels is None:
             raise RequestError(
                 "a batch without labels", expected="labels", do="give labelled rows, or a callable objective"
             )
-        logits = self.predictions.logits
+        logits: Tensor = self.predictions.logits
+        shape, first = tuple(logits.shape[:-1]), 0
         if shifts(self.model):
-            logits, labels = logits[:, -labels.shape[1] :][:, :-1], labels[:, 1:]
-        if logits.shape[:-1] != labels.shape:
+            first = max(0, logits.shape[1] - labels.shape[1])
+            shape, labels = (len(logits), logits.shape[1] - first - 1), labels[:, 1:]
+        if shape != tuple(labels.shape):
             raise RequestError(
-                f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}",
+                f"logits of shape {(*shape, logits.shape[-1])} for labels of shape {tuple(labels.shape)}",
                 expected="one row of logits for each label",
                 do="use a loss of the model's own for this kind of model",
             )
@@ -103,18 +105,30 @@ class Step:
                 expected="at least one labelled token",
                 do="drop empty answers, or raise the truncation length",
             )
-        chosen = logits[keep]
-        return chosen if chosen.dtype == torch.float64 else chosen.float(), labels[keep], keep
+        at = torch.arange(logits.shape[:-1].numel(), device=keep.device).view(logits.shape[:-1])
+        at = at[:, first:-1] if shifts(self.model) else at
+        return at[keep].to(logits.device), labels[keep].to(logits.device), keep
+
+    @property
+    def _rows(self) -> Tensor:
+        """The logits as [M, V], a view where they lie in one piece."""
+        logits: Tensor = self.predictions.logits
+        return logits.reshape(-1, logits.shape[-1])
 
     def scored(self) -> tuple[Tensor, Tensor]:
-        """Return logits float32 [N, V] and labels [N] of the labelled tokens, shifted if the model predicts ahead."""
-        return self._scored[:2]
+        """Return logits float32 [N, V] and labels [N] of the labelled tokens, shifted if the model predicts ahead.
+
+        They are a copy, made anew each time: over a large vocabulary nobody should hold it for longer than needed.
+        """
+        at, labels, _ = self._labelled
+        chosen = self._rows[at]
+        return chosen if chosen.dtype == torch.float64 else chosen.float(), labels
 
     @cached_property
     def log_probs(self) -> Tensor:
         """Log-probability of each labelled token, [N], with gradient."""
-        logits, labels = self.scored()
-        return -F.cross_entropy(logits, labels, reduction="none")
+        at, labels, _ = self._labelled
+        return label_log_probs(self._rows, at, labels)
 
     def entropy(self, *, top: int | None = None) -> Tensor:
         """Return the entropy in nats of the prediction at each labelled token, [N].
@@ -162,13 +176,7 @@ class Step:
     @cached_property
     def _shares(self) -> Tensor | None:
         """What each labelled token counts where rows count alike, [N]; None where tokens do so too."""
-        keep = self._scored[2]
+        keep = self._labelled[2]
         rows = keep.nonzero()[:, 0]
         counts = torch.bincount(rows, minlength=len(keep))
         return None if bool((counts == counts[0]).all()) else 1 / (len(keep) * counts[rows])
-
-
-def _only_from_labels(model: nn.Module) -> tuple[str, ...]:
-    # Encoder-decoders make their decoder's input from the labels.
-    config = getattr(model, "config", None)
-    return ("labels",) if getattr(config, "is_encoder_decoder", False) else ()

@@ -142,16 +142,16 @@ class Untied:
                     expected="the model as the graft was made on, with tied weights",
                     do="load the base the graft was made on, with its own config",
                 )
+        shared = {n: found.by_name[found.alias[n]] for n in names if n not in self.apart.held}
+        # Copied before anything changes: memory may run out.
+        own = {n: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for n, p in shared.items()}
         if not self.apart.held:
             self._say_so()
         for name in names:
-            if name in self.apart.held:
-                old, users = self.apart.held[name]
-                self.apart.held[name] = (old, users + 1)
-            else:
-                old = found.by_name[found.alias[name]]
-                self.apart.held[name] = (old, 1)
-                self._place(name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+            old, users = self.apart.held.get(name) or (shared[name], 0)
+            self.apart.held[name] = (old, users + 1)
+        for name, parameter in own.items():
+            self._place(name, parameter)
         model.__dict__[ATTRIBUTE] = self.apart
 
     def _say_so(self) -> None:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from neurograft.anatomy.describe import anatomy
 from neurograft.anatomy.sites import sites
-from neurograft.core.context import Context, unlabelled
+from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.coordinates import coordinates, everything
 from neurograft.core.grafts.delta import LowRank
 from neurograft.core.linears import transposed
 from neurograft.core.prompts.requests import Rows
 from neurograft.core.region import as_matrix
+from neurograft.core.taps.look import look
 from neurograft.core.taps.tap import Reader, change, watch
 from neurograft.core.units import Parameters, Site, Tap
 
@@ -144,7 +145,7 @@ def read(model: nn.Module, found: Mapping[str, Site], rows: Rows, flags: Tensor,
         here = flags[i : i + AT_ONCE]
         if bool(here.any()):
             with watch(model, found, reader, mask=lambda _, here=here: here):  # type: ignore[misc]
-                model(**{k: v[i : i + AT_ONCE] for k, v in unlabelled(rows.batch).items()})
+                look(model, {k: v[i : i + AT_ONCE] for k, v in rows.batch.items()})
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Context, device_of, unlabelled
+from neurograft.core.context import Context, device_of
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.stack import Stack
 from neurograft.core.prompts.requests import Request, joined
+from neurograft.core.taps.look import look
 from neurograft.core.taps.tap import watch
 from neurograft.edits._memory import Memory, at_subjects, read
 
@@ -39,7 +40,7 @@ def covariances(context: Context, found: Sequence[Memory]) -> dict[str, Tensor]:
     if context.batches:
         for batch in context.batches:
             with watch(context.model, where, add):
-                context.model(**unlabelled(batch))
+                look(context.model, batch)
     else:
         rows = joined(context.requests, device=device_of(context.model))
         index = torch.arange(rows.batch["input_ids"].shape[1], device=rows.at.device)

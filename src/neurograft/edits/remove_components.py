@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Context, unlabelled
+from neurograft.core.context import Context
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.intervene import Intervention
 from neurograft.core.numerics.linalg import principal
 from neurograft.core.selection import Selection
+from neurograft.core.taps.look import look
 from neurograft.core.taps.tap import watch
 
 
@@ -62,7 +63,7 @@ def remove_components(
     seen = positions if positions in ("all", "last", "prompt", "answer") else "last"
     with watch(context.model, chosen, reader, mask=seen), torch.no_grad():
         for batch in context.batches:
-            context.model(**unlabelled(batch))
+            look(context.model, batch)
     operations = []
     for name, site in chosen.items():
         directions, _ = principal(torch.cat(kept[name]), max(numbers) + 1)

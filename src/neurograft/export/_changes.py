@@ -12,11 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError
-from neurograft.core.grafts.combined import combined
+from neurograft.core.grafts.combined import Change, combined
 from neurograft.core.grafts.coordinates import Coordinates, coordinates, holders
 from neurograft.core.grafts.delta import New
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.grafts.ledger import Change
 from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region
 from neurograft.core.resolve import resolve

@@ -11,6 +11,7 @@ from torch import Tensor
 from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
+from neurograft.core.taps.look import look
 from neurograft.core.taps.tap import change, gradients
 from neurograft.core.units import Site
 from neurograft.locators._common import backward, effect, per_example
@@ -117,5 +118,5 @@ def of_token(context: Context, sites: Mapping[str, Site], batch: Batch, token: i
 
     blank = {**batch, "input_ids": torch.full_like(batch["input_ids"], token)}
     with torch.no_grad(), change(context.model, sites, keep):
-        context.model(**blank)
+        look(context.model, blank)
     return found

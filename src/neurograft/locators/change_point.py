@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Context, token_mask, unlabelled
+from neurograft.core.context import Batch, Context, token_mask
 from neurograft.core.errors import RequestError
 from neurograft.core.numerics.linalg import linear_cka, mean_cca, principal
 from neurograft.core.selection import Scores
+from neurograft.core.taps.look import look
 from neurograft.core.taps.tap import watch
 from neurograft.locators._common import need_batches, scored
 
@@ -77,9 +78,9 @@ def _outputs(context: Context) -> dict[str, Tensor]:
         kept[name].append(x.reshape(len(x), -1).double().cpu())
 
     for batch in context.batches:
-        wanted = ends(batch, positions=context.positions)  # the model is called without the labels that say so
+        wanted = ends(batch, positions=context.positions)
         with watch(context.model, context.sites, reader, mask=lambda seen, wanted=wanted: wanted), torch.no_grad():  # type: ignore[misc]
-            context.model(**unlabelled(batch))
+            look(context.model, batch)
     found = {name: torch.cat(parts) for name, parts in kept.items()}
     if len(next(iter(found.values()))) < 2:
         raise RequestError("a single prompt", expected="several, about 300", do="give more prompts")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Context
+from neurograft.core.context import Batch, Context, Said
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.candidates import candidate_ids, candidate_logits, divergence, entropy
 from neurograft.core.prompts.examples import size
@@ -85,7 +85,7 @@ def cue_bias(
     asked = replace(
         context,
         sites={name: context.sites[name] for name in names},
-        target=forward if direction == "forward" else backward,
+        target=Said(forward if direction == "forward" else backward),
         positions="all",
     )
     found = integrated_gradients(asked, steps=steps, rule=rule, signed=True)

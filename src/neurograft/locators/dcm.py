@@ -14,6 +14,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.prompts.answering import both, need_causal, paired
 from neurograft.core.prompts.collate import rebatched
 from neurograft.core.prompts.places import answers, ends, place
+from neurograft.core.running import run
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.taps.capture import capture
 from neurograft.core.taps.tap import change
@@ -141,6 +142,6 @@ class _Patch:
             return made
 
         with change(self.model, self.sites, mixed):
-            logits = self.model(**{k: v for k, v in base.items() if k != "labels"}).logits
+            logits = run(self.model, base).logits
         found: Tensor = logits[rows, ends(base)]
         return found

@@ -12,6 +12,7 @@ from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Batch, Context, shifts
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import singles
+from neurograft.core.running import run
 from neurograft.core.selection import Scores
 from neurograft.core.taps.tap import gradients
 from neurograft.core.units import Parameters
@@ -62,7 +63,7 @@ def sampled(context: Context, batch: Batch, number: int) -> Batch:
     """
     labels = batch.get("labels")
     with torch.no_grad():
-        out: Any = context.model(**batch)
+        out: Any = run(context.model, batch)
     logits = getattr(out, "logits", None)
     if labels is None or logits is None or labels.is_floating_point() or logits.shape[: labels.dim()] != labels.shape:
         raise RequestError(

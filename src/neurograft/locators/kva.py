@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from neurograft.core.card import method
-from neurograft.core.context import Batch, Context, token_mask, unlabelled
+from neurograft.core.context import Batch, Context, Said, token_mask
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.candidates import first_answers
+from neurograft.core.running import run
 from neurograft.core.selection import Scores
 from neurograft.locators._common import need_batches
 from neurograft.locators.integrated_gradients import integrated_gradients
@@ -83,7 +84,7 @@ def kva(
         values = logits if of == "logit" else logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         return values.gather(1, said[:, None]).mean()
 
-    asked = replace(context, target=target, positions=place)
+    asked = replace(context, target=Said(target), positions=place)
     found = integrated_gradients(
         asked,
         steps=steps,
@@ -115,6 +116,6 @@ def _aim(context: Context, batch: Batch, answer: str) -> tuple[Tensor, Tensor]:
         at = last.int().argmax(1)
     if answer == "likeliest":
         with torch.no_grad():
-            logits = context.model(**unlabelled(batch)).logits
+            logits = run(context.model, batch).logits
         said = logits[torch.arange(len(at), device=at.device), at].argmax(-1)
     return at, said

@@ -13,6 +13,7 @@ from neurograft.core.context import Batch, Context
 from neurograft.core.errors import RequestError
 from neurograft.core.selection import Scores
 from neurograft.core.taps.behind import Behind
+from neurograft.core.taps.look import look
 from neurograft.locators._common import need_batches, scored
 
 Sums = dict[int, Tensor]
@@ -51,10 +52,11 @@ def salient(context: Context, *, skip: int = 0) -> Scores:
 
             block = stream_of(known, site)
             seats.append(Behind(context.model, site.tap.module, block, read, dim=site.tap.dim))
+        hooked = [site.tap.module for site in context.sites.values() if site.tap is not None]
         for batch in context.batches:
             now[:] = [batch]
             with torch.no_grad():
-                context.model(**batch)
+                look(context.model, batch, hooked=hooked)
     finally:
         for seat in seats:
             seat.remove()

@@ -13,6 +13,7 @@ from neurograft.core.context import IGNORE, Batch, Context, token_mask
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.selection import Scores
+from neurograft.core.taps.look import look
 from neurograft.core.taps.table import auroc
 from neurograft.core.taps.tap import per_unit, watch
 from neurograft.locators._common import need_two_sets, scored
@@ -131,7 +132,7 @@ def rollouts(context: Context, ends: Sequence[int]) -> tuple[dict[str, Tensor], 
     with watch(context.model, context.sites, read, mask=_path(tuple(ends))) as looking, torch.no_grad():
         for side, reward in ((context.batches, 1.0), (context.contrast, 0.0)):
             for batch in side:
-                context.model(**batch)
+                look(context.model, batch)
                 seen += size(batch)
                 rewards.append(torch.full((size(batch),), reward))
     which = torch.cat(numbers)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch, unlabelled
+from neurograft.core.context import Batch
 from neurograft.core.intervene import Intervention
 from neurograft.core.prompts.examples import singles
+from neurograft.core.running import run
+from neurograft.core.taps.look import look
 from neurograft.core.taps.reducers import Exemplars, Extremes, Moments, Rate, Reducer, Sample
 from neurograft.core.taps.stream import observe
 from neurograft.core.taps.tap import per_unit, watch
@@ -109,7 +111,7 @@ def _exemplar(model: nn.Module, one: Mapping[str, Site], name: str, row: Batch, 
         values.extend(flat[:, 0].float().tolist())
 
     with watch(model, one, read) as found, torch.no_grad():
-        model(**row)
+        look(model, row)
     if not places:
         return None
     at = sorted(range(len(places)), key=lambda i: places[i])
@@ -135,16 +137,12 @@ def _silenced(
     """Return what silence takes from the logits at the unit's strongest places; positive: the unit raises them."""
     total, count = None, 0
     for row, exemplar in zip(rows, exemplars):
-        inputs = unlabelled(row)
         step = Intervention(site, torch.tensor([number]), "zero")
         with torch.no_grad():
-            try:
-                plain = model(**inputs)
-            except (TypeError, ValueError):  # a model that needs its labels to run
-                plain = model(**(inputs := dict(row)))
+            plain = run(model, row)
             mounted = step.mount(model)
             try:
-                silent = model(**inputs)
+                silent = run(model, row)
             finally:
                 mounted.remove()
         logits = getattr(plain, "logits", None)
@@ -168,7 +166,7 @@ def _partners(model: nn.Module, site: Site, number: int, batches: Sequence[Batch
 
     with watch(model, {site.name: site}, read), torch.no_grad():
         for batch in batches:
-            model(**batch)
+            look(model, batch)
     if not tokens:
         return []
     mean, square, cross = sums / tokens

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.context import Batch
+from neurograft.core.context import Batch, Said
 from neurograft.core.errors import RequestError
 from neurograft.pipeline.inputs import processor_for
 
@@ -42,7 +42,7 @@ def target_of(target: Target, model: nn.Module, processing_class: Any) -> Callab
         found: Tensor = at[:, ids[0]].mean() - (at[:, ids[1]].mean() if len(ids) == 2 else 0.0)
         return found
 
-    return logit
+    return Said(logit)
 
 
 def _single(tokenizer: Any, word: str) -> int:

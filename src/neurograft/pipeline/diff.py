@@ -140,7 +140,8 @@ def _compared(
             skipped += [name] if not torch.equal(before, after) else []
             continue
         if before.shape != after.shape:
-            deltas[name] = _appended(name, before, after)
+            if not _zeros_added(before, after):
+                deltas[name] = _appended(name, before, after)
             continue
         change = narrow_change(before, after, _matrix(model, where, name, tuple(before.shape)))
         if change is not None:
@@ -160,6 +161,14 @@ def _same_numbers(name: str, theirs: Source, first: torch.Tensor) -> None:
                 expected="tied weights, or a config that says they are not",
                 do="set tie_word_embeddings to false in the tuned model's config.json",
             )
+
+
+def _zeros_added(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether a [1, tokens] bias has only been given zeros for new tokens, as it is whenever their rows are."""
+    tokens = before.shape[-1] if before.dim() else 0
+    if before.shape != (1, tokens) or after.dim() != 2 or len(after) != 1 or after.shape[1] <= tokens:
+        return False
+    return torch.equal(before, after[:, :tokens]) and not after[:, tokens:].any()
 
 
 def _appended(name: str, before: torch.Tensor, after: torch.Tensor) -> New:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-import torch
 from torch import nn
 
-
-@contextmanager
-def rng_as_found() -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+from neurograft.train.untouched import random_state
 
 
 @contextmanager
@@ -37,7 +24,7 @@ def as_found(model: nn.Module) -> Iterator[nn.Module]:
     """
     modes = {m: m.training for m in model.modules()}
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    with rng_as_found():
+    with random_state():
         try:
             yield model.eval()
         finally:

@@ -121,7 +121,7 @@ class Conductor:
         if self.reselect is None or turn is None:
             raise RequestError(
                 f"a schedule that selects anew at step {step}",
-                expected="a locator to ask and adapter='slice' in place",
+                expected="a locator to ask, and adapter='slice' whose units are not tied",
                 do="pass reselect=(model, step) -> Selection",
             )
         if self.witness is not None and self.witness.awake:  # none yet at the start and after a resume

@@ -21,7 +21,7 @@ from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, decaying, forward_only, groups_of
 from neurograft.train.steps import differentiable, driven, probed, reference_of
-from neurograft.train.untouched import random_state
+from neurograft.train.untouched import averaging, random_state
 
 Feed = Callable[[int, Phase], Batch]
 DECAYS = ("constant", "linear")
@@ -87,6 +87,7 @@ def fit(
     apart = conductor.schedule is not None or forward_only(chosen(optimizer))
     moving = _built(mount, optimizer, apart=apart, weight_decay=weight_decay, lr=lr, seed=seed)
     with _training(mount.model, conductor, seed):
+        moving.zero_grad(set_to_none=True)  # of a training that failed, or the caller's
         for step in range(steps):
             for group in moving.param_groups:
                 group["lr"] = group["initial_lr"] * _factor(step, steps, warmup, decay)
@@ -115,9 +116,14 @@ def _built(mount: Mount, optimizer: Any, *, apart: bool, weight_decay: float, lr
 
 @contextmanager
 def _training(model: nn.Module, conductor: Conductor, seed: int) -> Iterator[None]:
-    """Put the model into training mode and seed its dropout; modes, random state and sleepers are put back."""
+    """Put the model into training mode and seed its dropout; modes, random state and sleepers are put back.
+
+    Layers that keep statistics of batches stay in evaluation mode: these belong to the base.
+    """
     modes = [(m, m.training) for m in model.modules()]
     model.train()
+    for module in averaging(model):
+        module.eval()
     try:
         with random_state():
             torch.manual_seed(derive(seed, "dropout"))

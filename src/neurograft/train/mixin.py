@@ -143,13 +143,22 @@ class GraftTrainerMixin(Losses, Files):
         self.resumed = {"from": None if found is None else found.name, "skipped": skipped}
         self.moved = None
         try:
-            with exposed(heads(trainer.model) if is_trl(self) else ()):
+            with self._head():
                 out = super().train(str(found) if found else None, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.conductor.end()
         if self.moved is None:
             self.moved = self._moved()
         return out
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict as the Trainer does; see `train`."""
+        with self._head():
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _head(self) -> Any:
+        trainer: Any = self
+        return exposed(heads(trainer.model) if is_trl(self) else ())
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self

@@ -13,7 +13,8 @@ from neurograft.core.choose import Chosen, check_options, choose, methods
 from neurograft.core.compact.moments import carried
 from neurograft.core.compact.mount import Mount
 from neurograft.core.errors import RequestError, near
-from neurograft.core.region import Region, shared
+from neurograft.core.overlap import shared
+from neurograft.core.region import Region
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 

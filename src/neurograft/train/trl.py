@@ -80,18 +80,17 @@ def heads(model: nn.Module) -> list[nn.Module]:
 
 
 def check_head(model: nn.Module, mount: Mount) -> None:
-    """Raise if an adapter wraps the head: the kernel would read its base weight and leave the adapter out.
+    """Raise if an adapter wraps the head or hooks it: the kernel would read its base weight and leave the adapter out.
 
     Raises:
         RequestError: it does.
     """
     for head in heads(model):
         wrapped = getattr(head, "base_layer", None) is not None
-        held = list(head._parameters.values())
-        beside = any(live.beside and any(live.weight is p for p in held) for live in getattr(mount, "lives", ()))
-        if wrapped or beside:
+        hooked = any(getattr(live, "owner", None) is head for live in getattr(mount, "lives", ()))
+        if wrapped or hooked:
             raise RequestError(
                 "an adapter around the output head in a TRL trainer, whose fused head reads the weight itself",
-                expected="the head trained in place (adapter='slice'), or not at all",
+                expected="a head of plain numbers trained by adapter='slice', or no trained head",
                 do="leave the head out of the selection, or train with transformers.Trainer",
             )

@@ -27,10 +27,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     configs = [_Kept(c) for c in _configs(model)]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     places = [(p, p.device) for p in model.parameters()]
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.eval()
-            module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
+    for module in averaging(model):
+        module.eval()
+        module.train = types.MethodType(_stay, module)  # type: ignore[method-assign]
     try:
         with random_state():
             yield
@@ -43,6 +42,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for parameter, device in places:
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
+
+
+def averaging(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that keep running statistics of batches, which are the base's and no part of a graft."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None]
 
 
 @contextmanager

@@ -50,8 +50,7 @@ def product(y: Tensor, x: Tensor, live: Live, chosen: Route, part: tuple[int, in
         chosen: its entries in this matrix, and where x stands.
         part: the range of the values' first axis that belongs to this matrix.
     """
-    theta: Tensor = live.theta
-    base = live.original
+    theta, base = live.source(), live.original
     if part != (0, theta.shape[0]):
         theta, base = theta[part[0] : part[1]], base[part[0] : part[1]]
     found: Tensor = _Product.apply(y, x, theta, base, chosen, live)
@@ -90,5 +89,5 @@ def _of_bank(v: Tensor, theta: Tensor, base: Tensor, offs: Tensor, live: Live, s
 
 def grouped(y: Tensor, x: Tensor, live: Live, side: Side, offs: Tensor) -> Tensor:
     """Return a grouped product as if the bank held the values; y, x: [N, ...], offs: [E], where experts stop."""
-    found: Tensor = _Grouped.apply(y, x, live.theta, live.original, live, side, offs)
+    found: Tensor = _Grouped.apply(y, x, live.source(), live.original, live, side, offs)
     return found

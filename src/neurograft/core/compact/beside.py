@@ -7,9 +7,10 @@ weight keeps the base's numbers, the operation runs on them as it is, and D is n
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neurograft.core.compact.live import Live, Plain
+from neurograft.core.region import Region, positions, union
 
 
 class Beside(Live):
@@ -18,6 +19,11 @@ class Beside(Live):
     Who reads the weight (`state_dict`, `detach`, `.data`) sees the base; an operation computes as if the weight
     held theta in the region.
     """
+
+    @property
+    def trained(self) -> tuple[Region, Tensor]:
+        """Which entries theta holds, and what the base holds there."""
+        return self.region, self.original
 
     @property
     def beside(self) -> bool:
@@ -44,7 +50,7 @@ class Beside(Live):
         """Return the weight with the values in it, a copy, for operations that are not linear in it or not known."""
         if self.resting:
             return super().dense()
-        values = self.theta.to(self.weight.dtype, copy=True)
+        values = self.source().to(self.weight.dtype, copy=True)
         if self.region.layout == "all":
             return values.view(self.weight.shape)
         flat = self.weight.detach().reshape(-1)
@@ -54,3 +60,68 @@ class Beside(Live):
         """Return a copy of the whole weight with the current values."""
         with Plain(), torch.no_grad():
             return self.dense().detach().clone()
+
+
+class Left(Beside):
+    """Entries that were trained and were left behind: every use goes on adding them, and they do not move.
+
+    Args:
+        name: the parameter's module name.
+        weight: the frozen parameter.
+        region: which of its entries.
+        values: what they were left with, in the order of the region.
+    """
+
+    def __init__(self, name: str, weight: nn.Parameter, region: Region, values: Tensor) -> None:
+        super().__init__(name, weight, region)
+        self.theta = values.to(self.theta)  # type: ignore[assignment]  # a plain tensor: no optimizer's
+
+
+class Onward(Beside):
+    """The trainable side of a weight of which other entries were trained before and left behind.
+
+    Uses add both; `region` and `original` are of both. Entries that return go on from the values they were left with.
+
+    Args:
+        name: the parameter's module name.
+        weight: the frozen parameter.
+        region: which of its entries theta holds.
+        left: the ones left behind; may overlap.
+        values: what these were left with.
+        allow_dense: accept a dense gradient where an operation is not known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: nn.Parameter,
+        region: Region,
+        left: Region,
+        values: Tensor,
+        *,
+        allow_dense: bool = False,
+    ) -> None:
+        both = union([left, region])
+        super().__init__(name, weight, both, allow_dense=allow_dense)
+        held = self.theta.detach()
+        held.view(-1)[positions(left, both).to(held.device)] = values.reshape(-1).to(held)
+        self.held, self.own, self.at = held, region.to(held.device), positions(region, both).to(held.device)
+        self.theta = nn.Parameter(held.view(-1)[self.at].view(region.values_shape))
+
+    @property
+    def trained(self) -> tuple[Region, Tensor]:
+        """Which entries theta holds, and what the base holds there."""
+        return self.own, self.original.reshape(-1)[self.at].view(self.own.values_shape)
+
+    def source(self) -> Tensor:
+        """Return all entries that may differ from the base, shaped as those of `region`; theta's have a gradient."""
+        return self.held.view(-1).index_copy(0, self.at, self.theta.reshape(-1)).view(self.held.shape)
+
+    def numbers(self) -> Tensor:
+        """Return all entries that may differ from the base, as plain numbers."""
+        return self.source().detach()
+
+    def moved(self, device: torch.device) -> None:
+        """Follow the weight to another device."""
+        super().moved(device)
+        self.held, self.own, self.at = self.held.to(device), self.own.to(device), self.at.to(device)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neurograft.core.numerics.matmul import matmul
+
 aten = torch.ops.aten
 Change = tuple[Callable[..., Tensor], int, tuple[Any, ...]]  # function, place of the gradient, other arguments
 ELEMENTWISE = {
@@ -44,12 +46,16 @@ class Product:
     def whole(self) -> Tensor:
         """Return it, [..., n]."""
         if self.found is None:
-            self.found = self.g @ self.weight
+            self.found = self._times(self.weight)
         return self.found
 
     def at(self, ids: Tensor) -> Tensor:
         """Return its columns `ids`, [..., k]."""
-        return self.g @ self.weight.index_select(1, ids)
+        return self._times(self.weight.index_select(1, ids))
+
+    def _times(self, weight: Tensor) -> Tensor:
+        flat = matmul(self.g.reshape(-1, self.g.shape[-1]), weight)
+        return flat.view(*self.g.shape[:-1], weight.shape[1])
 
     def settle(self) -> None:
         """Make whole what is still held; the weight is about to change."""
@@ -123,19 +129,19 @@ def whole(value: Any) -> Any:
     return type(value)(map(whole, value)) if type(value) in (list, tuple) else value
 
 
-class Behind(torch.autograd.Function):
-    """The output y of a product y = x @ W.T + b computed before, with x's gradient g @ W deferred."""
+def input_gradient(g: Tensor, weight: Tensor, *, late: bool) -> Tensor:
+    """Return the gradient of a product's input, g @ W: computed, or deferred until somebody reads it.
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight = weight.detach()  # the same numbers, to which nothing happens when they are read
-        return aten._unsafe_view(y, y.shape)  # not a view to autograd: callers may add to it in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        product = Product(whole(grads[0]), ctx.weight)
-        after_pass(product.settle)
-        return None, Deferred.of(product), None
+    Args:
+        g: [..., m], gradient of the product's output.
+        weight: [m, n].
+        late: defer it.
+    """
+    product = Product(g, weight)
+    if not late:
+        return product.whole()
+    after_pass(product.settle)
+    return Deferred.of(product)
 
 
 def passing() -> bool:
@@ -161,6 +167,6 @@ def pays(x: Tensor, tap: type[torch.autograd.Function]) -> bool:
         below = node.next_functions
         if type(node).__name__ != name:
             ahead += [n for n, _ in below if n is not None]
-        elif below[0][0] is not None:
+        elif any(n is not None for n, _ in below[:2]):
             return False
     return True

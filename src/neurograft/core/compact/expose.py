@@ -18,7 +18,8 @@ def exposed(modules: Iterable[nn.Module]) -> Iterator[list[str]]:
 
     Such a kernel would see a frozen weight and give it no gradient, silently. Inside the block the attribute is
     read through a property, so that the kernel's dense gradient reaches the compact values. Keys, parameters and
-    `isinstance` stay what they were. Its price is the dense gradient of that weight, which the kernel computes.
+    `isinstance` stay what they were. Its price is the dense gradient of that weight, which the kernel computes, and
+    for a weight that is never written (`core.compact.beside`) a copy with the values, held until the backward pass.
 
     Args:
         modules: owners of the weights; those without a live weight are left alone.

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from neurograft.core.numerics.matmul import matmul
 from neurograft.core.region import Region
 
 Side = Literal["row", "column"]
@@ -50,7 +51,7 @@ class Route:
 
     def thin(self, x: Tensor, g: Tensor) -> Tensor:
         """Return the gradient from x [N, f] and the asked features of g, [N, k]."""
-        return g.t() @ x.to(g.dtype)
+        return matmul(g.t(), x.to(g.dtype))
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """Return the gradient of the region's values from the kept input x [N, f] and g [N, m] = dL/dy."""
@@ -60,9 +61,9 @@ class Route:
         a, b = (x, g) if self.side == "row" else (g, x)
         layout = self.region.layout
         if layout in ("rows", "cols"):  # x keeps only the chosen features
-            return x.t() @ g
+            return matmul(x.t(), g)
         if layout == "all":
-            return (a.t() @ b).view(self.region.shape)
+            return matmul(a.t(), b).reshape(self.region.shape)
         if layout == "block":
             return self._block_chunks(a, b) if self.bounds else self._blocks(a, b)
         return {"loop": self._loop, "sampled product": self._sampled, "dense chunks": self._chunks}[self.name](a, b)
@@ -82,8 +83,8 @@ class Route:
         for chunk, (lo, hi) in enumerate(zip(self.bounds, self.bounds[1:])):
             if hi > lo:
                 first = chunk * strips
-                dense = a[:, first * high : (first + strips) * high].t() @ b
-                grid = dense.view(-1, high, b.shape[1] // wide, wide).transpose(1, 2)
+                dense = matmul(a[:, first * high : (first + strips) * high].t(), b)
+                grid = dense.reshape(-1, high, b.shape[1] // wide, wide).transpose(1, 2)
                 out.append(grid[i[lo:hi] - first, j[lo:hi]])
         return torch.cat(out)
 
@@ -100,8 +101,8 @@ class Route:
         for chunk, (lo, hi) in enumerate(zip(self.bounds, self.bounds[1:])):
             if hi > lo:
                 first = chunk * CHUNK
-                dense = a[:, first : first + CHUNK].t() @ b
-                out.append(dense.view(-1).index_select(0, self.region.ids[lo:hi] - first * columns))
+                dense = matmul(a[:, first : first + CHUNK].t(), b)
+                out.append(dense.reshape(-1).index_select(0, self.region.ids[lo:hi] - first * columns))
         return torch.cat(out)
 
 

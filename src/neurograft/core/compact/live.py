@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.compact.deferred import Deferred, after_pass, passing, whole
+from neurograft.core.compact.deferred import Deferred, after_pass, input_gradient, passing, whole
 from neurograft.core.compact.gradients import Route, Side, route
 from neurograft.core.errors import RunError
 from neurograft.core.marks import Watched
@@ -47,6 +47,7 @@ class Live:
         self.seen = weight._version
         self.routes: dict[tuple[int, Side], tuple[Route, int, int]] = {}
         self.rows: Lookup | None = None
+        self.filters: Any = None  # of a convolution, see `convolutions.filters`
 
     def __reduce__(self) -> Any:
         raise RunError(
@@ -121,7 +122,7 @@ class Live:
         self.theta.data = self.theta.data.to(device)
         self.region, self.original = self.region.to(device), self.original.to(device)
         self.routes.clear()
-        self.rows = None
+        self.rows = self.filters = None
         self.seen = self.weight._version
 
     def sync(self) -> None:
@@ -214,28 +215,46 @@ def handed(y: Tensor) -> Tensor:
 
 
 class Tap(torch.autograd.Function):
-    """Identity on an operation's output whose backward yields the gradient of theta."""
+    """An operation's output y, whose backward yields the gradient of theta.
+
+    It is the identity on a y that leads to x in the graph by itself; or, given what the product multiplied x by,
+    it stands for the whole product y = x @ inward.T + bias and yields the gradients of x and of the bias too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, theta: Tensor, chosen: Route, live: Live) -> Tensor:
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        theta: Tensor,
+        chosen: Route,
+        live: Live,
+        inward: Tensor | None = None,
+        bias: Tensor | None = None,
+        late: bool = False,
+    ) -> Tensor:
         kept = x if chosen.keep is None else x.index_select(-1, chosen.keep)
-        ctx.save_for_backward(kept)
+        ctx.save_for_backward(kept, inward)
         ctx.chosen, ctx.live, ctx.shape, ctx.dtype = chosen, live, theta.shape, theta.dtype
-        ctx.epoch = live.moment
+        ctx.epoch, ctx.late = live.moment, late
         return handed(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g,) = grads
         check_epoch(ctx.live, ctx.epoch)
-        (kept,), asked = ctx.saved_tensors, ctx.chosen.asked
+        (kept, inward), asked = ctx.saved_tensors, ctx.chosen.asked
         kept = kept.reshape(-1, kept.shape[-1])
-        if isinstance(g, Deferred) and asked is not None and not ctx.needs_input_grad[0]:
+        if isinstance(g, Deferred) and asked is not None and not any(ctx.needs_input_grad[:2]):
             found, g = ctx.chosen.thin(kept, g.at(asked).reshape(-1, len(asked))), None
         else:
             g = whole(g)
             found = ctx.chosen.gradient(kept, g.reshape(-1, g.shape[-1]))
-        return g, None, found.reshape(ctx.shape).to(ctx.dtype), None, None
+        found = found.reshape(ctx.shape).to(ctx.dtype)
+        if inward is None:
+            return g, None, found, None, None, None, None, None
+        bias = g.sum(tuple(range(g.dim() - 1))) if ctx.needs_input_grad[6] else None
+        return None, input_gradient(g, inward, late=ctx.late), found, None, None, None, bias, None
 
 
 class Alias(torch.autograd.Function):

@@ -149,7 +149,7 @@ def gathered(y: Tensor, weight: Any, index: Any) -> Any:
 
 def _looked_up(y: Tensor, tokens: Tensor, live: Live, skip: int) -> Tensor:
     if live.beside:
-        beside: Tensor = _LookupBeside.apply(y, tokens, live.theta, live.original, live, skip)
+        beside: Tensor = _LookupBeside.apply(y, tokens, live.source(), live.original, live, skip)
         return beside
     if not live.theta.requires_grad:
         return y

@@ -28,6 +28,7 @@ from neurograft.core.numerics.noise import Stream
 from neurograft.core.region import Region, as_matrix, region_of, union
 from neurograft.core.selection import Selection
 from neurograft.core.step import Trained
+from neurograft.core.tokens import beside
 from neurograft.core.units import Parameters
 from neurograft.core.untie import Untie, Untied
 
@@ -77,6 +78,7 @@ class Mount(metaclass=_Whole):
         self.flags = {n: p.requires_grad for n, p in self.found.by_name.items()}
         self.appended = dict(new) if isinstance(new, Mapping) else {}
         self.new = self._match(new)
+        self.longer = self._longer()
         self.new_originals = {n: p.detach().clone() for n, p in self.whole().items()}
         self.ended_new: dict[str, Tensor] = {}  # what whole new parameters held when they were taken out
         self.attached = True
@@ -187,6 +189,11 @@ class Mount(metaclass=_Whole):
                 pieces.setdefault(piece.name, []).append(delta.at(piece))
         for name, slices in pieces.items():
             found[name] = slices[0] if len(slices) == 1 else merged([(s, 1.0) for s in slices], None)
+        for name, rows in self.longer.items():
+            held = self.found.by_name[name].detach()
+            (piece,) = self.where.to_checkpoint(name, _all(held))
+            wide = torch.promote_types(held.dtype, torch.float32)
+            found[piece.name] = New(held[rows:].to("cpu", wide, copy=True), rows)
         for name in self.new:
             (piece,) = self.where.to_checkpoint(name, _all(self.found.by_name[name]))
             if name in self.appended:
@@ -265,6 +272,25 @@ class Mount(metaclass=_Whole):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def _longer(self) -> dict[str, int]:
+        """Return what else has grown with the appended rows, a head or its bias; it stays as it is and is shipped.
+
+        Raises:
+            RequestError: a buffer has grown by other numbers than the zeros it gets wherever the graft is put on.
+        """
+        found: dict[str, int] = {}
+        for name, rows in self.appended.items():
+            for other, tensor in beside(self.model, name).items():
+                if isinstance(tensor, nn.Parameter):
+                    found |= {other: rows} if other not in self.appended else {}
+                elif bool(tensor[..., rows:].any()):
+                    raise RequestError(
+                        f"the buffer {other} with other numbers than 0 for the new tokens of {name}",
+                        expected="zeros, as resize_token_embeddings leaves them",
+                        do=f"set {other}[..., {rows}:] to 0",
+                    )
+        return found
 
     def _match(self, new: Iterable[str] | Mapping[str, int]) -> list[str]:
         matched: list[str] = []

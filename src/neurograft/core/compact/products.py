@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from neurograft.core.compact import additions
 from neurograft.core.compact.banks import grouped_gradient
-from neurograft.core.compact.deferred import Behind, pays
+from neurograft.core.compact.deferred import pays
 from neurograft.core.compact.gradients import Side
 from neurograft.core.compact.live import Live, Tap, alias, check_epoch, handed
 from neurograft.core.marks import Watched
@@ -40,7 +39,7 @@ def _place(weight: Any) -> tuple[Live, int, bool, tuple[int, int]] | None:
     return (live, bank, flipped, (first, first + high)) if first + high <= rows else None
 
 
-def _product(y: Tensor, x: Tensor, weight: Any, side: Side) -> Tensor | None:
+def _product(y: Tensor, x: Tensor, weight: Any, side: Side, *, inward: _Inward | None = None) -> Tensor | None:
     """Attach the gradient to y = x @ W.T (side "column") or y = x @ W (side "row"); None if it cannot."""
     place = _place(weight)
     if place is None:
@@ -56,7 +55,22 @@ def _product(y: Tensor, x: Tensor, weight: Any, side: Side) -> Tensor | None:
     if hi == lo or not live.theta.requires_grad:  # no entries here, or they sleep
         return y
     theta = live.source()
-    return Tap.apply(y, x, theta if hi - lo == theta.shape[0] else theta[lo:hi], chosen, live)
+    part = theta if hi - lo == theta.shape[0] else theta[lo:hi]
+    return Tap.apply(y, x, part, chosen, live, *(inward or ()))
+
+
+class _Inward(NamedTuple):
+    """What a tap needs to yield the gradient of a product's input.
+
+    Args:
+        weight: [m, n], by which the gradient of the output is multiplied.
+        bias: [m], or None.
+        late: whether the gradient is put off.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    late: bool
 
 
 def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, at: int, side: Side) -> Any:
@@ -66,24 +80,40 @@ def _tapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor,
     extra = {k: alias(v, func) for k, v in kwargs.items()}
     if not isinstance(weight, Watched):
         return func(*rest, **extra)
-    plain = _deferring(rest, weight) if func is F.linear else None
-    plain = func(*rest, **extra) if plain is None else plain
-    tapped = _product(plain, x, weight, side)
+    inward = None
+    if not extra and x is rest[at - 1]:
+        inward = _inward(x, weight, [a for i, a in enumerate(rest) if i not in (at - 1, at)], side)
+    if inward is None:
+        plain = func(*rest, **extra)
+    else:
+        with torch.no_grad():
+            plain = func(*rest)
+    tapped = _product(plain, x, weight, side, inward=inward)
     return NotImplemented if tapped is None else tapped
 
 
-def _deferring(args: tuple[Any, ...], weight: Any) -> Tensor | None:
-    """Return x @ W.T + b with x's gradient deferred, where that pays and nothing else asks for a gradient."""
-    (x, _, *more), live = args, weight.neurograft
-    if torch.compiler.is_compiling() or not x.requires_grad or weight is not live.weight or live.beside:
+def _inward(x: Tensor, weight: Any, more: list[Any], side: Side) -> _Inward | None:
+    """Say how the gradient of the product's input is found by the tap itself, or None to leave it to torch.
+
+    Args:
+        x: [..., n].
+        weight: live, [m, n] on side "column".
+        more: the product's other arguments: a bias, None or nothing.
+        side: where x stands.
+    """
+    live: Live = weight.neurograft
+    bias = more[0] if more else None
+    if torch.compiler.is_compiling() or type(x) is not Tensor or not x.requires_grad or not torch.is_grad_enabled():
         return None
-    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if weight is not live.weight or _dims(weight) != 2 or live.beside or not live.theta.requires_grad:
         return None
-    if any(b is not None and b.requires_grad for b in more) or not pays(x, Tap):
+    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type) or x.dim() < 2:
         return None
-    with torch.no_grad():
-        y = F.linear(*args)
-    return cast(Tensor, Behind.apply(y, x, live.weight))
+    found = live.weight.detach()  # the same numbers, to which nothing happens when they are read
+    found = found if side == "column" else found.t()
+    if len(more) > 1 or (bias is not None and bias.shape != found.shape[:1]):
+        return None
+    return _Inward(found, bias, pays(x, Tap))
 
 
 def linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

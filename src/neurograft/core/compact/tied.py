@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from neurograft.core.compact.beside import Beside
 from neurograft.core.compact.live import Live, Plain
 from neurograft.core.errors import RunError
 from neurograft.core.region import Region
@@ -61,3 +62,12 @@ class Tied(Live):
         """Follow the weight to another device."""
         super().moved(device)
         self.base, self.groups = self.base.to(device), self.groups.to(device)
+
+
+class TiedBeside(Beside, Tied):
+    """`Tied` for a weight that is never written: every use adds the vectors of its rows' groups."""
+
+    def reload(self) -> None:
+        """Take what somebody else wrote into the weight for the base; the vectors stay."""
+        super().reload()
+        self.base = self.original.to(self.base)

@@ -39,7 +39,8 @@ class LiveValues(nn.Module):
     def __init__(self, entries: Sequence[Entry]) -> None:
         nn.Module.__init__(self)  # not super(): below, the next class in line is nn.LayerNorm
         for entry in entries:
-            self._parameters[entry.name] = entry.theta
+            if isinstance(entry.theta, nn.Parameter):  # what was left behind follows the model and is not trained
+                self._parameters[entry.name] = entry.theta
         self.entries = entries
 
     def forward(self, x: Any) -> Any:

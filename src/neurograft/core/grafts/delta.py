@@ -13,6 +13,7 @@ from torch import Tensor
 from neurograft.core.grafts.coordinates import Piece, everything
 from neurograft.core.grafts.replay import Replay
 from neurograft.core.grafts.slices import Shut, Slice
+from neurograft.core.overlap import Index
 from neurograft.core.region import Layout, Region, as_matrix
 
 __all__ = [
@@ -83,9 +84,9 @@ class Shift:
         """The parameter's entries that change."""
         return self.piece.region
 
-    def after(self, before: Tensor) -> Tensor:
-        """Return the new values, flat, of the region's numbers before."""
-        return before + self.piece.take(self.low.product()).reshape(-1).to(before.dtype)
+    def after(self, before: Tensor, at: Index) -> Tensor:
+        """Return new values, [k, run]: those of the runs `at` of the region's values, whose numbers were `before`."""
+        return before + self.piece.take(self.low.product()).reshape(-1, before.shape[1])[at].to(before.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neurograft.core.grafts.coordinates import Piece
+from neurograft.core.overlap import Index
 from neurograft.core.region import Region
 
 
@@ -65,9 +66,9 @@ class Slice(Entries):
         """Return the change, or the part of it that lies in a piece, where the piece lies."""
         return Slice(piece.region, piece.take(self.values))
 
-    def after(self, before: Tensor) -> Tensor:
-        """Return the new values, flat, of the region's numbers before."""
-        return self.values.detach().to("cpu", before.dtype).reshape(-1)
+    def after(self, before: Tensor, at: Index) -> Tensor:
+        """Return new values, [k, run]: those of the runs `at` of the region's values, whose numbers were `before`."""
+        return self.values.detach().reshape(-1, before.shape[1])[at].to("cpu", before.dtype)
 
 
 class Shut(Slice):
@@ -92,8 +93,8 @@ class Shut(Slice):
         """Return the tensors that describe the change."""
         return {"flat": self.region.ids}
 
-    def after(self, before: Tensor) -> Tensor:
-        """Return zeros, for the whole region or a part of it."""
+    def after(self, before: Tensor, at: Index) -> Tensor:
+        """Return zeros."""
         return torch.zeros_like(before)
 
     def at(self, piece: Piece) -> Shut:

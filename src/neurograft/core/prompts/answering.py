@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.batches import Batch, shifts, unlabelled
+from neurograft.core.batches import Batch, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.places import Placed, answers, ends, rows_of
+from neurograft.core.running import run
 
 
 def need_causal(model: nn.Module) -> None:
@@ -31,8 +32,7 @@ def said(model: nn.Module, batch: Batch) -> Tensor:
         RequestError: the model is no causal language model.
     """
     need_causal(model)
-    inputs = unlabelled(batch)
-    logits = model(**inputs).logits
+    logits = run(model, batch).logits
     finish = ends(batch).to(logits.device)
     found: Tensor = logits[torch.arange(len(finish), device=logits.device), finish].double().log_softmax(-1)
     return found

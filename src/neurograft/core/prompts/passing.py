@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from neurograft.core.errors import RequestError, RunError
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 Positions = str | Callable[[dict[str, Any]], Tensor]
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+TOLD = "_neurograft_told"
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Pass:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take over the arguments of a forward pass of the root."""
         names = list(inspect.signature(model.forward).parameters) if args else []
-        self.batch = {**dict(zip(names, args)), **kwargs}
+        self.batch = model.__dict__.get(TOLD) or {**dict(zip(names, args)), **kwargs}
         self.number += 1
         self.two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.offset = _cached(self.batch)
@@ -97,6 +99,30 @@ class Pass:
                 flags = torch.zeros_like(flags)
             self.masks[key] = flags
         return self.masks[key]
+
+
+@contextmanager
+def told(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Let taps of a model take its passes in the block for passes of this batch, whatever it is called with.
+
+    Which tokens count may depend on columns the model is better called without, such as labels.
+
+    Example:
+        >>> net, now = nn.Identity(), Pass()
+        >>> with told(net, {"x": 1, "labels": 2}):
+        ...     now.begin(net, (), {"x": 1})
+        >>> now.batch
+        {'x': 1, 'labels': 2}
+    """
+    held = model.__dict__.get(TOLD)
+    model.__dict__[TOLD] = dict(batch)
+    try:
+        yield
+    finally:
+        if held is None:
+            del model.__dict__[TOLD]
+        else:
+            model.__dict__[TOLD] = held
 
 
 def recomputing() -> int:
@@ -176,7 +202,7 @@ class Seen:
         if flags is None:
             flags = self._frames()
         if flags is not None and self.tokens is not None:
-            return flags.reshape(-1)[self.tokens]
+            return flags.reshape(-1)[self.tokens.to(flags.device)]
         if flags is not None and self.lead == tuple(flags.shape):
             return flags
         if flags is not None and len(self.lead) == 1 and self.lead[0] == flags.numel():
@@ -220,7 +246,7 @@ class Seen:
         return self.now.first[self.decoder]
 
     def place(self) -> tuple[Tensor, Tensor]:
-        """Return the batch row and the position of each activation, int64 shaped `lead`.
+        """Return the batch row and the position of each activation, int64 shaped `lead`, on the CPU.
 
         Positions count from the first token ever seen, so that they go on through a key-value cache. Several on the
         first axis for each row, such as the windows an image is cut into, are taken as that row's; where they do not
@@ -230,15 +256,16 @@ class Seen:
         ids = tokens_of(_told(batch, self.decoder))
         width = 1 if ids is None else ids.shape[1]
         if self.tokens is not None:
-            return self.tokens // width, self.tokens % width + self.now.offset
+            tokens = self.tokens.cpu()  # a router's choice, made where the experts are
+            return tokens // width, tokens % width + self.now.offset
         if len(self.lead) == 1 and ids is not None and self.lead[0] == ids.shape[0] * width:
-            flat = torch.arange(self.lead[0])
+            flat = torch.arange(self.lead[0], device="cpu")
             return flat // width, flat % width + self.now.offset
-        rest, first = self.lead[1:], torch.arange(self.lead[0]).reshape(-1, *[1] * (len(self.lead) - 1))
+        rest, first = self.lead[1:], torch.arange(self.lead[0], device="cpu").reshape(-1, *[1] * (len(self.lead) - 1))
         inside = math.prod(rest)
         windows, odd = divmod(self.lead[0], examples(batch) or self.lead[0])
         told = not odd and (windows == 1 or len(rest) > 0)
         rows = first // windows if told else torch.full_like(first, -1)
-        count = torch.arange(inside).reshape(1, *rest) + (first % windows * inside if told else 0)
+        count = torch.arange(inside, device="cpu").reshape(1, *rest) + (first % windows * inside if told else 0)
         offset = self.now.offset if len(self.lead) == 2 else 0
         return rows.expand(self.lead), count.expand(self.lead) + offset

@@ -11,6 +11,7 @@ from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.prompts.passing import Seen
 from neurograft.core.taps.board import Board, Guest
+from neurograft.core.taps.look import look
 from neurograft.core.units import Site
 
 
@@ -37,7 +38,7 @@ def capture(model: nn.Module, sites: Mapping[str, Site], batch: Batch) -> dict[s
     board.join(guest)
     try:
         with torch.no_grad():
-            model(**batch)
+            look(model, batch)
     finally:
         board.leave(guest)
     missing: Sequence[str] = [n for n in sites if n not in found]

@@ -15,6 +15,7 @@ from neurograft.core.batches import IGNORE, Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.intervene import Intervention
 from neurograft.core.prompts.candidates import first_answers
+from neurograft.core.running import run
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.taps.board import features
 from neurograft.core.taps.instructed import need_ahead, prompt_end
@@ -61,8 +62,7 @@ def answer_scores(model: nn.Module, batches: Sequence[Batch], measure: str = "pr
     found = []
     for batch in batches:
         at, first = first_answers(batch)
-        # With labels, so that whoever stands at the end of the prompt can find it.
-        logits = model(**batch).logits[:, -batch["labels"].shape[1] :]
+        logits = run(model, batch).logits[:, -batch["labels"].shape[1] :]
         if measure == "probability":
             rows = torch.arange(len(at), device=logits.device)
             told = logits[rows, at - 1].float().softmax(-1).gather(1, first[:, None])[:, 0]

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neurograft.core.batches import Batch, unlabelled
+from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import size
+from neurograft.core.taps.look import look
 from neurograft.core.taps.reducers import Exemplars, Sample
 from neurograft.core.taps.shown import Exemplified
 from neurograft.core.taps.stream import observe
@@ -60,12 +61,11 @@ def exemplify(
     """
     if k < 1 or not 0 < quantile < 1:
         raise RequestError(f"k={k}, quantile={quantile}", expected="k of at least 1, a quantile in (0, 1)", do="k=15")
-    bare = [unlabelled(b) if _runs_bare(model) else b for b in batches]
-    best = observe(model, sites, bare, lambda n: {"top": Exemplars(n, k=k)}, pool="max")
-    spread = observe(model, sites, bare, lambda n: {"all": Sample(n, size=sampled, seed=seed)})
+    best = observe(model, sites, batches, lambda n: {"top": Exemplars(n, k=k)}, pool="max")
+    spread = observe(model, sites, batches, lambda n: {"all": Sample(n, size=sampled, seed=seed)})
     tops = {name: seen["top"] for name, seen in best.items()}
     examples = {name: top.places[..., 0] for name, top in tops.items() if isinstance(top, Exemplars)}
-    maps = _maps(model, sites, bare, examples)
+    maps = _maps(model, sites, batches, examples)
     found = {}
     for name, top in tops.items():
         sample = spread[name]["all"]
@@ -144,7 +144,7 @@ def _maps(
         for batch in batches:
             count = size(batch)
             if bool(((wanted >= first) & (wanted < first + count)).any()):
-                model(**batch)
+                look(model, batch)
             first += count
     found = {}
     for name, site in sites.items():

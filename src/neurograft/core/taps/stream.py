@@ -11,6 +11,7 @@ from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.prompts.passing import Positions
+from neurograft.core.taps.look import look
 from neurograft.core.taps.reducers import Exemplars, Reducer
 from neurograft.core.taps.tap import per_unit, watch
 from neurograft.core.taps.watching import Watch
@@ -64,7 +65,7 @@ def observe(
     looking: Watch
     with watch(model, sites, read, mask=mask) as looking, torch.no_grad():
         for batch in batches:
-            model(**batch)
+            look(model, batch)
             first, seen = first + size(batch), seen + 1
         if not seen:
             raise RequestError("no batches", expected="data to observe", do="give at least one example")
@@ -94,7 +95,7 @@ def means(
 
     with watch(model, sites, read, mask=mask) as seen, torch.no_grad():
         for batch in batches:
-            model(**batch)
+            look(model, batch)
     found = {}
     for name, site in sites.items():
         width = site.tap.width if site.tap is not None else 1

@@ -14,6 +14,7 @@ from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.prompts.examples import size
 from neurograft.core.prompts.passing import Positions
+from neurograft.core.taps.look import look
 from neurograft.core.taps.tap import change, per_unit, watch
 from neurograft.core.taps.watching import Watch
 from neurograft.core.units import Site
@@ -99,11 +100,11 @@ def _pooled_batch(
                 take(name, x.detach().reshape(-1, *x.shape[wide:]), looking.place()[0])
 
             with change(model, sites, see) as looking:
-                model(**batch)
+                look(model, batch)
         else:
             mask = {"last": "last", "answer": "answer"}.get(pool, positions)
             with watch(model, sites, lambda name, x: take(name, x, looking.place()[0]), mask=mask) as looking:
-                model(**batch)
+                look(model, batch)
     # A module that several layers share fires once for each.
     return {name: torch.zeros(here, sites[name].n) if not seen else _joined(seen, pool) for name, seen in made.items()}
 
