@@ -138,13 +138,6 @@ def p_above(found: Mapping[str, Any], limit: float) -> float:
     return _shrunk(_below(found["quantiles"], limit), found["n"])
 
 
-def p_below(found: Mapping[str, Any], limit: float) -> float:
-    """Return how surprising the estimate would be if the true value were `limit` or more (one-sided)."""
-    if found["quantiles"] is None:
-        return 1.0
-    return _shrunk(_below([-q for q in reversed(found["quantiles"])], -limit), found["n"])
-
-
 def _below(quantiles: Sequence[float], limit: float) -> float:
     """Return the share of the draws at or below a limit, between the known quantiles on the normal scale."""
     if limit < quantiles[0]:

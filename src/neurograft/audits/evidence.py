@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,13 @@ from neurograft.audits._statistics import expanded
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.progress import Progress, quiet
 from neurograft.core.prompts.examples import singles
 from neurograft.core.seeds import derive, generator
 from neurograft.core.selection import Selection
 from neurograft.core.taps.stream import means
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 FAMILIES = {"random": "random units", "magnitude": "equally active units", "no_sinks": "random units without sinks"}
 
 
@@ -89,7 +89,7 @@ def evidence(
         plans += [("random", partial(drawn, where, own)), ("magnitude", partial(matched, where, size, own))]
         plans += [("no_sinks", partial(drawn, where, own, avoid))] if avoid else []
     effects: dict[str, list[Tensor]] = {}
-    for family, draw in (progress or _quiet)(plans, "silencing"):
+    for family, draw in (progress or quiet)(plans, "silencing"):
         with silenced(model, draw(), means=level_at):
             effects.setdefault(family, []).append(_losses(model, batches, loss)[0] - base[0])
     found = _compared(effects, base[1], draws=draws, level=level, seed=seed)
@@ -106,10 +106,6 @@ def evidence(
         "stability": _stability(where, batches, relocate) if relocate is not None else None,
     }
     return found | dict(zip(("verdict", "sentence"), verdict(found)))
-
-
-def _quiet(items: Iterable[Any], what: str) -> Iterable[Any]:
-    return items
 
 
 def _levels(model: nn.Module, where: Selection, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -10,14 +10,13 @@ from neurograft.core.region import Region
 from neurograft.export._changes import Touched
 
 Factors = dict[int, list[tuple[Tensor, Tensor]]]  # matrix number -> (P [R, r], Q [r, C]), difference = sum of P @ Q
+FEW = 0.125  # share of a matrix's rows, or columns
 
 
-def factors(item: Touched, *, scattered: float = 0.125) -> Factors | str:
+def factors(item: Touched) -> Factors | str:
     """Return a parameter's changes as exact factors of each of its matrices, or why there are none.
 
-    Args:
-        item: the parameter.
-        scattered: entries count as rows (or columns) if they lie in at most this share of them.
+    Entries count as rows (or columns) if they lie in at most `FEW` of them.
     """
     found: Factors = {}
     for change, s in item.members:
@@ -31,7 +30,7 @@ def factors(item: Touched, *, scattered: float = 0.125) -> Factors | str:
             continue
         if region.layout == "all":
             return "a dense change of a whole weight"
-        split = _split(region, item.difference(change, s), limit=max(1, int(scattered * min(rows, columns))))
+        split = _split(region, item.difference(change, s), limit=max(1, int(FEW * min(rows, columns))))
         if split is None:
             return "scattered entries"
         for e, pair in split.items():

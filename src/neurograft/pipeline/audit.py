@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from neurograft.audits.gain import Metrics
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.progress import Progress, quiet
 from neurograft.pipeline._measuring import Measuring, Probes, probes_of
 from neurograft.pipeline._provenance import provenance
 from neurograft.pipeline.inputs import as_batches
@@ -23,7 +24,6 @@ from neurograft.pipeline.touched import pages
 from neurograft.report.report import Report
 from neurograft.report.rules import Rules, rules_of
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 BRIEF = 3  # pages of neurons that nobody asked for
 
 
@@ -98,7 +98,7 @@ def audit(
         if task is not None:
             measured["gain"], measured["task"] = measuring.task(task, by=chosen["gain"])
         names = list(domains)
-        for name in progress(names, "kept domains") if progress else names:
+        for name in (progress or quiet)(names, "kept domains"):
             measured["domains"][name] = measuring.domain(domains[name])
         measured["whole"] = measuring.whole()
         if neurons is None or neurons > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import digest
+from neurograft.core.progress import Progress, quiet
 from neurograft.pipeline import _demo_numbers as numbers
 from neurograft.pipeline._demo_data import Correction
 from neurograft.pipeline._demo_page import page
@@ -38,7 +39,7 @@ def demo(
     cell: int = 4,
     processes: int = 2,
     report: bool = True,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Correct moved capitals in the shipped atlas, in English, and compare who carries them into other languages.
 
@@ -92,10 +93,10 @@ def _runs(
     seeds: Sequence[int],
     options: Mapping[str, Any],
     processes: int,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] | None,
+    progress: Progress | None,
 ) -> list[Run]:
     jobs = [(seed, half) for seed in seeds for half in HALVES]
-    watch = progress or (lambda items, what: items)
+    watch = progress or quiet
     made: dict[tuple[int, tuple[str, ...]], list[Run]] = {}
     if processes <= 1:
         for job in watch(jobs, "trainings"):

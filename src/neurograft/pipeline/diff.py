@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from neurograft.core.grafts.delta import Delta, New
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.operation import Operation
 from neurograft.core.grafts.origin import versions
+from neurograft.core.progress import Progress, quiet
 from neurograft.core.region import as_matrix
 from neurograft.core.untie import FLAG, Untie
 from neurograft.pipeline._adapter_files import is_adapter
@@ -34,7 +34,7 @@ def diff(
     *,
     revision: str | None = None,
     tuned_revision: str | None = None,
-    progress: Callable[[Iterable[str], str], Iterable[str]] | None = None,
+    progress: Progress | None = None,
 ) -> Graft:
     """Return the graft that turns a base into a tuned model.
 
@@ -120,7 +120,7 @@ def _compared(
     mine: Source,
     theirs: Source,
     where: Coordinates,
-    progress: Callable[[Iterable[str], str], Iterable[str]] | None,
+    progress: Progress | None,
 ) -> tuple[dict[str, Delta], dict[str, str], dict[str, Any]]:
     """Return the changes, the digests of what they touch, and what the card says of the rest."""
     shared = [name for name in where.names() if name in mine.known and name in theirs.known]
@@ -133,7 +133,7 @@ def _compared(
     deltas: dict[str, Delta] = {}
     digests: dict[str, str] = {}
     skipped: list[str] = []
-    for name in progress(shared, "tensors") if progress else shared:
+    for name in (progress or quiet)(shared, "tensors"):
         before, after = mine.known[name][0](), theirs.known[name][0]()
         _same_numbers(name, theirs, after)
         if not before.is_floating_point():

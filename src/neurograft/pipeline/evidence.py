@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from neurograft.core.choose import Choice, choose
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.origin import describe
+from neurograft.core.progress import Progress
 from neurograft.core.selection import Selection
 from neurograft.pipeline._located_on import relocated, unseen
 from neurograft.pipeline.attach import Where, selection_of
@@ -20,8 +21,6 @@ from neurograft.pipeline.inputs import as_batches, data_digest
 from neurograft.pipeline.locate import bound
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits._changes import Change
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.progress import Progress, quiet
 from neurograft.core.units import Parameters, Part, Site
 from neurograft.pipeline.neuron import neuron
 
@@ -82,7 +83,7 @@ def pages(
     brief: bool = False,
     processing_class: Any = None,
     seed: int = 0,
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Return the pages of the units a change touches most, as `ng.neuron` gives them, each with the change's norm.
 
@@ -96,9 +97,8 @@ def pages(
         seed: root of every random number.
         progress: (items, what) -> items, to show a bar.
     """
-    listed: Iterable[tuple[str, float]] = touched(model, change, count=count)
     made = []
-    for unit, norm in progress(listed, "neurons") if progress else listed:
+    for unit, norm in (progress or quiet)(touched(model, change, count=count), "neurons"):
         options: dict[str, Any] = {"top": TOP, "controls": CONTROLS, "limit": EXAMPLES, "seed": seed}
         options |= {"top": TOP - 1, "controls": 0, "limit": BRIEF} if brief else {}
         page = neuron(model, unit, batches, processing_class=processing_class, **options)

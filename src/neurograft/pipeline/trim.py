@@ -18,13 +18,13 @@ from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.coordinates import coordinates, everything
 from neurograft.core.grafts.delta import New
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.progress import Progress, quiet
 from neurograft.core.region import as_matrix
 from neurograft.pipeline.inputs import as_batches
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found
 from neurograft.report.rules import Rules, rules_of
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 PARTS = ("layer", "tensor")
 
 
@@ -124,7 +124,7 @@ def _trimmed(
     left = list(parts)
     if before.excess > 0:
         alone = {}
-        for name in progress(left, "parts") if progress else left:
+        for name in (progress or quiet)(left, "parts"):
             alone[name] = measure([n for n in parts if n != name])
         for name in sorted(parts, key=lambda n: (-_worth(before, alone[n]), n)):
             if now.excess == 0 or len(left) == 1 or alone[name].excess >= before.excess:

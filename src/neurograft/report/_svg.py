@@ -58,12 +58,12 @@ def fitted(at: Scale, low: float, high: float) -> list[float]:
     return found
 
 
-def padded(values: Sequence[float], *, zero: bool = True, share: float = 0.08) -> tuple[float, float]:
-    """Return ends that hold all values, and 0 if asked for, with some room."""
-    found = [v for v in values if v is not None and math.isfinite(v)] + ([0.0] if zero else [])
-    low, high = min(found, default=0.0), max(found, default=1.0)
-    room = (high - low) * share or abs(high) * 0.5 or 1.0  # where all is 0 an axis of 1 says so; one of 1e-10 would not
-    return (low - room if low < 0 or not zero else low), high + room
+def padded(values: Sequence[float]) -> tuple[float, float]:
+    """Return ends that hold 0 and all values, with some room."""
+    found = [0.0, *(v for v in values if v is not None and math.isfinite(v))]
+    low, high = min(found), max(found)
+    room = (high - low) * 0.08 or 1.0  # where all is 0 an axis of 1 says so; one of 1e-10 would not
+    return (low - room if low < 0 else low), high + room
 
 
 def f(value: float) -> str:
