@@ -113,6 +113,8 @@ def _mounted(
 class SliceMount(InPlaceMount):
     """Values trained in place; the training may turn to other units, and then leaves the old values where they are."""
 
+    appends = True
+
     def __init__(
         self,
         model: nn.Module,
