@@ -97,11 +97,17 @@ def test_uneven_batches_accumulate_to_one_big_batch(objective, pick, examples):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "wav2vec2"])
-def test_losses_of_the_model_itself_accumulate_too(family):
-    model = pico(family, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("bert", {}), ("vit", {}), ("wav2vec2", {}), ("wav2vec2", {"ctc_loss_reduction": "mean"})],
+)
+def test_losses_of_the_model_itself_accumulate_too(family, config):
+    """CTC is a sum over rows, or by ctc_loss_reduction="mean" the mean over rows of each over its own labels."""
+    model = pico(family, dtype=torch.float64, **config)
     batch = pico_batch(model, batch=5)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    if config:
+        batch["labels"][1:, 2:] = -100
     parts = [{k: v[:1] for k, v in batch.items()}, {k: v[1:] for k, v in batch.items()}]
     whole, expected = gradients(model, None, [batch])
     loss, found = gradients(model, None, parts)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 import neurograft as ng
 from neurograft.core.grafts.delta import New
@@ -109,6 +109,41 @@ def test_accumulation_for_a_classifier():
     assert whole.card["losses"] == pytest.approx(parts.card["losses"], abs=1e-5)
     for name, value in values(whole).items():
         torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=1e-5)
+
+
+def test_rows_of_mean_ctc_count_alike_in_uneven_batches():
+    """torch's "mean" is one over rows, so a last batch of one row must not weigh as much as one of two."""
+    still = [f"{part}_dropout" for part in ("hidden", "attention", "activation", "feat_proj", "final")]
+    quiet = {"layerdrop": 0.0, "apply_spec_augment": False, **dict.fromkeys(still, 0.0)}
+    model = pico("wav2vec2", ctc_loss_reduction="mean", **quiet)
+    rows = [{k: v[0] for k, v in pico_batch(model, batch=1, seed=s).items()} for s in range(5)]
+    for row in rows[2:]:
+        row["labels"][1:] = -100
+
+    def run(size, steps, told):
+        args = {"max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        args |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        args |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+        return ng.tune(model, rows, optimizer="SGD", eval_dataset=rows, args=args, callbacks=[Noted(told)])
+
+    told = []
+    whole, parts = run(5, 1, told), run(2, 3, told)
+    assert whole.card["losses"] == pytest.approx(parts.card["losses"], rel=1e-5)
+    for name, value in values(whole).items():
+        torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=1e-4)
+    with whole.on(model), torch.no_grad():
+        alone = [float(model(**{k: v[None] for k, v in row.items()}).loss) for row in rows]
+    assert told == pytest.approx([sum(alone) / 5] * 2, rel=1e-3)  # each row of an evaluation stands for itself
+
+
+class Noted(TrainerCallback):
+    """Notes evaluation losses."""
+
+    def __init__(self, told):
+        self.told = told
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.told.append(metrics["eval_loss"])
 
 
 def test_checkpointing_changes_nothing_and_costs_no_extra_gradients(llama, pick, examples, monkeypatch):
