@@ -188,6 +188,24 @@ def test_the_card_says_what_an_anchor_was_asked_on(llama, pick, examples):
     assert said == [("kl", 0.5, True), ("kl", 1.0, False)]
 
 
+def test_rows_of_any_length_are_padded_and_the_padding_does_not_count(llama, pick, examples):
+    """Rows of three lengths, the last batch a short one, against batches padded by hand to a greater length."""
+    rows = [row for n in (4, 7, 6) for row in examples(llama, 3, length=n)]
+    args = {"per_device_train_batch_size": 4, "num_train_epochs": 1}
+
+    def joined(batch):
+        made = {}
+        for name, pad in {"input_ids": 0, "attention_mask": 0, "labels": -100}.items():
+            made[name] = torch.full((len(batch), 9), pad)
+            for i, row in enumerate(batch):
+                made[name][i, : len(row[name])] = row[name]
+        return made
+
+    usual, wide = (ng.tune(llama, rows, pick(llama), args=args, data_collator=c) for c in (None, joined))
+    assert len(usual.card["losses"]) == 3
+    assert usual.card["losses"] == pytest.approx(wide.card["losses"], abs=1e-5)
+
+
 def test_an_anchor_sees_all_of_its_data_in_turn(llama, pick, examples):
     """Over micro-batches and steps alike, and none of it in an evaluation."""
     seen = []
