@@ -16,7 +16,8 @@ from neurograft.core.choose import ROOMS, methods, option_names
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 from neurograft.pipeline import _proofs
-from neurograft.pipeline.papers import card, cite, known
+from neurograft.pipeline.cite import cite
+from neurograft.pipeline.papers import card, known
 from neurograft.pipeline.recipe import Recipe, recipe, recipes
 
 HERE = Path(__file__).resolve().parent

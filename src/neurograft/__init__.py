@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from neurograft.core.selection import Scores, Selection
     from neurograft.pipeline.attach import attach
     from neurograft.pipeline.audit import audit
+    from neurograft.pipeline.cite import cite
     from neurograft.pipeline.diff import diff
     from neurograft.pipeline.edit import edit
     from neurograft.pipeline.evidence import evidence
     from neurograft.pipeline.intervene import intervene
     from neurograft.pipeline.locate import locate
     from neurograft.pipeline.neuron import neuron
-    from neurograft.pipeline.papers import cite, papers
+    from neurograft.pipeline.papers import papers
     from neurograft.pipeline.plan import plan
     from neurograft.pipeline.recipe import Recipe, recipe
     from neurograft.pipeline.rollback import rollback
@@ -51,7 +52,7 @@ _HOME = {
     "Selection": "neurograft.core.selection",
     "attach": "neurograft.pipeline.attach",
     "audit": "neurograft.pipeline.audit",
-    "cite": "neurograft.pipeline.papers",
+    "cite": "neurograft.pipeline.cite",
     "diff": "neurograft.pipeline.diff",
     "edit": "neurograft.pipeline.edit",
     "evidence": "neurograft.pipeline.evidence",

@@ -16,7 +16,7 @@ from neurograft.cli.locating import divided
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline.attach import attach
-from neurograft.pipeline.papers import cite
+from neurograft.pipeline.cite import cite
 from neurograft.worlds.letters import letters
 from neurograft.worlds.pico import pico
 

@@ -18,7 +18,7 @@ def test_a_sketch_has_the_signature_and_the_docstring_of_its_verb(dotted):
 
 
 def test_a_sketch_calls_its_verb():
-    assert sketch("neurograft.pipeline.papers.cite")("smt") == resolve("neurograft.pipeline.papers.cite")("smt")
+    assert sketch("neurograft.pipeline.cite.cite")("smt") == resolve("neurograft.pipeline.cite.cite")("smt")
 
 
 def test_a_default_that_is_no_literal_needs_the_verb_itself(tmp_path, monkeypatch):

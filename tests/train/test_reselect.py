@@ -112,7 +112,7 @@ def test_tensors_that_a_turn_brings_decay_as_their_kind_does(pick, examples):
             seen.append({g["name"]: (g["weight_decay"], g["lr"]) for g in self.param_groups})
             return super().step(closure)
 
-    turns = {0: {GATE: ("row", [1])}, 1: {norm: ("row", [3]), DOWN: ("column", [2]), GATE: ("row", [1])}}
+    turns = {0: {GATE: ("row", [1])}, 1: {norm: ("weight", [3]), DOWN: ("column", [2]), GATE: ("row", [1])}}
     with ng.attach(model, pick(model, turns[0])) as live:
         fit(
             live,

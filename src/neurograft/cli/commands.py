@@ -60,7 +60,7 @@ VERBS: Mapping[str, Row] = {
     "plan": ("neurograft.pipeline.plan", {"model": arg.MODEL, "recipe": arg.RECIPE}, None, results.plan),
     "anatomy": ("neurograft.pipeline.anatomy", {"model": arg.MAYBE_MODEL}, None, results.anatomy),
     "papers": ("neurograft.pipeline.papers", {"about": arg.ABOUT}, None, results.papers),
-    "cite": ("neurograft.pipeline.papers.cite", {"source": arg.SOURCE}, None, results.citations),
+    "cite": ("neurograft.pipeline.cite.cite", {"source": arg.SOURCE}, None, results.citations),
     "demo": ("neurograft.pipeline.demo", {}, None, results.demo),
 }  # fmt: skip
 ORDER = (
@@ -69,7 +69,7 @@ ORDER = (
 )  # of the list of commands: as one would use them
 LATER = ("merge", "data", "init", "view")
 FOLDERS = ("tune", "edit", "diff", "audit", "apply", "rollback", "trim", "demo")  # what these write; the others a file
-LIGHT = ("papers", "cite")  # these load no model, nor the libraries that do
+LIGHT = ("papers",)  # these load no model, nor the libraries that do
 
 
 def _extra(output: str | None) -> list[inspect.Parameter]:
