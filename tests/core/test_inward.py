@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neurograft.core.compact.live import Live
+from neurograft.core.compact.deferred import pays
+from neurograft.core.compact.live import Live, Tap
 from neurograft.core.compact.uses import tag
 from neurograft.core.region import Region
 
@@ -98,6 +99,30 @@ def test_a_foreign_write_before_the_backward_pass_is_noticed():
         weight.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_values_that_sleep_let_the_input_s_gradient_through(name):
+    shape, run = PRODUCTS[name]
+    weight, live = live_of(shape, "rows", [0])
+    live.theta.requires_grad_(False)
+    x, y, bias = rand(3, C).requires_grad_(), rand(3, C).requires_grad_(), rand(R)
+    for one, w in ((x, weight), (y, weight.detach().clone())):
+        run(one, w, bias).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_a_tap_over_a_live_bias_alone_wants_the_whole_gradient():
+    """The lowest layer's input needs none, its bias does: a deferred gradient would have to be made whole for it."""
+    gate, _ = live_of((R, C), "rows", [0, 3])
+    bias, live = live_of((R,), "flat", [1], seed=2)
+    x = F.linear(rand(3, C), gate, bias).tanh()
+    assert x.requires_grad and not pays(x, Tap)
+    down, _ = live_of((C, R), "cols", [0], seed=4)
+    F.linear(x, down).square().sum().backward()
+    twin = nn.Parameter(bias.detach().clone())
+    F.linear(F.linear(rand(3, C), gate.detach(), twin).tanh(), down.detach()).square().sum().backward()
+    torch.testing.assert_close(live.theta.grad, twin.grad[1:2])
 
 
 def test_the_output_may_be_changed_in_place():

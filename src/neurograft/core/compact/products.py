@@ -107,7 +107,7 @@ def _inward(x: Tensor, weight: Any, more: list[Any], side: Side) -> _Inward | No
         return None
     if weight is not live.weight or _dims(weight) != 2 or live.beside or not live.theta.requires_grad:
         return None
-    if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type) or x.dim() < 2:
+    if torch.is_autocast_enabled(x.device.type) or x.dim() < 2:
         return None
     found = live.weight.detach()  # the same numbers, to which nothing happens when they are read
     found = found if side == "column" else found.t()
