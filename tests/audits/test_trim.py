@@ -6,10 +6,14 @@ from _tables import TASK, A, B, target, text
 from torch import nn
 
 import neurograft as ng
+from neurograft.audits._changes import as_change
 from neurograft.core.errors import RequestError
+from neurograft.core.grafts import stack
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
+from neurograft.pipeline.trim import _only, _places, _subset
+from neurograft.worlds.pico import pico
 
 
 class SumForCausalLM(nn.Module):
@@ -83,3 +87,34 @@ def test_bad_requests(data):
     lone = Graft.made(model, {"layers.0.weight": graft(model).deltas["layers.0.weight"]})
     with pytest.raises(RequestError, match="at least two parts"):
         ng.trim(model, lone, **data)
+
+
+def test_the_base_is_hashed_once_however_many_parts_are_left_out(data, monkeypatch):
+    model, hashed = SumForCausalLM(), []
+    made, plain = graft(model), stack.tensor_digest
+    monkeypatch.setattr(stack, "tensor_digest", lambda t: hashed.append(t.data_ptr()) or plain(t))
+    ng.trim(model, made, rules={"tolerances": {"a": -1.0}}, **data)
+    assert len(hashed) == len(made.deltas) == len(set(hashed))
+
+
+@pytest.mark.parametrize("shape", ["slice", "lora"])
+def test_some_tensors_alone_are_what_a_graft_of_them_alone_would_be(shape):
+    model = pico("mixtral", dtype=torch.bfloat16)
+    if shape == "slice":
+        with ng.attach(model, ng.locate(model, by="noise").top(fraction=0.3)) as live:
+            for i, p in enumerate(live.parameters()):
+                p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+            whole = live.graft()
+    else:
+        with ng.attach(model, adapter="lora") as live:
+            for i, p in enumerate(live.parameters()):
+                p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+            whole = live.graft()
+    keep = list(whole.deltas)[::2]
+    change, before = as_change(model, whole), {n: p.clone() for n, p in model.named_parameters()}
+    with _only(change, _places(model, whole), keep):
+        here = {n: p.clone() for n, p in model.named_parameters()}
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert any(not torch.equal(here[n], before[n]) for n in before)
+    with _subset(whole, keep).on(model):
+        assert all(torch.equal(p, here[n]) for n, p in model.named_parameters())

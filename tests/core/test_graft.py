@@ -10,6 +10,7 @@ from torch import nn
 import neurograft as ng
 from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import same_bits, tensor_digest
+from neurograft.core.grafts import contents
 from neurograft.core.grafts.delta import LowRank, New, Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
@@ -181,3 +182,14 @@ def test_a_graft_of_a_bank_does_not_look_the_parameters_up_for_every_expert(monk
     few, many = walks(2), walks(8)
     assert many[0] > 3 * few[0]
     assert many[1:] == few[1:]
+
+
+def test_a_graft_at_another_strength_is_not_hashed_again(monkeypatch):
+    graft = Graft({"w": rows()}, base={"w": "b"})
+    known, hashed = graft.identity, []
+    plain = contents.digest
+    monkeypatch.setattr(contents, "digest", lambda *given: hashed.append(given) or plain(*given))
+    half = graft.scale(0.5)
+    assert half.identity == known == half.scale(3.0).identity
+    assert not hashed
+    assert replace(half, deltas={"w": rows(1)}).identity != known

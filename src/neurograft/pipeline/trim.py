@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from neurograft.audits._changes import as_change, evaluating
+from neurograft.audits._changes import Change, as_change, evaluating, written
 from neurograft.audits._layers import blocks, layer_of
 from neurograft.audits._scoring import Sums, label_sums, mean_fall
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
-from neurograft.core.grafts.coordinates import coordinates, everything
-from neurograft.core.grafts.delta import New
+from neurograft.core.grafts.coordinates import Piece, coordinates, everything
+from neurograft.core.grafts.delta import LowRank, New
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.progress import Progress, quiet
-from neurograft.core.region import as_matrix
+from neurograft.core.region import Region, as_matrix, union
+from neurograft.core.units import Parameters
 from neurograft.pipeline.inputs import as_batches
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found
 from neurograft.report.rules import Rules, rules_of
 
 PARTS = ("layer", "tensor")
+Places = Mapping[str, list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,15 @@ def trim(
     domains = {name: as_batches(data, net, **reading) for name, data in keep.items()}
     tolerance = {name: float(chosen["tolerances"].get(name, chosen["tolerance"])) for name in domains}
     with as_found(net), evaluating(net):
-        parts = _parts(net, whole, by)
+        places = _places(net, whole)
+        parts = _parts(net, places, by)
         base = (label_sums(net, task), {name: label_sums(net, batches) for name, batches in domains.items()})
 
+        change = as_change(net, whole)
+
         def measure(names: Iterable[str]) -> Measured:
-            return _measured(net, _subset(whole, [t for n in names for t in parts[n]]), base, task, domains, tolerance)
+            with _only(change, places, [t for n in names for t in parts[n]]) as changed:
+                return _measured(changed, base, task, domains, tolerance)
 
         return _trimmed(whole, parts, measure, by, progress)
 
@@ -149,15 +156,23 @@ def _worth(before: Measured, without: Measured) -> float:
     return (before.excess - without.excess) / max(before.gain - without.gain, 1e-6)
 
 
-def _parts(model: nn.Module, graft: Graft, by: str) -> dict[str, list[str]]:
-    """Return part -> its checkpoint tensors; new parameters belong to none."""
-    where, layers = coordinates(model), blocks(model)
-    found: dict[str, list[str]] = {}
+def _places(model: nn.Module, graft: Graft) -> Places:
+    """Return checkpoint tensor -> where its change lies in the model; new parameters are no parts."""
+    where, found = coordinates(model), {}
     for tensor, delta in graft.deltas.items():
-        if isinstance(delta, New):
-            continue
-        module = where.to_module(tensor, everything(delta.shape, as_matrix(delta.shape)))[0].name
-        found.setdefault(layer_of(module, layers) if by == "layer" else tensor, []).append(tensor)
+        if not isinstance(delta, New):
+            whole = everything(delta.shape, as_matrix(delta.shape))
+            region = whole if isinstance(delta, LowRank) else delta.region
+            found[tensor] = where.to_module(tensor, region)
+    return found
+
+
+def _parts(model: nn.Module, places: Places, by: str) -> dict[str, list[str]]:
+    """Return part -> its checkpoint tensors."""
+    layers = blocks(model)
+    found: dict[str, list[str]] = {}
+    for tensor, pieces in places.items():
+        found.setdefault(layer_of(pieces[0].name, layers) if by == "layer" else tensor, []).append(tensor)
     if len(found) < 2:
         raise RequestError(
             f"a graft with {len(found)} {by}{'' if len(found) == 1 else 's'}",
@@ -165,6 +180,27 @@ def _parts(model: nn.Module, graft: Graft, by: str) -> dict[str, list[str]]:
             do="by='tensor'" if by == "layer" else "a graft that touches more than one tensor",
         )
     return found
+
+
+@contextmanager
+def _only(change: Change, places: Places, tensors: Iterable[str]) -> Iterator[nn.Module]:
+    """Switch on what a graft does to some tensors.
+
+    The graft as a whole was verified; of weights the numbers of the other tensors are put back, where a graft of its
+    own for every set of parts would have the base's tensors hashed for each.
+    """
+    keep = set(tensors)
+    if change.new or change.operations:
+        with as_change(change.model, _subset(change.grafts[0], keep)).on() as changed:
+            yield changed
+        return
+    others: dict[str, list[Region]] = {}
+    for piece in (p for tensor, pieces in places.items() if tensor not in keep for p in pieces):
+        others.setdefault(piece.name, []).append(piece.region)
+    weights = Parameters.of(change.model).by_name
+    back = {name: (region := union(regions), region.read(weights[name])) for name, regions in others.items()}
+    with change.on() as changed, written(changed, back):
+        yield changed
 
 
 def _subset(graft: Graft, tensors: Iterable[str]) -> Graft:
@@ -178,14 +214,12 @@ def _subset(graft: Graft, tensors: Iterable[str]) -> Graft:
 
 
 def _measured(
-    model: nn.Module,
-    graft: Graft,
+    changed: nn.Module,
     base: tuple[Sums, Mapping[str, Sums]],
     task: list[Batch],
     domains: Mapping[str, list[Batch]],
     tolerance: Mapping[str, float],
 ) -> Measured:
-    with as_change(model, graft).on() as changed:
-        gain = -mean_fall(base[0], label_sums(changed, task))
-        losses = {n: mean_fall(base[1][n], label_sums(changed, batches)) for n, batches in domains.items()}
+    gain = -mean_fall(base[0], label_sums(changed, task))
+    losses = {n: mean_fall(base[1][n], label_sums(changed, batches)) for n, batches in domains.items()}
     return Measured(gain, losses, sum(max(0.0, losses[n] - tolerance[n]) for n in losses))

@@ -130,7 +130,10 @@ class Graft(Contents):
                 expected="changes relative to the base",
                 do="scale only grafts of weight changes, or drop these parts first",
             )
-        return replace(self, strength=self.strength * s)
+        made = replace(self, strength=self.strength * s)
+        if "identity" in vars(self):  # it is the same at any strength, and costs a hash of every number
+            vars(made)["identity"] = self.identity
+        return made
 
     def __add__(self, other: Graft) -> Graft:
         """Return one graft that does what both do.
