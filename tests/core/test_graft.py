@@ -13,7 +13,7 @@ from neurograft.core.fingerprint import same_bits, tensor_digest
 from neurograft.core.grafts import contents
 from neurograft.core.grafts.delta import LowRank, New, Slice
 from neurograft.core.grafts.graft import Graft
-from neurograft.core.region import Region
+from neurograft.core.region import Region, as_matrix
 from neurograft.core.seeds import generator
 from neurograft.core.units import Parameters
 from neurograft.worlds.pico import pico
@@ -193,3 +193,49 @@ def test_a_graft_at_another_strength_is_not_hashed_again(monkeypatch):
     assert half.identity == known == half.scale(3.0).identity
     assert not hashed
     assert replace(half, deltas={"w": rows(1)}).identity != known
+
+
+def test_a_sum_of_grafts_of_a_float64_base_keeps_its_numbers():
+    base, rng = net(torch.float64), generator(0, "wide")
+    a, b = (
+        Graft.made(
+            base, {"0.weight": Slice(Region.of((5, 6), "rows", [i]), torch.randn(1, 6, generator=rng).double() + 1e-12)}
+        )
+        for i in (0, 3)
+    )
+    with a.on(base), b.on(base):
+        both = base[0].weight.detach().clone()
+    with (a + b).on(base):
+        assert torch.equal(base[0].weight, both)
+
+
+def test_grafts_are_told_apart_by_being_another():
+    base = net()
+    a, b = (Graft.made(base, {"0.weight": rows(seed)}) for seed in (0, 1))
+    assert [g in [a] for g in (a, b)] == [True, False]
+    assert len({a, b, a}) == 2
+
+
+def test_a_bank_read_as_one_matrix_has_other_columns():
+    """Their numbers and the shape of their values are the same: the fourth column of one, the first of expert 1."""
+    model, shape = nn.Sequential(nn.Conv1d(3, 3, 3, bias=False)), (3, 3, 3)
+    regions = [Region.of(shape, "cols", [3], matrix=as_matrix(shape, bank=bank)) for bank in (True, False)]
+    a, b = (Graft.made(model, {"0.weight": Slice(r, torch.ones(1, 3))}) for r in regions)
+    assert a.identity != b.identity
+    with a.on(model), b.on(model):
+        assert (model[0].weight == 1).sum() == 4  # of three each, one is of both
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("rows", (0, 6)), ("cols", (0, 5)), ("flat", (0,))])
+def test_a_change_of_no_entries_changes_nothing(layout, shape, tmp_path):
+    base = net()
+    none = Graft.made(base, {"0.weight": Slice(Region.of((5, 6), layout), torch.zeros(shape))})
+    some = Graft.made(base, {"0.weight": rows()})
+    with some.on(base):
+        wanted = base[0].weight.detach().clone()
+    none = Graft.load(none.save(tmp_path / "g"))
+    with none.on(base):
+        assert same_bits(base[0].weight, net()[0].weight)
+        with some.on(base):
+            assert same_bits(base[0].weight, wanted)
+    assert same_bits(base[0].weight, net()[0].weight)

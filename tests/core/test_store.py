@@ -1,13 +1,16 @@
 """Graft files: what a hostile or odd one may not do, and what a card says."""
 
+import errno
 import hashlib
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from neurograft.core.errors import RequestError
@@ -106,6 +109,17 @@ def test_a_file_cannot_name_code_to_run(kind, words, tmp_path):
         lambda text: text["tensors"]["1.weight"].update(matrix=[4, 3]),
         lambda text: text["tensors"]["1.weight"].update(shape=["4", "x"]),
         lambda text: text.pop("tensors_sha256"),
+        lambda text: text["tensors"]["1.weight"].update(matrix=[1, 6, 3]),
+        lambda text: text["tensors"]["1.weight"].update(matrix=[1, -4, -3]),
+        lambda text: text["tensors"]["1.weight"].update(shape=[1 << 40, 3]),
+        lambda text: text["tensors"]["1.weight"].update(block=[0, 1]),
+        lambda text: text["tensors"]["1.weight"].update(block=[3, 3]),
+        lambda text: text["tensors"]["1.weight"].update(kind="newer"),
+        lambda text: text["tensors"]["1.weight"].update(kind="new"),
+        lambda text: text.update(strength=float("nan")),
+        lambda text: text.update(strength="1"),
+        lambda text: text.update(base=["1.weight"]),
+        lambda text: text.update(card=None),
     ],
 )
 def test_a_text_that_does_not_fit_its_tensors_is_refused(change, tmp_path):
@@ -146,6 +160,74 @@ def test_an_interrupted_save_leaves_the_older_graft(tmp_path, monkeypatch):
         Graft.made(net, {"0.weight": Slice(Region.of((4, 3), "rows", [0]), torch.ones(1, 3))}).save(folder)
     assert Graft.load(folder).identity == first.identity
     assert [p.name for p in tmp_path.iterdir()] == ["g"]
+
+
+def test_a_folder_may_be_a_link_to_another_disk(tmp_path, monkeypatch):
+    """Nothing can be moved there from beside the link, nor written beside a mount."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "g").symlink_to(tmp_path / "disk", target_is_directory=True)
+    replace, disk = os.replace, (tmp_path / "disk").resolve()
+
+    def moved(source, target):
+        if (disk in Path(source).resolve().parents) != (disk in Path(target).resolve().parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", moved)
+    graft = made(tied())
+    assert Graft.load(graft.save(tmp_path / "g")).identity == graft.identity
+    assert sorted(p.name for p in disk.iterdir()) == ["graft.json", "graft.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "g"]
+
+
+def test_a_save_that_fails_leaves_no_folder_it_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "neurograft.core.grafts.store.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        made(tied()).save(tmp_path / "g")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_another_kind_and_deep_text_are_refused(tmp_path):
+    folder = made(tied()).save(tmp_path / "g")
+    save_file({"1.weight::bits": torch.ones(2), "1.weight::value": torch.ones(1, 3)}, folder / "graft.safetensors")
+    digest = hashlib.sha256((folder / "graft.safetensors").read_bytes()).hexdigest()
+    rewrite(folder, lambda text: text.update(tensors_sha256=digest))
+    rewrite(folder, lambda text: text["tensors"]["1.weight"].update(kind="shut"))
+    with pytest.raises(RequestError, match="truncated or changed"):
+        Graft.load(folder)
+    (folder / "graft.json").write_text("[" * 100_000)
+    with pytest.raises(RequestError, match="not JSON"):
+        Graft.load(folder)
+
+
+def lying(header, size):
+    """A safetensors file whose header says something else than what follows it."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lying({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, 4),
+        lying({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}, 4),
+        lying({"x": {"dtype": "F32", "shape": [1 << 62, 4], "data_offsets": [0, 0]}}, 0),
+        lying({"x": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}, 8),
+        lying({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4),
+        ((1 << 63) - 1).to_bytes(8, "little") + b"{}",
+        b"",
+        b"{",
+    ],
+)
+def test_a_header_that_lies_allocates_nothing_and_is_refused(data, tmp_path):
+    folder = made(tied()).save(tmp_path / "g")
+    (folder / "graft.safetensors").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    rewrite(folder, lambda text: text.update(tensors_sha256=digest))
+    with pytest.raises(RequestError, match="truncated or changed"):
+        Graft.load(folder)
 
 
 def test_an_adapter_is_pointed_to_diff(tmp_path):

@@ -99,5 +99,6 @@ def merged(members: list[tuple[Slice, float]], originals: Tensor | None, region:
     if all(isinstance(change, Shut) and s == 1.0 for change, s in members):
         return Shut(region)
     if originals is None:
-        originals = torch.zeros(region.values_shape)
+        wide = any(change.values.dtype == torch.float64 for change, _ in members)
+        originals = torch.zeros(region.values_shape, dtype=torch.float64 if wide else torch.float32)
     return Slice(region, combined(region, originals, members))

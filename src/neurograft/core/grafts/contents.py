@@ -15,7 +15,7 @@ from neurograft.core.grafts.operation import Operation
 from neurograft.core.grafts.replay import Home, Replay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth of being equal; whether two do the same says `identity`
 class Contents:
     """The contents of a graft.
 

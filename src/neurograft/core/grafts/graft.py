@@ -31,7 +31,7 @@ from neurograft.core.untie import Apart, Untie
 EXPORTS = ("lora", "supertuning", "merged", "patch")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graft(Contents):
     """Changes in the coordinates of a checkpoint, the digests of the tensors they touch, and a card.
 

@@ -59,7 +59,10 @@ def unpacked(text: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
     logs = [_log(i, made, tensors) for i, made in enumerate(text.get("logs", ()))]
     deltas = {name: _delta(name, entry, tensors, logs) for name, entry in text["tensors"].items()}
     operations = tuple(_operation(i, meta, tensors) for i, meta in enumerate(text["operations"]))
-    return Contents(deltas, operations, text["base"], text["card"], text["strength"])
+    base, card, strength = text["base"], text["card"], text["strength"]
+    if not (isinstance(base, dict) and isinstance(card, dict) and math.isfinite(strength)):
+        raise KeyError("a base, a card and a finite strength")
+    return Contents(deltas, operations, base, card, strength)
 
 
 def _entry(delta: Delta, logs: list[Log]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -103,22 +106,40 @@ def _delta(name: str, entry: dict[str, Any], tensors: dict[str, Tensor], logs: l
             raise KeyError(f"factors of a tensor of shape {shape} for {name}")
         return LowRank(shape, A, B, entry["scale"], entry["transposed"])
     if entry["kind"] == "new":
-        return New(tensors[f"{name}::added"], entry["after"])
+        after = entry["after"]
+        if after is not None and not (isinstance(after, int) and after >= 0):
+            raise KeyError(f"how many rows the base has for {name}")
+        return New(tensors[f"{name}::added"], after)
     if entry["kind"] == "shut":
-        return _shut(name, shape, tuple(entry["matrix"]), tensors)
+        return _shut(name, shape, _matrix(name, shape, entry), tensors)
+    if entry["kind"] not in ("slice", "replay"):
+        raise KeyError(f"a kind of change that is known here for {name}")
     layout = entry["layout"]
     ids: Iterable[int] | Tensor = ()
     if layout != "all":
         ids = wide_ids(tensors[f"{name}::{layout}"], gaps=layout == "flat")
     block = tuple(entry["block"]) if entry["block"] else None
-    region = Region.of(shape, layout, ids, matrix=tuple(entry["matrix"]), block=block)
+    matrix = _matrix(name, shape, entry)
+    if block and (matrix[0] != 1 or min(block) < 1 or matrix[1] % block[0] or matrix[2] % block[1]):
+        raise KeyError(f"blocks that fill a tensor of shape {shape} for {name}")
+    region = Region.of(shape, layout, ids, matrix=matrix, block=block)
     if entry["kind"] == "replay":
         held = getattr(torch, entry["held"])
+        if not isinstance(held, torch.dtype):
+            raise KeyError(f"a dtype for {name}")
         return Replay(region, entry["stream"], held, logs[entry["log"]], entry["track"], entry["result"])
     values = tensors[f"{name}::value"]
     if tuple(values.shape) != region.values_shape:
         raise KeyError(f"values of shape {region.values_shape} for {name}")
     return Slice(region, values)
+
+
+def _matrix(name: str, shape: tuple[int, ...], entry: dict[str, Any]) -> tuple[int, int, int]:
+    """Return how a tensor is read as matrices; what is read and written by it must be the whole tensor."""
+    bank, rows, columns = entry["matrix"]
+    if min(bank, rows, columns) < 0 or bank * rows * columns != math.prod(shape):
+        raise KeyError(f"matrices that make up a tensor of shape {shape} for {name}")
+    return bank, rows, columns
 
 
 def _shut(name: str, shape: tuple[int, ...], matrix: tuple[int, int, int], tensors: dict[str, Tensor]) -> Shut:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neurograft.core.grafts.coordinates import Piece
 from neurograft.core.overlap import Index
-from neurograft.core.region import Region
+from neurograft.core.region import Region, as_matrix
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Entries:
 
     def places(self) -> dict[str, Tensor]:
         """Return the entries' numbers under the name of their layout; none if they are all there are."""
-        return {} if self.region.layout == "all" else {self.region.layout: self.region.ids}
+        region = self.region
+        found: dict[str, Tensor] = {} if region.layout == "all" else {region.layout: region.ids}
+        if region.layout == "cols" and region.matrix != as_matrix(region.shape):
+            found["matrix"] = torch.tensor(region.matrix)  # a bank read as one matrix numbers other columns so
+        return found
 
 
 @dataclass(frozen=True)

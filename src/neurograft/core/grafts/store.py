@@ -32,9 +32,10 @@ def save(graft: Contents, folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"the path {folder}, a file", expected="a folder", do="choose another path")
     tensors, text = packed(graft)
-    text = _plain(text)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    text, fresh = _plain(text), not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Inside of the folder: it may be a mount or a link to another disk, where nothing can be moved from beside it.
+    work = Path(tempfile.mkdtemp(prefix=".graft.", dir=folder))
     try:
         save_file(apart(tensors), work / TENSORS, metadata={"format": "pt"})  # one key: their order is random
         text["tensors_sha256"] = _file_digest(work / TENSORS)
@@ -43,13 +44,14 @@ def save(graft: Contents, folder: Path) -> Path:
         for name in (TENSORS, TEXT):
             with open(work / name, "rb") as file:
                 os.fsync(file.fileno())
-        folder.mkdir(exist_ok=True)
         shutil.copymode(work / TEXT, work / TENSORS)  # safetensors writes files that only their owner may read
         # The text names the tensor file's digest: whatever is interrupted, a mixture is refused on reading.
         os.replace(work / TENSORS, folder / TENSORS)
         os.replace(work / TEXT, folder / TEXT)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
     return folder
 
 
@@ -73,7 +75,7 @@ def load(source: str | Path, *, revision: str | None = None) -> Contents:
         return unpacked(text, tensors)
     except RequestError:
         raise
-    except (KeyError, TypeError, AttributeError, AssertionError, ValueError, IndexError, OverflowError) as error:
+    except (LookupError, TypeError, AttributeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _changed(folder / TEXT, f"it lacks or spoils {error}") from error
 
 
@@ -122,7 +124,7 @@ def _local(source: str | Path, revision: str | None) -> Path:
 def _read_text(path: Path) -> dict[str, Any]:
     try:
         text: dict[str, Any] = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise _changed(path, "it is not JSON") from error
     if not isinstance(text, dict) or not isinstance(text.get("format"), int):
         raise _changed(path, "it has no format number")
