@@ -153,8 +153,8 @@ def _window(
     for i, batch in enumerate(window):
 
         def share(i: int = i, batch: Batch = batch) -> torch.Tensor:
-            more = {"wrapped": call, "trained": mount.held, "rows": rows or None}
-            at = Step(mount.model, batch, step, steps, items, reference_of(mount), **more)
+            more = (step, steps, items, reference_of(mount))
+            at = Step(mount.model, batch, *more, wrapped=call, trained=mount.held, rows=rows or None)
             return asked.loss(at, windows=len(window), draw=step * len(window) + i)
 
         if mount.driver is not None:
