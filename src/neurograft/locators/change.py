@@ -38,7 +38,8 @@ def change(context: Context, *, norm: str = "mean_abs") -> Scores:
     found, here = owners(context.sites, context.model), Parameters.of(context.model).by_name
     moved = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
     sizes = {n: torch.zeros(s.n, dtype=torch.float64) for n, s in context.sites.items()}
-    base = {n: here[n].detach().clone() for n in found}
+    # A graft is written over the numbers it is compared with.
+    base = {n: here[n].detach().clone() if isinstance(context.against, Graft) else here[n].detach() for n in found}
     with ExitStack() as stack:
         other = _other(context, stack)
         for name, pairs in found.items():
@@ -52,7 +53,8 @@ def change(context: Context, *, norm: str = "mean_abs") -> Scores:
             for site, part in pairs:
                 mine = view(part, d)
                 moved[site] += (mine.abs() if norm == "mean_abs" else mine.square()).sum((1, 2)).cpu()
-                sizes[site] += view(part, base[name].double()).square().sum((1, 2)).cpu()
+                if norm == "relative":
+                    sizes[site] += view(part, base[name].double()).square().sum((1, 2)).cpu()
     if norm == "mean_abs":
         return scored(context, {n: v / numbers(context.sites[n]) for n, v in moved.items()})
     if norm == "l2":

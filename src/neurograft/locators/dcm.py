@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from neurograft.core.asking import asking
 from neurograft.core.card import method
 from neurograft.core.compact.mask import Mask
 from neurograft.core.context import Batch, Context
@@ -21,6 +22,7 @@ from neurograft.core.taps.tap import change
 from neurograft.locators._common import scored
 
 Pair = tuple[Batch, Batch, Tensor, Tensor]
+Source = dict[str, Tensor]  # site name -> what its heads did on the counterfactual at its place, [rows, n, w]
 
 
 @method(
@@ -108,12 +110,12 @@ class _Patch:
         """Return the trained w of all heads, float32 [heads]."""
         s = self.mask.start(torch.empty(sum(x.n for x in self.sites.values())), torch.Generator()).requires_grad_(True)
         allowed = torch.cat(list(self.may.values()))
-        optimizer = torch.optim.Adam([s], lr=lr)
+        optimizer, sources = torch.optim.Adam([s], lr=lr), [self._source(pair) for pair in pairs]
         for _ in range(epochs):
-            for pair in pairs:
+            for pair, source in zip(pairs, sources):
                 w = self.mask.soft(s)
-                with torch.enable_grad():
-                    logits = self._logits(pair, w)
+                with torch.enable_grad(), asking(self.model):
+                    logits = self._logits(pair, source, w)
                     loss = lam * (1 - w)[allowed].sum() - logits.gather(1, answers(pair[0])[:, None]).mean().cpu()
                     (pull,) = torch.autograd.grad(loss, s)
                 s.grad = pull * allowed
@@ -124,17 +126,21 @@ class _Patch:
     @torch.no_grad()
     def accuracy(self, pairs: list[Pair], w: Tensor) -> float:
         """Return how often the wanted answer is the likeliest."""
-        hits = [self._logits(p, w).argmax(1) == answers(p[0]) for p in pairs]
+        hits = [self._logits(p, self._source(p), w).argmax(1) == answers(p[0]) for p in pairs]
         return float(torch.cat(hits).float().mean())
 
-    def _logits(self, pair: Pair, w: Tensor) -> Tensor:
-        base, other, here, there = pair
-        source = capture(self.model, self.sites, other)
+    def _source(self, pair: Pair) -> Source:
+        _, other, _, there = pair
+        rows = torch.arange(len(there))
+        return {name: x[rows, there.cpu()] for name, x in capture(self.model, self.sites, other).items()}
+
+    def _logits(self, pair: Pair, source: Source, w: Tensor) -> Tensor:
+        base, _, here, _ = pair
         rows = torch.arange(len(here))
         shares = dict(zip(self.sites, w.split([s.n for s in self.sites.values()])))
 
         def mixed(name: str, x: Tensor) -> Tensor:
-            old, new = x[rows, here], source[name][rows, there.cpu()].to(x)
+            old, new = x[rows, here], source[name].to(x)
             share = torch.where(self.may[name], shares[name], torch.ones(())).to(x)
             share = share.reshape(-1, *[1] * (old.dim() - 2))
             made = x.clone()

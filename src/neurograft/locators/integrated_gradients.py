@@ -70,7 +70,11 @@ def integrated_gradients(
     way = _Way(quadrature(steps, rule), base, token if baseline == "token" else None, multiply, everywhere)
     sums = _Sums(signed or over == "data", per_example)
     groups = [dict(context.sites)] if joint else [{n: s} for n, s in context.sites.items()]
-    card = {"all sites" if joint else next(iter(group)): _integrate(context, group, way, sums) for group in groups}
+    with torch.no_grad():  # where every path ends: the model as it is
+        ends = [float(context.scalar(batch)) for batch in context.batches]
+    card = {
+        "all sites" if joint else next(iter(group)): _integrate(context, group, way, sums, ends) for group in groups
+    }
     totals = sums.totals
     if over == "data" and not signed:
         totals = {n: v.abs() for n, v in totals.items()}
@@ -111,16 +115,17 @@ class _Sums:
             self.rows.setdefault(name, []).append(examples * value)
 
 
-def _integrate(context: Context, sites: Mapping[str, Site], way: _Way, sums: _Sums) -> dict[str, float]:
+def _integrate(
+    context: Context, sites: Mapping[str, Site], way: _Way, sums: _Sums, ends: Sequence[float]
+) -> dict[str, float]:
     """Add the scores of some sites on one path; returns how well they add up."""
     gap, due, total, examples = 0.0, 0.0, 0.0, 0
-    for batch in context.batches:
+    for batch, end in zip(context.batches, ends):
         base = way.base if way.token is None else of_token(context, sites, batch, way.token)
         path = Path(context, sites, base, batch, way.multiply, way.everywhere)
         for m, weight in way.points:
             path.step(m, weight)
-        with torch.no_grad():
-            end, start = float(context.scalar(batch)), path.value(0.0)
+        start = path.value(0.0)
         found = sum(float(v.sum()) for v in path.found.values())
         gap, due, total = gap + abs(found - (end - start)), due + abs(end - start), total + found
         for name, value in path.found.items():

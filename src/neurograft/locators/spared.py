@@ -56,11 +56,14 @@ def spared(context: Context, *, among: Any = None, metric: str = "log_prob", lim
     def left() -> float:
         sums, count = 0.0, 0
         for batch in batches:
-            logits, labels = Step(context.model, batch).scored()
-            right = logits.argmax(-1) == labels
-            known = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-            sums += float((right.double() if metric == "accuracy" else known.double()).sum())
-            count += len(labels)
+            step = Step(context.model, batch)
+            if metric == "log_prob":
+                found = step.log_probs
+            else:
+                logits, labels = step.scored()
+                found = logits.argmax(-1) == labels
+            sums += float(found.double().sum())
+            count += len(found)
         return sums / count
 
     values: dict[str, Tensor] = {}

@@ -159,10 +159,8 @@ def _window(
     for i, batch in enumerate(window):
 
         def share(i: int = i, batch: Batch = batch) -> torch.Tensor:
-            at = Step(
-                mount.model, batch, step, steps, items, reference_of(mount),
-                wrapped=call, trained=mount.held, rows=rows or None,
-            )  # fmt: skip
+            more = (step, steps, items, reference_of(mount))
+            at = Step(mount.model, batch, *more, wrapped=call, trained=mount.held, rows=rows or None)
             return asked.loss(at, windows=len(window), draw=step * len(window) + i)
 
         if mount.driver is not None:

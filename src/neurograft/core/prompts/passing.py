@@ -21,7 +21,7 @@ from neurograft.core.errors import RequestError, RunError
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 Positions = str | Callable[[dict[str, Any]], Tensor]
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
-TOLD = "_neurograft_told"
+TAPPED, TOLD = "_neurograft_taps", "_neurograft_told"  # what a model bears while somebody is at its taps
 
 
 @dataclass
@@ -105,23 +105,27 @@ class Pass:
 def told(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
     """Let taps of a model take its passes in the block for passes of this batch, whatever it is called with.
 
-    Which tokens count may depend on columns the model is better called without, such as labels.
+    Which tokens count may depend on columns the model is better called without, such as labels. Where nobody is at the
+    taps the model is left alone.
 
     Example:
         >>> net, now = nn.Identity(), Pass()
+        >>> net.__dict__[TAPPED] = "somebody"
         >>> with told(net, {"x": 1, "labels": 2}):
         ...     now.begin(net, (), {"x": 1})
         >>> now.batch
         {'x': 1, 'labels': 2}
     """
+    if TAPPED not in model.__dict__:
+        yield
+        return
     held = model.__dict__.get(TOLD)
     model.__dict__[TOLD] = dict(batch)
     try:
         yield
     finally:
-        if held is None:
-            del model.__dict__[TOLD]
-        else:
+        del model.__dict__[TOLD]
+        if held is not None:
             model.__dict__[TOLD] = held
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.core.errors import RequestError, RunError, near
-from neurograft.core.prompts.passing import Pass, Seen, recomputing
+from neurograft.core.prompts.passing import TAPPED, Pass, Seen, recomputing
 from neurograft.core.taps.bank import Bank
 from neurograft.core.units import Site, Tap
 
-ATTRIBUTE = "_neurograft_taps"
+ATTRIBUTE = TAPPED
 Visit = Callable[[str, Tensor, Seen], Tensor | None]
 
 

@@ -39,7 +39,7 @@ def exemplify(
     """Find the k examples with the largest activation of every unit, and the activations in them.
 
     Args:
-        model: run as it is, without gradients, three times.
+        model: run as it is, without gradients, once, and once more on the batches that hold an exemplar.
         sites: what to read; each needs a tap. Units of several features are read as the norm of these.
         batches: model inputs.
         k: exemplars of a unit, by its largest activation over positions; ties go to the earlier example.
@@ -61,14 +61,19 @@ def exemplify(
     """
     if k < 1 or not 0 < quantile < 1:
         raise RequestError(f"k={k}, quantile={quantile}", expected="k of at least 1, a quantile in (0, 1)", do="k=15")
-    best = observe(model, sites, batches, lambda n: {"top": Exemplars(n, k=k)}, pool="max")
-    spread = observe(model, sites, batches, lambda n: {"all": Sample(n, size=sampled, seed=seed)})
-    tops = {name: seen["top"] for name, seen in best.items()}
+    seen = observe(
+        model,
+        sites,
+        batches,
+        lambda n: {"top": Exemplars(n, k=k), "all": Sample(n, size=sampled, seed=seed)},
+        pool={"top": "max", "all": "token"},
+    )
+    tops = {name: reducers["top"] for name, reducers in seen.items()}
     examples = {name: top.places[..., 0] for name, top in tops.items() if isinstance(top, Exemplars)}
     maps = _maps(model, sites, batches, examples)
     found = {}
     for name, top in tops.items():
-        sample = spread[name]["all"]
+        sample = seen[name]["all"]
         assert isinstance(top, Exemplars)
         assert isinstance(sample, Sample)
         found[name] = Exemplified(top.values, examples[name], sample.quantile(quantile), maps[name])

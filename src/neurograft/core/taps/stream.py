@@ -28,7 +28,7 @@ def observe(
     make: Make,
     *,
     mask: Positions | None = None,
-    pool: str = "token",
+    pool: str | Mapping[str, str] = "token",
 ) -> dict[str, Mapping[str, Reducer]]:
     """Run batches through a model and return what the reducers saw at each site.
 
@@ -40,27 +40,29 @@ def observe(
         batches: model inputs.
         make: n -> fresh reducers by name.
         mask: which tokens count, as for `core.taps.tap.watch`.
-        pool: what a reducer is given: every "token", or one "mean" or "max" of each example.
+        pool: what a reducer is given: every "token", or one "mean" or "max" of each example; or that by reducer.
 
     Raises:
         RequestError: no batches, or an unknown pool.
         RunError: a tap that never fired.
     """
-    one_of(pool, POOLS, what="pool")
+    for word in (pool,) if isinstance(pool, str) else pool.values():
+        one_of(word, POOLS, what="pool")
     found = {name: make(site.n) for name, site in sites.items()}
+    each = {key: pool if isinstance(pool, str) else pool[key] for reducers in found.values() for key in reducers}
     places = any(isinstance(r, Exemplars) for reducers in found.values() for r in reducers.values())
+    pools = set(each.values())
     first, seen = 0, 0
 
     def read(name: str, x: Tensor) -> None:
         x = per_unit(x)
         where = None
-        if places or pool != "token":
+        if places or pools != {"token"}:
             rows, at = looking.place()
             where = torch.stack([rows + first, at], 1)
-            if pool != "token":
-                x, where = _pooled(x, where, pool)
-        for reducer in found[name].values():
-            reducer.update(x, where)
+        made = {word: (x, where) if where is None or word == "token" else _pooled(x, where, word) for word in pools}
+        for key, reducer in found[name].items():
+            reducer.update(*made[each[key]])
 
     looking: Watch
     with watch(model, sites, read, mask=mask) as looking, torch.no_grad():
@@ -74,13 +76,14 @@ def observe(
 
 def _pooled(x: Tensor, places: Tensor, pool: str) -> tuple[Tensor, Tensor]:
     """Reduce the tokens of each example to one row; the place is its first token's."""
-    rows, starts = [], []
-    for example in places[:, 0].unique().tolist():
-        mine = (places[:, 0] == example).nonzero()[:, 0]
-        part = x[mine.to(x.device)]
-        rows.append(part.amax(0) if pool == "max" else part.float().mean(0))
-        starts.append(places[mine[0]])
-    return torch.stack(rows), torch.stack(starts)
+    examples = places[:, 0]
+    if bool((examples[1:] < examples[:-1]).any()):  # as experts may be given them
+        order = examples.argsort(stable=True)
+        x, places = x[order.to(x.device)], places[order]
+    counts = places[:, 0].unique_consecutive(return_counts=True)[1]
+    parts = x.split(counts.tolist())
+    rows = [part.amax(0) if pool == "max" else part.float().mean(0) for part in parts]
+    return torch.stack(rows), places[counts.cumsum(0) - counts]
 
 
 def means(
