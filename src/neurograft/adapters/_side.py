@@ -25,6 +25,8 @@ class SideMount(InPlaceMount):
     written; a linear layer that is packed or sharded gets a hook. Parameters the base lacks are trained in place.
     """
 
+    appends = True
+
     def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)

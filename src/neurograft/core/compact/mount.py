@@ -62,6 +62,7 @@ class Mount(metaclass=_Whole):
     """
 
     attached = False
+    appends = False  # whether rows can be added to a parameter
 
     def __init__(
         self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = (), within: Mount | None = None
@@ -76,6 +77,12 @@ class Mount(metaclass=_Whole):
         self.found = Parameters.of(model)
         self.flags = {n: p.requires_grad for n, p in self.found.by_name.items()}
         self.appended = dict(new) if isinstance(new, Mapping) else {}
+        if self.appended and not self.appends:
+            raise RequestError(
+                f"new={self.appended!r}, rows to add, for another adapter than a slice",
+                expected="names or patterns of parameters that are new as a whole",
+                do="take adapter='slice' with a selection, or leave the numbers of rows out",
+            )
         self.new = self._match(new)
         self.new_originals = {n: p.detach().clone() for n, p in self.whole().items()}
         self.ended_new: dict[str, Tensor] = {}  # what whole new parameters held when they were taken out
@@ -324,6 +331,16 @@ def regions_of(
     return {n: regions[n] for n in sorted(regions, key=place.__getitem__)}
 
 
+def check_here(model: nn.Module, selection: Selection | None) -> None:
+    """Raise unless the units of a selection, if there is one, can be units of this model.
+
+    Raises:
+        RequestError: a parameter is not in this model, or of another shape here.
+    """
+    if selection is not None:
+        _gathered(model, selection, Parameters.of(model))
+
+
 def untied(model: nn.Module, selection: Selection) -> Untied | None:
     """Take apart the tied parameters that a selection touches; None if it touches none."""
     found = Parameters.of(model)
@@ -344,6 +361,12 @@ def _gathered(model: nn.Module, selection: Selection, found: Parameters) -> dict
                 )
             name = found.alias[part.param]
             shape = tuple(found.by_name[name].shape)
+            if found.by_name[name].is_floating_point() and not part.fits(shape):  # packed numbers have other shapes
+                raise RequestError(
+                    f"a selection in {part.param!r} of another shape than {shape}, which it has here",
+                    expected="units of this model, or of one with its shapes",
+                    do="select on this model",
+                )
             parts.setdefault(name, []).append(region_of(part, ids, shape, matrix_of(model, part.param, shape)))
     return {name: union(regions) for name, regions in parts.items()}
 
