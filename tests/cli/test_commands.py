@@ -147,6 +147,87 @@ WRONG = {
         ("tune", "MODEL", "DATA", "--args", "eval_strategy=never", "-o", "OUT"),
         "training arguments",
     ),
+    **{
+        f"{option} {name}": ((*words, option, name), expected)
+        for words, option in (
+            (("locate", "MODEL", "DATA"), "--by"),
+            (("locate", "MODEL", "DATA"), "--objective"),
+            (("select", "SCORES"), "--by"),
+            (("evidence", "MODEL", "SOME", "DATA"), "--objective"),
+            (("tune", "MODEL", "DATA", "-o", "OUT"), "--adapter"),
+            (("tune", "MODEL", "DATA", "-o", "OUT"), "--objective"),
+            (("tune", "MODEL", "DATA", "-o", "OUT"), "--schedule"),
+            (("tune", "MODEL", "DATA", "-o", "OUT"), "--optimizer"),
+            (("audit", "MODEL", "GRAFT", "--gain", "DATA"), "--metrics"),
+        )
+        for name, expected in (("not.there", "cannot be imported"), ("os.sep", "a str"), ("json.dumps", "a callable ("))
+        if (option, name) != ("--optimizer", "json.dumps")
+    },
+    "a name that is called and fails": (("locate", "MODEL", "DATA", "--by", "os.system"), "os.system, which failed"),
+    "a name that returns something else": (("select", "SCORES", "--by", "builtins.repr"), "returned a str"),
+    "a method of another room": (("locate", "MODEL", "DATA", "--by", "neurograft.selectors.top"), "of selectors"),
+    "a name that begins with dots": (("locate", "MODEL", "DATA", "--by", ".."), "a dotted name"),
+    "parameters that cannot be read": (("select", "SCORES", "--by", "collections.OrderedDict"), "cannot be read"),
+    "a metric without dots": (("audit", "MODEL", "GRAFT", "--gain", "DATA", "--metrics", "nothing"), "its dotted name"),
+    "a metric that is there": (("audit", "MODEL", "GRAFT", "--gain", "DATA", "--metrics", "exact"), "without being"),
+    "no recipe's name": (("run", "os.getcwd", "MODEL", "DATA"), "returned a str"),
+    "an empty option": (("locate", "MODEL", "DATA", "--layers", ""), "nothing for it"),
+    "layers that are none": (("locate", "MODEL", "DATA", "--layers", "0.5"), "-2 to 1"),
+    "a block of one side": (("locate", "MODEL", "DATA", "--units", "block", "--block", "2"), "two whole numbers"),
+    "a block of words": (("locate", "MODEL", "DATA", "--units", "block", "--block", "x,y"), "two whole numbers"),
+    "held-out data nobody wants": (("locate", "MODEL", "DATA", "--no-evidence", "--held-out", "DATA"), "one of them"),
+    "a model to compare with nothing": (
+        ("locate", "MODEL", "--by", "magnitude", "--against", "OTHER"),
+        "leave against",
+    ),
+    "a model to compare that is none": (("locate", "MODEL", "--by", "change", "--against", "nowhere/at/all"), "folder"),
+    "a level above 1": (("evidence", "MODEL", "SOME", "DATA", "--level", "2"), "below 1"),
+    "protected without names": (("evidence", "MODEL", "SOME", "DATA", "--protected", "x"), "key=value"),
+    "no draws": (("audit", "MODEL", "GRAFT", "--gain", "DATA", "--rules", "draws=0"), "a value like 2000"),
+    "fewer than no pages": (("audit", "MODEL", "GRAFT", "--gain", "DATA", "--neurons", "-1"), "at least 0"),
+    "a shard of no size": (("apply", "MODEL", "GRAFT", "--shard", "-1", "-o", "OUT"), "200MB"),
+    "an unknown describer of no data": (
+        ("neuron", "MODEL", "model.layers.0.mlp/neuron:0", "--describer", "x"),
+        "examples to describe",
+    ),
+    "a page of nothing": (("neuron", "MODEL", "model.layers.0.mlp/neuron:0", "DATA", "--top", "0"), "at least 1"),
+    "half a step": (("tune", "MODEL", "DATA", "--args", "max_steps=1.5", "-o", "OUT"), "a whole number"),
+    "a seed below 0": (("tune", "MODEL", "DATA", "--seed", "-1", "-o", "OUT"), "2**32"),
+    "a tracker of nobody": (("tune", "MODEL", "DATA", "--args", "report_to=nobody", "-o", "OUT"), "not supported"),
+    "an optimizer's wrong number": (
+        ("tune", "MODEL", "DATA", "--optimizer", "sgd:lr=-1", "-o", "OUT"),
+        "torch.optim.SGD",
+    ),
+    "the best of no evaluation": (
+        ("tune", "MODEL", "DATA", "--args", "load_best_model_at_end=true", "-o", "OUT"),
+        "eval",
+    ),
+    "an evaluation that never comes": (("tune", "MODEL", "DATA", "--eval-dataset", "DATA", "-o", "OUT"), "when to"),
+    "a turn to others that never comes": (
+        ("tune", "MODEL", "DATA", "--reselect", "{locate: {by: magnitude}}", "-o", "OUT"),
+        "that selects anew",
+    ),
+    "rows for no slice": (("tune", "MODEL", "DATA", "--new", "lm_head.weight=3", "-o", "OUT"), "adapter slice"),
+    "more rows than there are": (
+        ("tune", "MODEL", "DATA", "--where", "SOME", "--new", "lm_head.weight=99", "-o", "OUT"),
+        "1 to 63",
+    ),
+    "a selection of a wider model": (("tune", "WIDE", "DATA", "--where", "SOME", "-o", "OUT"), "of another shape"),
+    "a selection of narrower neurons": (("evidence", "WIDE", "SOME", "DATA"), "of another shape"),
+    "edits in a wider model's units": (
+        ("edit", "WIDE", "REQUESTS", "--where", "SOME", "-o", "OUT"),
+        "of another shape",
+    ),
+    "an audit of a wider model": (("audit", "MODEL", "WIDE", "--gain", "DATA"), "has shape (64, 64)"),
+    "an audit of a longer model": (("audit", "MODEL", "DEEP", "--gain", "DATA"), "3 blocks in 'model.layers'"),
+    "an audit of a shorter model": (("audit", "DEEP", "MODEL", "--gain", "DATA"), "2 blocks in 'model.layers'"),
+    "an audit of another architecture": (("audit", "MODEL", "TIED", "--gain", "DATA"), "shares no parameter"),
+    "a change of depth": (("diff", "MODEL", "DEEP", "-o", "OUT"), "3 blocks in 'model.layers'"),
+    "a change of width": (("diff", "MODEL", "WIDE", "-o", "OUT"), "equal shapes"),
+    "a change of architecture": (("diff", "MODEL", "TIED", "-o", "OUT"), "share no tensor"),
+    "a graft for a wider base": (("apply", "WIDE", "GRAFT", "-o", "OUT"), "has shape"),
+    "an earlier edit of another base": (("edit", "OTHER", "REQUESTS", "--after", "GRAFT", "-o", "OUT"), "base"),
+    "trust in a recipe by name": (("run", "s2ft", "MODEL", "DATA", "--trust", "os", "-o", "OUT"), "no recipe file"),
     "a citation of nothing": (("cite", "s2tf"), "s2ft"),
     "a verb of later": (("merge", "MODEL", "a", "b"), "not in this version"),
 }
@@ -154,7 +235,8 @@ NAMES = {
     "MODEL": "model", "DATA": "data.jsonl", "SCORES": "n.safetensors", "OUT": "out", "EMPTY": "empty.jsonl",
     "NAN": "nan.npz", "BARE": "bare.npz", "NOTHING": "nothing.safetensors", "FOREIGN": "foreign.safetensors",
     "TIED": "gpt2", "TOKENS": "tokens.safetensors", "OTHER": "other", "GRAFT": "graft", "SHORT": "short",
-    "CONFIG": "model/config.json", "SOME": "some.safetensors",
+    "CONFIG": "model/config.json", "SOME": "some.safetensors", "WIDE": "wide", "DEEP": "deep",
+    "REQUESTS": "requests.jsonl",
     "STRANGE": "strange", "GARBLED": "garbled", "CUT": "cut", **{f"BYTES{e}": f"bytes{e}" for e in BYTES},
 }  # fmt: skip
 
@@ -178,6 +260,10 @@ def spoiled(folder):
     tied.save_pretrained(folder / "gpt2")
     letters().save_pretrained(folder / "gpt2")
     pico("llama", seed=1).save_pretrained(folder / "other")
+    for name, config in {"wide": {"hidden_size": 64}, "deep": {"num_hidden_layers": 3}}.items():
+        pico("llama", **config).save_pretrained(folder / name)
+        letters().save_pretrained(folder / name)
+    (folder / "requests.jsonl").write_text('{"prompt": "1+1=", "target_new": "3"}')
     with attach(model, neurons) as live:
         for p in live.parameters():
             p.data.add_(0.5)

@@ -1,11 +1,16 @@
 """Laws of the room `locators`, over every method found in its folder and every kind of unit it claims."""
 
+import sys
+from dataclasses import fields
+
 import pytest
 import torch
 
+import neurograft as ng
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import choose, methods, option_names
 from neurograft.core.context import Context
+from neurograft.core.errors import RequestError
 from neurograft.core.taps.board import ATTRIBUTE
 from neurograft.worlds.pico import pico, pico_batch
 
@@ -97,6 +102,62 @@ def test_scores_permute_with_the_neurons(name):
         spread = value.abs().max()
         assert torch.allclose(found.values[site], value[order], rtol=1e-3, atol=1e-5 * float(spread))
         assert not torch.allclose(found.values[site], value, rtol=1e-3, atol=1e-5 * float(spread))
+
+
+class Watched(Context):
+    """A context that notes what a locator reads of what `locate` hands on."""
+
+    def __getattribute__(self, name):
+        copied = sys._getframe(1).f_code.co_name in ("replace", "_replace")
+        if name in ("against", "target", "positions", "loss", "asked") and not copied:
+            vars(self).setdefault("read", set()).add({"loss": "objective", "asked": "objective"}.get(name, name))
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("name", [n for n in LOCATORS if n not in ("within", "product", "halves", "rehearsed")])
+def test_a_locator_reads_what_its_card_says_it_takes_and_nothing_else(name):
+    """What a locator makes no use of is refused when it is given, so what it does make use of has to be declared."""
+    method, read, ran = quick(name), set(), False
+    for kind in sorted(method.card.kinds) or ("neuron", "weight"):
+        model = pico("llama")
+        plain = context(model, kind, method.card.needs, pico("llama", seed=1))
+        if not fits(method.card, plain.sites):
+            continue
+        for contrast in (plain.contrast, []):
+            given = Watched(**{f.name: getattr(plain, f.name) for f in fields(plain)} | {"contrast": contrast})
+            vars(given)["read"] = set()
+            try:
+                method(given)
+                ran = True
+            except RequestError:
+                pass  # other units or data than it needs
+            read |= vars(given)["read"]
+    assert read <= method.card.takes
+    by_option = {"fisher": {"positions"}}.get(name, set())  # on="gate" looks at places
+    assert not ran or method.card.takes - read <= by_option
+
+
+@pytest.mark.parametrize(("name", "word"), [("magnitude", "against"), ("activation", "target"), ("kva", "positions")])
+def test_what_a_locator_makes_no_use_of_is_refused(name, word):
+    net = pico("llama")
+    given = {"against": pico("llama"), "target": preference, "positions": "last"}[word]
+    with pytest.raises(RequestError, match=f"{word}= for neurograft.locators.{name}, which makes no use of it"):
+        ng.locate(net, [pico_batch(net)], by=name, **{word: given})
+
+
+def test_one_thing_is_attributed():
+    net = pico("llama")
+    with pytest.raises(RequestError, match="objective and target"):
+        ng.locate(net, [pico_batch(net)], by="gradient", objective="dft", target=preference)
+
+
+def test_what_is_compared_with_may_be_given_by_path(tmp_path):
+    net, other = pico("llama"), pico("llama", seed=1)
+    other.save_pretrained(tmp_path)
+    live = ng.locate(net, by="change", against=other)
+    assert ng.locate(net, by="change", against=tmp_path).digest == live.digest
+    assert ng.locate(net, by="change", against=str(tmp_path)).digest == live.digest
+    assert ng.locate(net, by="drift", against=[net, str(tmp_path)]).card["tasks"] == 2
 
 
 def planted(seed):

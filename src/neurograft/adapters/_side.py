@@ -32,6 +32,8 @@ class SideMount(SliceMount):
     What a turn to other units leaves behind goes on being added, at the price of a product with as many numbers.
     """
 
+    appends = True
+
     def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)

@@ -88,7 +88,14 @@ def _mounted(
         return TiedMount(model, regions, where, new=new, allow_dense=allow_dense, beside=route == "side")
     appended, chosen = dict(new) if isinstance(new, Mapping) else {}, set(regions)
     for name, rows in appended.items():
-        weight = model.get_parameter(name)
+        known = dict(model.named_parameters())
+        weight = known[one_of(name, known, what="parameter to add rows to")]
+        if not isinstance(rows, int) or not 0 < rows < len(weight):
+            raise RequestError(
+                f"new={{{name!r}: {rows!r}}}, of {len(weight)} rows",
+                expected=f"how many of them the base has, 1 to {len(weight) - 1}",
+                do="resize the model's vocabulary first, then give the number of rows it had",
+            )
         grown = Region.of(weight.shape, "rows", torch.arange(rows, weight.shape[0]))
         taken = next((n for n in (name, *beside(model, name)) if n in chosen), None)
         if taken is not None:

@@ -95,6 +95,10 @@ def sites(
     one_of(units, KINDS, what="unit kind")
     if block is not None and units != "block":
         raise RequestError(f"block={block} for units={units!r}", expected="units='block'", do="leave block out")
+    if block is not None and not _sides(block):
+        raise RequestError(
+            f"block={block!r}", expected="two whole numbers, at least 1: its rows and columns", do="give block=(4, 4)"
+        )
     reading = read(model)
     found = _matching(_in_layers(of_kind(reading, units, at=at), reading, layers), match)
     if block is None:
@@ -139,6 +143,13 @@ def every_kind(reading: Reading, kinds: Iterable[str] | None = None) -> Iterator
                     raise
 
 
+def _sides(block: object) -> bool:
+    """Say whether these are a block's sides."""
+    sides = (block, block) if isinstance(block, int) else block
+    whole = isinstance(sides, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sides)
+    return whole and len(sides) == 2  # type: ignore[arg-type]
+
+
 def _checked(units: str, at: str | None) -> str | None:
     known = [a for a in AT.get(units, ()) if a]
     if at is None or units not in AT or units == "layer":
@@ -176,11 +187,11 @@ def _in_layers(
     for layer in [layers] if isinstance(layers, (int, str)) else layers:
         if isinstance(layer, str):
             wanted.add(names.index(one_of(layer, names, what="layer")))
-        elif -len(names) <= layer < len(names):
+        elif isinstance(layer, int) and -len(names) <= layer < len(names):
             wanted.add(layer % len(names))
         else:
             raise RequestError(
-                f"layer {layer} of a model with {len(names)} blocks",
+                f"layer {layer!r} of a model with {len(names)} blocks",
                 expected=f"{-len(names)} to {len(names) - 1}",
                 do="count blocks from 0",
             )

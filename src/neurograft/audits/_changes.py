@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.coordinates import coordinates, everything
 from neurograft.core.grafts.delta import New
+from neurograft.core.grafts.depth import same_depth
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.stack import Stack
 from neurograft.core.region import Region, as_matrix, union
@@ -200,6 +201,8 @@ def _of_grafts(model: nn.Module, grafts: tuple[Graft, ...]) -> Change:
 def _of_tuned(model: nn.Module, tuned: nn.Module) -> Change:
     found = Change(model, tuned=tuned)
     mine, theirs = Parameters.of(model).by_name, Parameters.of(tuned).by_name
+    if not hasattr(tuned, "peft_config"):  # an adapter's model keeps the base inside, under other names
+        _check_tuned(model, tuned)
     for name, parameter in theirs.items():
         if name not in mine or mine[name].shape != parameter.shape:
             found.new.append(name)
@@ -209,6 +212,27 @@ def _of_tuned(model: nn.Module, tuned: nn.Module) -> Change:
                 everything(shape, as_matrix(shape)), mine[name].detach(), parameter.detach().to(mine[name].dtype)
             )
     return found
+
+
+def _check_tuned(model: nn.Module, tuned: nn.Module) -> None:
+    """Raise unless a model can have been tuned from the base: its blocks and shapes, but for rows added at the end."""
+    mine, theirs = dict(model.named_parameters()), dict(tuned.named_parameters(remove_duplicate=False))
+    if not mine.keys() & theirs.keys():
+        raise RequestError(
+            f"a {type(tuned).__name__} that shares no parameter with the base, a {type(model).__name__}",
+            expected="a tuned model of the same base",
+            do="give the base that this model was tuned from",
+        )
+    same_depth(mine, theirs)
+    for name in (name for name in mine if name in theirs):
+        before, after = mine[name].shape, theirs[name].shape
+        longer = len(before) == len(after) and before[1:] == after[1:] and after[:1] > before[:1]
+        if before != after and not longer:
+            raise RequestError(
+                f"a tuned model whose {name!r} has shape {tuple(after)}, where the base's has {tuple(before)}",
+                expected="the base's shapes, or rows added at the end",
+                do="give the base that this model was tuned from",
+            )
 
 
 @contextmanager

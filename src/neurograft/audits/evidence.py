@@ -76,6 +76,8 @@ def evidence(
         raise RequestError(
             f"controls={controls}, draws={draws}", expected="at least one of each", do="leave them out, or use fewer"
         )
+    if not 0.5 < level < 1:
+        raise RequestError(f"level={level:g}", expected="more than 0.5, below 1", do="give level=0.95")
     base = _losses(model, batches, loss)
     size, massive = sizes(model, where, batches)
     level_at = _levels(model, where, batches) if silence == "mean" else None

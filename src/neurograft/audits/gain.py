@@ -17,6 +17,7 @@ from neurograft.core.context import Batch
 from neurograft.core.errors import one_of
 
 Metrics = Metric | Mapping[str, Metric] | None
+BUILT_IN = ("likelihood", "accuracy", "exact")  # what `built_in` measures
 
 
 @method(needs={"batches", "labels"}, claims={"empty_is_zero", "noise_floor"})

@@ -124,6 +124,10 @@ def common(
 def run(
     words: arg.RUN,
     seed: Annotated[int, typer.Option(help="Root of every random number.")] = 0,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option("--trust", metavar="PACKAGE", help="Whose code a recipe file may call; may be repeated."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(metavar="TEXT", help="Of a Hub id.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="TEXT", help="Load the weights so.")] = None,
     device: Annotated[str | None, typer.Option(metavar="TEXT", help="As device_map of from_pretrained.")] = None,
@@ -138,7 +142,11 @@ def run(
     keep_inputs(output, {"words": names})
     writable(output or "graft", folder=True)
     quiet()
-    made = run_words(names, changes, seed=seed, revision=revision, dtype=dtype, device_map=device)
+    common = {"seed": seed, "trust": trust or (), "revision": revision, "dtype": dtype, "device_map": device}
+    try:
+        made = run_words(names, changes, **common)
+    except RequestError as error:
+        raise RequestError(error.came, expected=error.expected, do=as_typed(error.do, {"trust": "--trust"})) from error
     results.outcome(made, Path(output or "graft"), Shown(as_json))
 
 

@@ -52,6 +52,8 @@ def _body(given: dict[str, Any]) -> None:
     wanted = {name: given.pop(name) for name in ("evidence", "held_out", "fraction", "controls")}
     keep_inputs(target, {**given, "held_out": wanted["held_out"]})
     writable(target, folder=False)
+    if wanted["held_out"] is not None and not wanted["evidence"]:
+        raise RequestError("--held-out and --no-evidence", expected="one of them", do="leave one out")
     if wanted["evidence"]:
         _check(wanted["fraction"], wanted["controls"])
     quiet()

@@ -14,7 +14,7 @@ from neurograft.cli.wording import PAIRS, arguments_of, as_typed, metavar, with_
 from neurograft.core.errors import RequestError
 
 RENAMED = {"device_map": "device"}
-CALLABLES = ("callbacks", "data_collator", "compute_metrics", "progress")
+CALLABLES = ("callbacks", "data_collator", "compute_metrics", "progress", "relocate")
 
 
 def options_of(function: Callable[..., Any], *, skip: Iterable[str] = ()) -> list[inspect.Parameter]:
@@ -76,6 +76,8 @@ def typed(name: str, text: Any, annotation: str) -> Any:
         return text if several and "Mapping" not in annotation else pairs(name, text)
     if not isinstance(text, str):
         return text
+    if not text.strip():
+        raise RequestError(f"{name} and nothing for it", expected="a value", do="give one, or leave the option out")
     if annotation.startswith("Probes") and "," in text and ":" not in text:
         return text.split(",")
     if annotation.startswith(("Choice", "Probes")):

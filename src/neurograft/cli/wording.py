@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAIRS = ("args", "keep", "changes", "rules")
+PAIRS = ("args", "keep", "changes", "rules", "protected")
 
 
 def arguments_of(docstring: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ NEEDS = (
     "per_token",  # log-probabilities of a language model
     "scenarios",  # choices between options with attributes
 )
+TAKES = ("against", "objective", "positions", "target")  # what `locate` hands on to locators that make use of it
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Card:
         paper: slug of the paper it comes from, or None for common property.
         kinds: kinds of unit it works on; empty for all.
         needs: what it must be given, words of `NEEDS`.
+        takes: what it makes use of where it is given, words of `TAKES`.
         claims: promises that hold for it, by the names of the laws.
         departs: where it differs from the paper or its code, and why; empty if nowhere.
         task: for recipes, the transformers task they are for (`text-generation`), or None for a network of their own.
@@ -43,6 +45,7 @@ class Card:
     paper: str | None = None
     kinds: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
+    takes: frozenset[str] = frozenset()
     claims: frozenset[str] = frozenset()
     departs: str = ""
     task: str | None = None
@@ -53,6 +56,7 @@ def method(
     paper: str | None = None,
     kinds: Iterable[str] = (),
     needs: Iterable[str] = (),
+    takes: Iterable[str] = (),
     claims: Iterable[str] = (),
     departs: str = "",
     task: str | None = None,
@@ -60,7 +64,7 @@ def method(
     """Give a function its card, as the attribute `card`.
 
     Raises:
-        RequestError: an unknown kind or need.
+        RequestError: an unknown kind, need or word of `takes`.
 
     Example:
         >>> @method(kinds={"neuron"})
@@ -72,7 +76,9 @@ def method(
         one_of(kind, KINDS, what="unit kind")
     for need in needs:
         one_of(need, NEEDS, what="need")
-    made = Card(paper, frozenset(kinds), frozenset(needs), frozenset(claims), departs, task)
+    for word in takes:
+        one_of(word, TAKES, what="word of takes")
+    made = Card(paper, frozenset(kinds), frozenset(needs), frozenset(takes), frozenset(claims), departs, task)
 
     def give(function: F) -> F:
         function.card = made  # type: ignore[attr-defined]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neurograft.core.card import Card
-from neurograft.core.errors import RequestError, near, one_of
+from neurograft.core.errors import CALLED_AS, RequestError, RunError, near, one_of
 from neurograft.core.resolve import resolve
+from neurograft.core.trust import check
 from neurograft.core.typed import annotations_of, fits, in_words
 
 ROOMS = (
@@ -30,6 +31,20 @@ ROOMS = (
     "export",
 )
 
+HOMES = tuple(f"neurograft.{home}" for home in (*ROOMS, "pipeline", "recipes"))  # of what a recipe file may name
+# What a method of a room is called with, and what it makes: read where somebody's own callable does neither.
+CALLED: Mapping[str, tuple[str, str]] = {
+    "locators": ("(Context, **options) -> Scores", "neurograft.core.selection.Scores"),
+    "selectors": ("(Scores, **options) -> Selection", "neurograft.core.selection.Selection"),
+    "adapters": ("(model, Selection, **options) -> Mount", "neurograft.core.compact.mount.Mount"),
+    "objectives": ("(Step, **options) -> loss", ""),
+    "schedules": ("(step, names, **options) -> Phase", "neurograft.core.phase.Phase"),
+    "edits": ("(Context, Selection, **options) -> Graft", "neurograft.core.grafts.graft.Graft"),
+    "audits": ("(model, change, batches, **options) -> mapping", "collections.abc.Mapping"),
+    "steps": ("(state, **arguments) -> more of the state", ""),
+    "metrics": ("(model, batch) -> one number for each row", ""),
+}
+
 Choice = str | tuple[str, Mapping[str, Any]] | Callable[..., Any] | None
 
 
@@ -41,11 +56,13 @@ class Chosen:
         function: the method.
         options: keyword options given for it.
         name: its dotted name, or that of a foreign callable, for cards.
+        room: whose method it stands for, which says how it is called.
     """
 
     function: Callable[..., Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    room: str = ""
 
     @property
     def card(self) -> Card:
@@ -55,18 +72,30 @@ class Chosen:
 
     def __call__(self, *args: Any, **more: Any) -> Any:
         given = {**self.options, **more}
+        how, makes = CALLED.get(self.room, ("", ""))
         try:
-            return self.function(*args, **given)
-        except TypeError as error:
+            found = self.function(*args, **given)
+        except (RequestError, RunError):
+            raise
+        except Exception as error:
             lacking = [n for n, p in option_names(self.function).items() if p.default is p.empty and n not in given]
-            if not lacking:
-                raise
-            short = self.name.rpartition(".")[2]
+            if isinstance(error, TypeError) and lacking:
+                short = self.name.rpartition(".")[2]
+                raise RequestError(
+                    f"{short} without {', '.join(lacking)}",
+                    expected="these options",
+                    do=f'("{short}", {{"{lacking[0]}": ...}})',
+                ) from error
+            if how and not self.name.startswith(f"neurograft.{self.room}."):
+                error.add_note(f"{CALLED_AS}{self.name}: {how}")
+            raise
+        if makes and not isinstance(found, resolve(makes)):
             raise RequestError(
-                f"{short} without {', '.join(lacking)}",
-                expected="these options",
-                do=f'("{short}", {{"{lacking[0]}": ...}})',
-            ) from error
+                f"{self.name}, which returned a {type(found).__name__}",
+                expected=f"a callable {how}",
+                do=f"name a method of {self.room}, or let it return that",
+            )
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for recipes and cards."""
@@ -112,7 +141,7 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
     """
     if isinstance(choice, Chosen):
         check_options(choice.function, options, choice.name)
-        return Chosen(choice.function, {**choice.options, **options}, choice.name)
+        return Chosen(choice.function, {**choice.options, **options}, choice.name, choice.room)
     if isinstance(choice, (tuple, list)) and len(choice) == 2:
         choice, given = choice
         options = {**_options(room, given), **options}
@@ -120,8 +149,15 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
         options = {**_options(room, choice.get("options", {})), **options}
         choice = choice["path"]
     if isinstance(choice, str):
+        home = choice.split(".")[1] if choice.startswith("neurograft.") else room
+        if home != room and home in ROOMS:
+            raise RequestError(
+                f"{choice!r}, of {home}",
+                expected=f"a method of {room}",
+                do=f"name one of {', '.join(methods(room)[:8])}",
+            )
         dotted = choice if "." in choice else f"neurograft.{room}.{one_of(choice, methods(room), what=_singular(room))}"
-        function, name = resolve(dotted), dotted
+        function, name = asked(dotted), dotted
     elif callable(choice):
         function = choice
         name = f"{getattr(choice, '__module__', '?')}.{getattr(choice, '__qualname__', type(choice).__name__)}"
@@ -132,7 +168,29 @@ def choose(room: str, choice: Any, **options: Any) -> Chosen:
             do=f"name a method of {room}: {', '.join(methods(room)[:8])}",
         )
     check_options(function, options, name)
-    return Chosen(function, options, name)
+    return Chosen(function, options, name, room)
+
+
+def asked(dotted: str) -> Callable[..., Any]:
+    """Return the callable that somebody's words name.
+
+    Raises:
+        RequestError: there is none, it is no callable whose parameters can be read, or a recipe file names it and
+            may not; see `core.trust`.
+    """
+    check(dotted, HOMES)
+    found = resolve(dotted)
+    check(dotted, HOMES, found)
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError) as error:
+        what = f"a {type(found).__name__}" if not callable(found) else "whose parameters cannot be read"
+        raise RequestError(
+            f"the name {dotted!r}, {what}",
+            expected="a function, or another callable",
+            do="name one" if not callable(found) else "name a function of your own that calls it",
+        ) from error
+    return found
 
 
 def _options(room: str, given: Any) -> Mapping[str, Any]:

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+CALLED_AS = "neurograft called "  # how a note begins on an error that came out of somebody's own callable
+
 
 class RequestError(ValueError):
     """A request that cannot be served as it stands; the command line exits with status 2.

@@ -22,7 +22,7 @@ def resolve(dotted: str) -> Any:
         'resolve'
     """
     parent, _, last = dotted.rpartition(".")
-    if not parent:
+    if not parent or not all(part.isidentifier() for part in dotted.split(".")):
         raise RequestError(
             f"the name {dotted!r}",
             expected="a dotted name such as neurograft.selectors.top",

@@ -6,7 +6,7 @@ Shape letters: n units, E matrices in a bank (1 for an ordinary weight), R rows,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,23 @@ class Part:
     def size(self) -> int:
         """How many numbers one unit owns here."""
         return self.repeat * self.run
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Say whether the units can own these numbers in a parameter of this shape: none outside, whole rows as rows.
+
+        Example:
+            >>> Part.rows("w", (4, 3)).fits((4, 3)), Part.rows("w", (4, 3)).fits((4, 6))
+            (True, False)
+            >>> Part.columns("w", (4, 3)).fits((4, 6)), Part.columns("w", (4, 3)).fits((2, 3))
+            (False, False)
+        """
+        last = self.start + sum((count - 1) * stride for count, stride in self.units)
+        last += (self.repeat - 1) * self.repeat_stride + self.run
+        if last > math.prod(shape):
+            return False
+        if len(shape) < 2 or (self.repeat == 1 and self.run == 1):
+            return True
+        return (self.repeat_stride if self.repeat > 1 else self.run) % shape[-1] == 0
 
     def offsets(self, ids: Tensor) -> Tensor:
         """Return the first entry of each unit, int64 [k]."""

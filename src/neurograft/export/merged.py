@@ -70,8 +70,7 @@ def merged(
             expected="a transformers or diffusers model",
             do="apply the graft and save the state_dict",
         )
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", shard.upper()):
-        raise RequestError(f"shard={shard!r}", expected="a size such as 5GB or 200MB", do="leave it out")
+    check_shard(shard)
     source = base_name(graft, model, None)[0]
     with ExitStack() as undo:
         if worn is not None:  # at another strength perhaps, and its operations are no weights yet
@@ -79,6 +78,19 @@ def merged(
             undo.callback(lambda: Stack.of(model).add(model, worn))
         undo.enter_context(folded([graft], model))
         return write(model, folder, source=source, shard=shard, verify=verify, text=readme(graft, source, "merged", {}))
+
+
+def check_shard(shard: str) -> None:
+    """Raise unless this is the size of a file.
+
+    Raises:
+        RequestError: as said.
+
+    Example:
+        >>> check_shard("200MB")
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", str(shard).upper()) or not float(shard[:-2]):
+        raise RequestError(f"shard={shard!r}", expected="a size such as 5GB or 200MB", do="leave it out")
 
 
 def write(model: nn.Module, folder: Path, *, source: str, shard: str, verify: bool, text: str) -> Path:

@@ -18,7 +18,7 @@ from neurograft.locators._parts import norms
 STATISTICS = ("mean_abs", "mean", "rms", "std", "rate", "max", "quantile")
 
 
-@method(needs={"batches", "taps"}, claims={"finite", "length", "permutes", "planted"})
+@method(needs={"batches", "taps"}, takes={"positions"}, claims={"finite", "length", "permutes", "planted"})
 def activation(
     context: Context,
     *,

@@ -20,7 +20,7 @@ from neurograft.locators._parts import numbers, owners, view
 NORMS = ("mean_abs", "l2", "relative")
 
 
-@method(paper="layernorm-key", needs={"against"}, claims={"finite", "length", "permutes"})
+@method(paper="layernorm-key", needs={"against"}, takes={"against"}, claims={"finite", "length", "permutes"})
 def change(context: Context, *, norm: str = "mean_abs") -> Scores:
     """Score each unit by how far its weights are from those of another model or under a graft: d = theta' - theta.
 

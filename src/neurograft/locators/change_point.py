@@ -21,6 +21,7 @@ from neurograft.locators._common import need_batches, scored
     paper="spectral-layers",
     kinds={"layer"},
     needs={"batches", "taps"},
+    takes={"positions"},
     claims={"finite", "length"},
     departs="At the ends of the stack the window is as wide as there are layers. A window of layers is the one around "
     "the change point (around=True).",

@@ -21,7 +21,7 @@ from neurograft.locators._common import need_batches, scored
 STATISTICS = ("mean", "rate")
 
 
-@method(needs={"batches", "taps"}, claims={"finite", "length", "permutes", "planted"})
+@method(needs={"batches", "taps"}, takes={"against", "positions"}, claims={"finite", "length", "permutes", "planted"})
 def contrast(
     context: Context,
     *,

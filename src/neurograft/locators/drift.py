@@ -25,6 +25,7 @@ State = Mapping[str, Tensor]
 @method(
     paper="fpf",
     needs={"gradients"},
+    takes={"against", "objective", "target"},
     claims={"finite", "length"},
     departs="The paper's sensitivity score could not be read; units are ranked by the change between the ends of "
     "consecutive tasks, and the change between epochs inside a task is reported beside it (`inside`). Their ratio is "

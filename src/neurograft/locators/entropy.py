@@ -19,6 +19,7 @@ from neurograft.locators._common import scored
     paper="lape-subnetwork",
     kinds={"neuron", "channel", "row"},
     needs={"batches", "groups", "taps"},
+    takes={"positions"},
     claims={"finite", "length", "permutes"},
     departs="The entropy is turned into a score in [0, 1], 1 - H / log K; what is dropped is put below it by 2, not "
     "at infinity. Ties at the edge of the selected share go to the lower unit number.",

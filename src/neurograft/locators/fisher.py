@@ -23,7 +23,11 @@ from neurograft.locators._weights import weight_gradients
 AGGREGATES, LABELS = ("sum", "mean", "fro"), ("true", "sampled")
 
 
-@method(needs={"batches", "labels", "gradients"}, claims={"finite", "length", "permutes", "planted"})
+@method(
+    needs={"batches", "labels", "gradients"},
+    takes={"objective", "positions", "target"},
+    claims={"finite", "length", "permutes", "planted"},
+)
 def fisher(
     context: Context, *, aggregate: str = "sum", labels: str = "true", on: str = "weights", limit: int | None = None
 ) -> Scores:

@@ -18,7 +18,11 @@ from neurograft.locators._weights import weight_gradients
 OVER = ("token", "example", "data")
 
 
-@method(needs={"batches", "labels", "gradients"}, claims={"finite", "length", "permutes", "planted"})
+@method(
+    needs={"batches", "labels", "gradients"},
+    takes={"objective", "positions", "target"},
+    claims={"finite", "length", "permutes", "planted"},
+)
 def grad_x_act(context: Context, *, signed: bool = False, over: str = "example", multiply: bool = True) -> Scores:
     """Score each unit by how much the scalar would change, to first order, if it were silenced.
 

@@ -17,7 +17,12 @@ from neurograft.locators._weights import put_back, weight_gradients
 SCORES = ("abs_mean", "mean_abs", "l1", "l2")
 
 
-@method(paper="smt", needs={"batches", "labels", "gradients"}, claims={"finite", "length", "permutes", "planted"})
+@method(
+    paper="smt",
+    needs={"batches", "labels", "gradients"},
+    takes={"objective", "target"},
+    claims={"finite", "length", "permutes", "planted"},
+)
 def gradient(context: Context, *, score: str = "abs_mean", warmup_lr: float = 0.0) -> Scores:
     """Score each unit by the signed gradient of its weights, accumulated over the batches: G = dL/dW of all the data.
 

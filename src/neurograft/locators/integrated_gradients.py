@@ -20,7 +20,11 @@ from neurograft.locators._path import Path, of_token, quadrature
 RULES, BASELINES = ("midpoint", "right", "trapezoid", "inclusive"), ("zero", "mean", "token")
 
 
-@method(needs={"batches", "labels", "taps", "gradients"}, claims={"finite", "length", "permutes", "planted"})
+@method(
+    needs={"batches", "labels", "taps", "gradients"},
+    takes={"objective", "positions", "target"},
+    claims={"finite", "length", "permutes", "planted"},
+)
 def integrated_gradients(
     context: Context,
     *,

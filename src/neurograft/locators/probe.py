@@ -24,6 +24,7 @@ FITS, SCORES, STATISTICS = ("adam", "l1", "l2"), ("z", "weight"), ("activation",
 @method(
     paper="neurostrike",
     needs={"batches", "contrast", "taps"},
+    takes={"positions"},
     claims={"finite", "length", "permutes", "planted"},
     departs="Adam starts at 0, where one run is enough since the problem is convex; runs=k averages k random starts as "
     "published. Padding is left out of the pool; padding=True counts it as published. L1 is liblinear on a working "

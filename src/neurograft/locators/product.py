@@ -14,7 +14,7 @@ from neurograft.core.selection import Scores
 from neurograft.locators._common import scored
 
 
-@method(claims={"finite", "length", "permutes"})
+@method(takes={"against", "objective", "positions", "target"}, claims={"finite", "length", "permutes"})
 def product(context: Context, *, of: Sequence[Any] = ("magnitude", "magnitude")) -> Scores:
     """Score each unit by the product of other locators' scores, e.g. ("magnitude", "activation").
 

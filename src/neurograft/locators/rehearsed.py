@@ -18,7 +18,11 @@ from neurograft.locators._common import backward, need_batches
 from neurograft.locators._weights import put_back
 
 
-@method(needs={"batches", "labels", "gradients"}, claims={"finite", "length", "permutes"})
+@method(
+    needs={"batches", "labels", "gradients"},
+    takes={"against", "objective", "positions", "target"},
+    claims={"finite", "length", "permutes"},
+)
 def rehearsed(
     context: Context, *, by: Any = "fisher", steps: int = 100, lr: float = 1e-2, batch_size: int = 8
 ) -> Scores:

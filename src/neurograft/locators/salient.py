@@ -23,6 +23,7 @@ Sums = dict[int, Tensor]
     paper="sct",
     kinds={"channel"},
     needs={"batches", "taps"},
+    takes={"positions"},
     claims={"finite", "length"},
     departs="Without a class for each example (language models, unlabelled data) all examples are one class.",
 )

@@ -21,6 +21,7 @@ from neurograft.locators._weights import put_back, weight_gradients
 @method(
     paper="cones",
     needs={"batches", "gradients"},
+    takes={"objective", "target"},
     claims={"finite", "length", "permutes"},
     departs="Weights shrink in float32 whatever the model's dtype, where the reference's half precision rounds most "
     "steps away. A unit of several numbers scores their sum.",

@@ -14,7 +14,7 @@ from neurograft.core.context import Context
 from neurograft.core.selection import Scores
 
 
-@method(claims={"finite", "length", "permutes"})
+@method(takes={"against", "objective", "positions", "target"}, claims={"finite", "length", "permutes"})
 def within(
     context: Context,
     *,

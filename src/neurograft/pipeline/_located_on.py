@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from neurograft.core.choose import choose
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.examples import row_digests, singles
 from neurograft.core.selection import Selection
+from neurograft.core.trust import trusting
 from neurograft.pipeline.locate import locate
 from neurograft.pipeline.select import select
 
@@ -86,11 +88,21 @@ def relocated(model: nn.Module, where: Selection) -> Callable[[Sequence[Batch]],
             expected="one that ng.locate and the selectors top or bottom made, on one set of data",
             do="pass relocate=callable (batches) -> selection",
         )
+    try:
+        with trusting([]):  # a card is data that anybody may have written
+            choose("locators", located["by"])
+    except RequestError as error:
+        raise RequestError(
+            f"stability of a selection whose card says that it was located so: {error.came}",
+            expected="a locator of neurograft",
+            do="pass relocate=callable (batches) -> selection",
+        ) from error
     how = {k: located[k] for k in known if located[k] is not None}
     rule = {k: card[k] for k in ("fraction", "count", "per") if card.get(k) is not None}
 
     def again(batches: Sequence[Batch]) -> Selection:
-        scores = locate(model, list(batches), by=located["by"], **how)
-        return select(scores, card["rule"], **rule)
+        with trusting([]):
+            scores = locate(model, list(batches), by=located["by"], **how)
+            return select(scores, card["rule"], **rule)
 
     return again

@@ -11,10 +11,10 @@ from torch import nn
 
 from neurograft.audits._changes import Change
 from neurograft.audits._paired import Runs, runs
-from neurograft.audits.gain import Metrics
+from neurograft.audits.gain import BUILT_IN, Metrics
 from neurograft.audits.gain import gain as measure_gain
 from neurograft.audits.loss import loss as measure_loss
-from neurograft.core.choose import Choice, Chosen, choose, methods
+from neurograft.core.choose import Choice, Chosen, asked, choose, methods
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
 
@@ -30,6 +30,30 @@ def probes_of(probes: Probes) -> list[Chosen]:
         return [probe for probe in found if "noise_floor" in probe.card.claims]
     listed = [probes] if isinstance(probes, str) else probes
     return [choose("audits", probe) for probe in listed]
+
+
+def metrics_of(metrics: Metrics | str | Mapping[str, Any]) -> Metrics:
+    """Return metrics with those in place that were given by their dotted name.
+
+    Raises:
+        RequestError: no such callable, or a name without a dot.
+    """
+    if isinstance(metrics, Mapping):
+        return {str(name): _metric(given) for name, given in metrics.items()}
+    return None if metrics is None else _metric(metrics)
+
+
+def _metric(given: Any) -> Any:
+    if isinstance(given, str) and "." in given:
+        return Chosen(asked(given), name=given, room="metrics")
+    if callable(given):
+        return given
+    raise RequestError(
+        f"the metric {given!r}",
+        expected="a callable (model, batch) -> one number for each row, or its dotted name",
+        do=f"write it as mypackage.mymodule.{given if str(given).isidentifier() else 'mine'}"
+        + (f"; {', '.join(BUILT_IN)} are measured without being asked for" if given in BUILT_IN else ""),
+    )
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,30 @@ def asker(reselect: Reselect, rows: Any, seed: int, schedule: Any) -> Callable[[
     Raises:
         RequestError: arguments of something else.
     """
+    if reselect is not None and schedule is None:
+        raise RequestError(
+            "reselect without a schedule",
+            expected="one that selects anew",
+            do="give schedule=('every', {'steps': 100})",
+        )
     if reselect is None or callable(reselect):
         return reselect
-    asks = [reselect] if isinstance(reselect, Mapping) else list(reselect)
+    asks: list[Any] = list(reselect) if isinstance(reselect, (list, tuple)) else [reselect]
     for one in asks or [{}]:
+        if not isinstance(one, Mapping) or not all(isinstance(arguments, Mapping) for arguments in one.values()):
+            raise RequestError(
+                f"reselect={reselect!r}",
+                expected="a callable (model, step) -> Selection, or arguments of verbs by the verbs' names",
+                do="reselect={'locate': {'by': 'grad_x_act'}, 'select': {'fraction': 0.01}}",
+            )
         if set(one) - {"locate", "select"} or "locate" not in one:
             raise RequestError(
                 f"reselect with {', '.join(sorted(one)) or 'nothing'}",
                 expected="'locate' and 'select', each with that verb's arguments",
                 do="reselect={'locate': {'by': 'grad_x_act'}, 'select': {'fraction': 0.01}}",
             )
+        choose("locators", one["locate"].get("by", "grad_x_act"))  # now, not when training has come so far
+        choose("selectors", one.get("select", {}).get("by", "top"))
 
     def ask(model: nn.Module, step: int) -> Selection:
         turn, whose = divmod(choose("schedules", schedule)(step, []).turn, len(asks))

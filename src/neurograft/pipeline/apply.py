@@ -12,7 +12,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.stack import Stack
 from neurograft.export._readme import readme
-from neurograft.export.merged import folded, write
+from neurograft.export.merged import check_shard, folded, write
 from neurograft.pipeline._sources import located
 from neurograft.pipeline.models import Model, load_model
 
@@ -50,6 +50,7 @@ def apply(
     """
     if output is None:
         raise RequestError("no folder to write to", expected="an output folder", do="give -o DIR")
+    check_shard(shard)
     if not grafts:
         raise RequestError("no graft to apply", expected="at least one", do="name the folders of the grafts")
     target, folder = Path(output), located(base, revision)

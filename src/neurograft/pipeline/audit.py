@@ -15,7 +15,8 @@ from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, RunError
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.progress import Progress, quiet
-from neurograft.pipeline._measuring import Measuring, Probes, probes_of
+from neurograft.pipeline._loaded import loaded
+from neurograft.pipeline._measuring import Measuring, Probes, metrics_of, probes_of
 from neurograft.pipeline._provenance import provenance
 from neurograft.pipeline.inputs import as_batches
 from neurograft.pipeline.models import Model, load_model
@@ -33,7 +34,7 @@ def audit(
     *,
     gain: Any = None,
     keep: Mapping[str, Any] | None = None,
-    metrics: Metrics = None,
+    metrics: Metrics | str | Mapping[str, str] = None,
     probes: Probes = "all",
     neurons: int | None = None,
     processing_class: Any = None,
@@ -58,8 +59,8 @@ def audit(
         gain: task data with labels, not used for training.
         keep: name of a domain -> data on which nothing should get worse. Text without labels counts as labelled
             with itself.
-        metrics: (model, batch) -> one number for each row, higher is better; or name -> such a callable. The first
-            one then decides on the gain, unless the rule `gain` names another measure; and on the loss, where a
+        metrics: (model, batch) -> one number for each row, higher is better; or its dotted name; or name -> either. The
+            first one then decides on the gain, unless the rule `gain` names another measure; and on the loss, where a
             domain's outputs are no classes.
         probes: "all", "none", or methods of `neurograft.audits`, to be measured beside gain and loss.
         neurons: pages of so many of the neurons that the change touches most, on the first 64 examples of `gain`, or
@@ -84,7 +85,9 @@ def audit(
     """
     if gain is None and not keep:
         raise RequestError("neither gain nor keep", expected="data for at least one", do="audit(..., gain=test)")
-    chosen, asked = rules_of(rules), probes_of(probes)
+    if neurons is not None and neurons < 0:
+        raise RequestError(f"neurons={neurons}", expected="at least 0", do="give neurons=0 for no page")
+    chosen, asked, counted = rules_of(rules), probes_of(probes), metrics_of(metrics)
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     reading: dict[str, Any] = {"processing_class": processing_class, "batch_size": batch_size}
     reading |= {"max_length": max_length, "limit": limit}
@@ -92,8 +95,8 @@ def audit(
     domains = {name: as_batches(data, net, **reading) for name, data in (keep or {}).items()}
     options = {"level": chosen["level"], "draws": chosen["draws"], "nulls": chosen["nulls"], "seed": seed}
     with as_found(net):
-        change = as_change(net, _loaded(graft))
-        measuring = Measuring(net, change, metrics, asked, options)
+        change = as_change(net, loaded(graft))
+        measuring = Measuring(net, change, counted, asked, options)
         measured: dict[str, Any] = {"gain": None, "task": {}, "domains": {}, "whole": {}}
         if task is not None:
             measured["gain"], measured["task"] = measuring.task(task, by=chosen["gain"])
@@ -119,12 +122,3 @@ def _pages(
         return {"neurons": pages(model, change, batches, count=BRIEF, brief=True, **how)}
     except (RequestError, RunError) as error:
         return {"neurons": [], "no_neurons": str(error)}
-
-
-def _loaded(graft: Any) -> Any:
-    """Return grafts and models for the paths among what was given."""
-    if isinstance(graft, (str, Path)):
-        return Graft.load(graft) if (Path(graft) / "graft.json").is_file() else load_model(graft)
-    if isinstance(graft, (list, tuple)):
-        return [Graft.load(g) if isinstance(g, (str, Path)) else g for g in graft]
-    return graft

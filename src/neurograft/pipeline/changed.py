@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from neurograft.core.choose import option_names
+from neurograft.core.choose import asked, option_names
 from neurograft.core.errors import RequestError, near
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.recipe import Recipe, recipe
@@ -45,7 +45,7 @@ def _set(found: Recipe, key: str, value: Any) -> Recipe:
             do="change a step the recipe has",
         )
     first, _, rest = key[len(do) + 1 :].partition(".")
-    function = resolve(called[do] if "." in called[do] else f"neurograft.pipeline.{do}")
+    function = asked(called[do]) if "." in called[do] else resolve(f"neurograft.pipeline.{do}")
     known = option_names(function)
     loose = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     mine = [s for s in found.steps if s["do"] == called[do]]

@@ -15,6 +15,7 @@ from neurograft.core.errors import RequestError
 from neurograft.core.fingerprint import tensor_digest
 from neurograft.core.grafts.coordinates import Coordinates, everything
 from neurograft.core.grafts.delta import Delta, New
+from neurograft.core.grafts.depth import same_depth
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.grafts.operation import Operation
 from neurograft.core.grafts.origin import versions
@@ -130,6 +131,7 @@ def _compared(
             expected="a base and what was tuned from it",
             do="check that both are of one architecture, and which is which",
         )
+    same_depth([*mine.known, *(mine.unknown.keys() & theirs.unknown.keys())], [*theirs.known, *theirs.unknown])
     deltas: dict[str, Delta] = {}
     digests: dict[str, str] = {}
     skipped: list[str] = []

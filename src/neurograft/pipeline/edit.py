@@ -13,6 +13,7 @@ from torch import nn
 
 from neurograft.anatomy.sites import sites
 from neurograft.core.choose import Choice, Chosen, choose
+from neurograft.core.compact.mount import check_here
 from neurograft.core.context import Batch, Context, shifts
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
@@ -87,13 +88,14 @@ def edit(
         chosen = choose("edits", chosen, layers=list(layers))
     if batch is not None and batch < 1:
         raise RequestError(f"batch={batch}", expected="at least 1", do="leave it out for all requests at once")
-    net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
+    net, chosen_units = load_model(model, revision=revision, dtype=dtype, device_map=device_map), selection_of(where)
+    check_here(net, chosen_units)
     processor = processor_for(net, processing_class)
     reading = {"processing_class": processor, "batch_size": batch_size, "max_length": max_length}
     if "requests" not in chosen.card.needs:
         _unread(chosen, general=general, batch=batch, contexts=contexts or None)
         read = [] if requests is None else as_batches(requests, net, limit=limit, **reading)
-        return _by_data(chosen, net, read, selection_of(where), after, seed)
+        return _by_data(chosen, net, read, chosen_units, after, seed)
     _predicts(net)
     asked = as_requests(requests, net, processor, contexts=contexts, limit=limit)
     kept = [] if general is None else as_batches(general, net, **reading)
@@ -103,7 +105,7 @@ def edit(
         context = Context(net, sites(net, units), kept, processor=processor, seed=seed)
         size = batch or len(asked)
         chunks = [asked[i : i + size] for i in range(0, len(asked), size)]
-        made = _in_turn(chosen, context, selection_of(where), chunks)
+        made = _in_turn(chosen, context, chosen_units, chunks)
         card = {
             "by": chosen.as_dict(),
             "batch": batch,

@@ -10,6 +10,7 @@ import torch
 
 from neurograft.audits.evidence import evidence as measure
 from neurograft.core.choose import Choice, choose
+from neurograft.core.compact.mount import check_here
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.origin import describe
@@ -118,7 +119,14 @@ def evidence(
     chosen = selection_of(where)
     if chosen is None:
         raise RequestError("no selection", expected="a selection", do="scores.top(fraction=0.01)")
+    if relocate is not None and not callable(relocate):
+        raise RequestError(
+            f"relocate={relocate!r}",
+            expected="a callable (batches) -> Selection",
+            do="give one, or stability=True alone",
+        )
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
+    check_here(net, chosen)
     encode: dict[str, Any] = {"processing_class": processing_class, "max_length": max_length, "seed": seed}
     batches = as_batches(data, net, batch_size=batch_size, **encode)
     fresh, dropped, known = unseen(batches, chosen, overlap, limit)

@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from neurograft.anatomy.sites import sites
-from neurograft.core.choose import Choice, choose
+from neurograft.core.choose import Choice, Chosen, choose, methods
 from neurograft.core.context import Batch, Context, Step
+from neurograft.core.errors import RequestError
 from neurograft.core.grafts.origin import describe
 from neurograft.core.selection import Scores
+from neurograft.pipeline._loaded import loaded
 from neurograft.pipeline._target import Target, target_of
 from neurograft.pipeline.given import Given
 from neurograft.pipeline.inputs import processor_for
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.state import as_found
+
+AUTO = "neurograft.objectives.auto"
 
 
 def locate(
@@ -60,7 +64,7 @@ def locate(
         layers: only these blocks.
         match: only sites whose names match this pattern.
         block: (rows, columns) of units="block".
-        against: a second model or a graft, for locators that compare two.
+        against: a second model or a graft, live or by path, for locators that compare two; or a list of them.
         processing_class: tokenizer or processor for raw data; the one saved with the model if None.
         batch_size: examples in a batch.
         max_length: longer texts are cut.
@@ -75,9 +79,11 @@ def locate(
         that needs labels and are left out, however they are batched; the card says how many as `unlabelled`.
 
     Raises:
-        RequestError: an unknown method, kind, site or option, data that the locator needs and did not get.
+        RequestError: an unknown method, kind, site or option, data that the locator needs and did not get, or what
+            it makes no use of.
     """
-    chosen = choose("locators", by)
+    chosen, asked = choose("locators", by), choose("objectives", objective)
+    _check_taken(chosen, asked, against=against, positions=None if positions == "all" else positions, target=target)
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     where = sites(net, units, at=at, layers=layers, match=match, block=block)
     reading = {"processing_class": processing_class, "batch_size": batch_size, "max_length": max_length, "limit": limit}
@@ -87,6 +93,7 @@ def locate(
     if "labels" in chosen.card.needs and goal is None:
         given, unlabelled = given.labelled(net)
     given.check(chosen.card, chosen.name, units=units, target=goal, against=against)
+    other = loaded(against)
     with as_found(net):
         context = Context(
             net,
@@ -97,17 +104,17 @@ def locate(
             target=goal,
             positions=positions,
             processor=processor_for(net, processing_class),
-            against=against,
+            against=other,
             seed=seed,
             groups=given.groups,
-            asked=choose("objectives", objective),
+            asked=asked,
         )
         scores: Scores = chosen(context)
     card = {
         "by": chosen.as_dict(),
         "units": units,
         "at": at,
-        "objective": choose("objectives", objective).as_dict() if given.batches else None,
+        "objective": asked.as_dict() if given.batches else None,
         "target": target if isinstance(target, (str, tuple, list)) else getattr(target, "__qualname__", None),
         "positions": positions if isinstance(positions, str) else "callable",
         **({"unlabelled": unlabelled} if unlabelled else {}),
@@ -116,6 +123,22 @@ def locate(
         "seed": seed,
     }
     return replace(scores, card={**card, **scores.card})
+
+
+def _check_taken(chosen: Chosen, asked: Chosen, **given: Any) -> None:
+    """Raise if a locator with a card would ignore something that was given to it."""
+    given["objective"] = None if asked.name == AUTO and not asked.options else asked.name
+    said = [name for name, value in given.items() if value is not None]
+    odd = [name for name in said if name not in chosen.card.takes]
+    if odd and hasattr(chosen.function, "card"):
+        takers = [m for m in methods("locators") if odd[0] in choose("locators", m).card.takes]
+        raise RequestError(
+            f"{odd[0]}= for {chosen.name}, which makes no use of it",
+            expected=f"a locator that does: {', '.join(takers)}",
+            do=f"leave {odd[0]} out, or take one of them",
+        )
+    if {"objective", "target"} <= set(said):
+        raise RequestError("objective and target", expected="one of them to attribute", do="leave one out")
 
 
 def bound(objective: Choice) -> Callable[[nn.Module, Batch], Tensor]:

@@ -12,6 +12,7 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits.evidence import evidence
 from neurograft.core.context import Batch, shifts
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.ranges import least
 from neurograft.core.selection import Selection
 from neurograft.core.taps.describe import describe
 from neurograft.core.taps.exemplars import as_seen, exemplify
@@ -74,6 +75,9 @@ def neuron(
     Raises:
         RequestError: no such site or unit.
     """
+    least(top=(top, 1), partners=(partners, 0), controls=(controls, 0))
+    if data is None and describer is not None:
+        raise RequestError("a describer and no data", expected="examples to describe", do="give data")
     net = load_model(model, revision=revision, dtype=dtype, device_map=device_map)
     site, number = located(net, unit)
     words = Words(processor_for(net, processing_class))

@@ -21,9 +21,9 @@ from neurograft.core.region import Region
 from neurograft.core.selection import Scores, Selection
 from neurograft.core.units import Site
 from neurograft.pipeline._network import network
-from neurograft.pipeline.changed import changed
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import Recipe
+from neurograft.pipeline.recipe_file import Trust, opened
 from neurograft.pipeline.select import select
 
 OWNED = ("dense", "slice")  # adapters that train the numbers which units own
@@ -35,6 +35,7 @@ def plan(
     recipe: Recipe | str | Path | Selection,
     *,
     changes: Mapping[str, Any] | None = None,
+    trust: Trust = (),
     tied: str = "refuse",
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -46,8 +47,9 @@ def plan(
 
     Args:
         model: a module, a folder, a Hub id or a shipped model.
-        recipe: a recipe, its name, a selection, or the path of a saved one.
+        recipe: a recipe, its name, its file, a selection, or the path of a saved one.
         changes: as for `run`.
+        trust: as for `run`.
         tied: as for the adapters.
         revision: of a Hub id.
         dtype: load the weights so.
@@ -62,16 +64,18 @@ def plan(
     """
     if isinstance(recipe, (str, Path)) and Path(recipe).suffix == ".safetensors":
         recipe = Selection.load(recipe)
-    made = (
-        None
-        if isinstance(recipe, Selection)
-        else changed(str(recipe) if isinstance(recipe, Path) else recipe, changes or {})
-    )
-    net = load_model(model if made is None else network(model, made), revision=revision, dtype=dtype)
+    if isinstance(recipe, Selection):
+        if changes or trust:
+            raise RequestError("changes or trust for a selection", expected="a recipe with them", do="leave them out")
+        return _planned(load_model(model, revision=revision, dtype=dtype), None, recipe, tied)
+    with opened(recipe, changes or {}, trust) as found:
+        made = found.recipe
+        net = load_model(network(model, made), revision=revision, dtype=dtype)
+        return _planned(net, made, _stand_in(net, made), tied)
+
+
+def _planned(net: nn.Module, made: Recipe | None, where: Selection | None, tied: str) -> dict[str, Any]:
     steps = [] if made is None else [dict(s) for s in made.steps]
-    where: Selection | None = recipe if isinstance(recipe, Selection) else None
-    if made is not None:
-        where = _stand_in(net, made)
     units = None if where is None else {"chosen": len(where), "of": where.total}
     verbs = {s["do"] for s in steps}
     if "tune" not in verbs and verbs & {"edit", "intervene"}:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neurograft.core.choose import check_options, option_names
-from neurograft.core.errors import one_of
+from neurograft.core.choose import asked, check_options, option_names
+from neurograft.core.errors import RequestError, one_of
 from neurograft.core.resolve import resolve
 
 SHIPS = ("operations", "weights")  # how a step `intervene` makes its graft: {"do": "intervene", "ship": "weights", ...}
@@ -75,9 +75,15 @@ def recipe(name: str, **changes: Any) -> Recipe:
         RequestError: an unknown recipe or option, with the near matches.
     """
     dotted = name if "." in name else f"neurograft.recipes.{one_of(name, recipes(), what='recipe')}"
-    function = resolve(dotted)
+    function = asked(dotted)
     check_options(function, changes, name)
-    made: Recipe = function(**changes)
+    made = function(**changes)
+    if not isinstance(made, Recipe):
+        raise RequestError(
+            f"{name}, which returned a {type(made).__name__}",
+            expected="the name of a function that returns a Recipe",
+            do=f"name one of {', '.join(recipes()[:12])}, ...",
+        )
     defaults = {k: p.default for k, p in option_names(function).items()}
     return replace(made, options={**defaults, **changes})
 

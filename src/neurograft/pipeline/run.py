@@ -6,19 +6,21 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from neurograft.core.choose import option_names
+from neurograft.core.choose import Chosen, asked, option_names
 from neurograft.core.errors import RequestError, near
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
 from neurograft.pipeline._network import network
-from neurograft.pipeline.changed import changed
 from neurograft.pipeline.models import Model, load_model
 from neurograft.pipeline.recipe import SHIPS, VERBS, Recipe
+from neurograft.pipeline.recipe_file import Trust, opened
 
 WORDS = ("do", "as", "on")  # of a step itself; the others are arguments
 
@@ -64,11 +66,12 @@ class Outcome:
 
 
 def run(
-    recipe: Recipe | str,
-    model: Model,
+    recipe: Recipe | str | Path,
+    model: Model | None = None,
     data: Any = None,
     *,
     changes: Mapping[str, Any] | None = None,
+    trust: Trust = (),
     processing_class: Any = None,
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
@@ -79,11 +82,13 @@ def run(
     """Carry a recipe's steps out, one after another, on a model and data.
 
     Args:
-        recipe: a recipe, or its name.
+        recipe: a recipe, its name, or a YAML or JSON file of one.
         model: a module, a folder, a Hub id or a shipped model; left as found. Or the dotted name of a network of
-            `neurograft.networks`, which is made with the options that the recipe gives it.
-        data: for every step that takes data; the requests of a step that edits.
+            `neurograft.networks`, which is made with the options that the recipe gives it. What a file names if None.
+        data: for every step that takes data; the requests of a step that edits. What a file names if None.
         changes: options of the recipe by name, and arguments of its steps as "tune.args" or "locate.limit".
+        trust: packages, or dotted names, whose code a recipe file may call; without it a file is data, and names
+            methods of neurograft alone. What you name yourself, here or in a recipe of your own making, is yours.
         processing_class: for raw data.
         revision: of a Hub id.
         dtype: load the weights so.
@@ -96,17 +101,29 @@ def run(
         Every result by name; the graft's card names the recipe and its options.
 
     Raises:
-        RequestError: an unknown recipe, option, step or argument.
+        RequestError: an unknown recipe, option, step or argument; no model; a file that names code nobody trusts.
     """
-    plan = changed(recipe, changes or {})
-    net = load_model(network(model, plan), revision=revision, dtype=dtype, device_map=device_map)
+    with opened(recipe, changes or {}, trust) as found:
+        plan, model = found.recipe, found.model if model is None else model
+        if model is None:
+            raise RequestError(
+                f"the recipe {plan.name} and no model", expected="a model", do="name it behind the recipe"
+            )
+        net = load_model(network(model, plan), revision=revision, dtype=dtype, device_map=device_map)
+        common = {"processing_class": processing_class, "seed": seed}
+        return _carried_out(plan, net, found.data if data is None else data, common, given)
+
+
+def _carried_out(
+    plan: Recipe, net: nn.Module, data: Any, common: Mapping[str, Any], given: Mapping[str, Any]
+) -> Outcome:
     state: dict[str, Any] = {"model": net, "data": data, "requests": data, "where": None, **given}
-    common = state["common"] = {"processing_class": processing_class, "seed": seed}  # for steps that are no verbs
+    state["common"] = common  # for steps that are no verbs
     used: set[str] = set()
     for step in plan.steps:
         if "." in step["do"]:
             arguments = {k: v for k, v in step.items() if k not in WORDS}
-            state |= {k: _signed(v, plan) for k, v in (resolve(step["do"])(state, **arguments) or {}).items()}
+            state |= {k: _signed(v, plan) for k, v in _called(step["do"], state, arguments).items()}
         else:
             name = step.get("as", VERBS[step["do"]][1])
             state[name] = _signed(_made(step, plan.name, state, {**common, **given}, used), plan)
@@ -145,6 +162,20 @@ def _made(
         made = verb(*first, **arguments, **extra)
         if do == "intervene":
             return made.fold() if ship == "weights" else made.graft()
+    return made
+
+
+def _called(do: str, state: dict[str, Any], arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a step that is no verb adds to the state."""
+    function = asked(do)
+    _check_names(function, arguments, do)
+    made = Chosen(function, arguments, do, "steps")(state) or {}
+    if not isinstance(made, Mapping):
+        raise RequestError(
+            f"the step {do!r}, which returned a {type(made).__name__}",
+            expected="a verb, or a function (state, **arguments) -> more of the state",
+            do="name another, or let it return a mapping",
+        )
     return made
 
 

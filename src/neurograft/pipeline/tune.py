@@ -106,7 +106,7 @@ def tune(
     kept = None if eval_dataset is None else as_dataset(eval_dataset, net, **encode)
     asked = Asked.of(objective, anchor, prepare=lambda extra: as_batches(extra, net, **encode), seed=seed)
     with tempfile.TemporaryDirectory(prefix="neurograft-") as scratch, untouched(net):
-        settings = training_arguments(args, scratch, seed, evaluated=kept is not None)
+        settings = training_arguments(args, scratch, seed, evaluated=kept is not None, called_back=bool(callbacks))
         with attach(net, chosen, adapter=adapter, new=new, protect=protected, **options) as mount:
             trainer = _trainer(
                 net,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,12 @@ def _check(name: str, value: Any) -> None:
         int: isinstance(value, int) and not isinstance(value, bool),
         str: isinstance(value, str),
     }.get(type(default), isinstance(value, Mapping) and all(isinstance(v, (int, float)) for v in value.values()))
+    numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+    good = good and all(math.isfinite(v) for v in numbers if isinstance(v, float))
     if name == "level":
         good = good and 0.5 < value < 1
+    if name in ("draws", "min_items"):
+        good = good and value >= 1
     if name == "correction":
         good = value in ("holm", "none")
     if name == "nulls":

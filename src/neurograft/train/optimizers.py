@@ -96,7 +96,22 @@ def built(
         groups = [{k: v for k, v in g.items() if k != "weight_decay"} for g in groups]
     if choice.name == "torch.optim.LBFGS":
         groups = [p for g in groups for p in g["params"]]
-    made: torch.optim.Optimizer = choice.function(groups, **options)
+    try:
+        made: torch.optim.Optimizer = choice.function(groups, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(
+            f"{choice.name} with {', '.join(f'{k}={v!r}' for k, v in options.items()) or 'no option'} ({error})",
+            expected="options that this optimizer takes",
+            do="change them",
+        ) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise RequestError(
+            f"{choice.name}, which returned a {type(made).__name__}",
+            expected="a callable (groups, **options) -> torch.optim.Optimizer",
+            do="name an optimizer of torch.optim or of neurograft.optimizers",
+        )
     return made
 
 

@@ -357,6 +357,16 @@ def regions_of(
     return {n: regions[n] for n in sorted(regions, key=place.__getitem__)}
 
 
+def check_here(model: nn.Module, selection: Selection | None) -> None:
+    """Raise unless the units of a selection, if there is one, can be units of this model.
+
+    Raises:
+        RequestError: a parameter is not in this model, or of another shape here.
+    """
+    if selection is not None:
+        _gathered(model, selection, Parameters.of(model))
+
+
 def untied(model: nn.Module, selection: Selection) -> Untied | None:
     """Take apart the tied parameters that a selection touches; None if it touches none."""
     found = Parameters.of(model)
@@ -377,6 +387,12 @@ def _gathered(model: nn.Module, selection: Selection, found: Parameters) -> dict
                 )
             name = found.alias[part.param]
             shape = tuple(found.by_name[name].shape)
+            if found.by_name[name].is_floating_point() and not part.fits(shape):  # packed numbers have other shapes
+                raise RequestError(
+                    f"a selection in {part.param!r} of another shape than {shape}, which it has here",
+                    expected="units of this model, or of one with its shapes",
+                    do="select on this model",
+                )
             parts.setdefault(name, []).append(region_of(part, ids, shape, matrix_of(model, part.param, shape)))
     return {name: union(regions) for name, regions in parts.items()}
 
