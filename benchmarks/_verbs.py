@@ -100,11 +100,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.net = MODELS[self.kind]()
-        self.data, self.few, self.kept = (
-            rows(8, 32, self.seed + 1),
-            rows(2, 16, self.seed + 2),
-            rows(2, 16, self.seed + 3),
-        )
+        self.data = rows(8, 32, self.seed + 1)
+        self.few, self.kept = rows(2, 16, self.seed + 2), rows(2, 16, self.seed + 3)
         self.scores = ng.locate(self.net, by="magnitude")
         self.where = self.scores.top(fraction=0.02, per="layer")
         with ng.attach(self.net, self.where) as live:
@@ -145,12 +142,8 @@ class Bench:
     def edit(self, steps: int) -> ng.Graft:
         """Write two facts into the middle layer."""
         asked = [{"prompt": [5, 6, 7], "target_new": [9]}, {"prompt": [8, 5, 6], "target_new": [4]}]
-        return ng.edit(
-            self.net,
-            asked,
-            by=("nmke", {"mask": "none", "null": None, "steps": steps}),
-            layers=[self.net.config.num_hidden_layers // 2],
-        )
+        how = {"mask": "none", "null": None, "steps": steps}
+        return ng.edit(self.net, asked, by=("nmke", how), layers=[self.net.config.num_hidden_layers // 2])
 
     def fresh(self, name: str) -> Path:
         """Return a path of this name where nothing is."""
@@ -229,7 +222,7 @@ def banks(b: Bench) -> list[Case]:
         Case("locate", lambda: ng.locate(b.net, b.data), "forward and backward, 8 rows", 1, 1.3),
         Case("select", lambda: b.scores.top(fraction=0.02, per="layer"), "sorting the scores"),
         Case("attach and detach", lambda: _attached(b), "copy of the weights"),
-        Case("attach, its graft", lambda: _attached(b).graft(), HASH, 1, 4.0),
+        Case("attach, its graft", lambda: _attached(b, graft=True), HASH, 1, 4.0),
         Case("graft on and off", lambda: _on(b.graft, b.net), HASH, 1, 2.5),
         Case("graft on and off at half strength", lambda: _on(half, b.net), HASH, 1, 2.5),
         Case("save", lambda: b.graft.save(b.folder / "again"), "writing the numbers"),
@@ -278,9 +271,10 @@ def _on(graft: ng.Graft, net: nn.Module) -> None:
         pass
 
 
-def _attached(b: Bench) -> Any:
+def _attached(b: Bench, *, graft: bool = False) -> None:
     with ng.attach(b.net, b.where) as live:
-        return live
+        if graft:
+            live.graft()
 
 
 def _within(b: Bench) -> None:
