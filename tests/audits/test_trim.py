@@ -97,19 +97,16 @@ def test_the_base_is_hashed_once_however_many_parts_are_left_out(data, monkeypat
     assert len(hashed) == len(made.deltas) == len(set(hashed))
 
 
-@pytest.mark.parametrize("shape", ["slice", "lora"])
+@pytest.mark.parametrize("shape", ["slice", "lora", "slice and an operation"])
 def test_some_tensors_alone_are_what_a_graft_of_them_alone_would_be(shape):
     model = pico("mixtral", dtype=torch.bfloat16)
-    if shape == "slice":
-        with ng.attach(model, ng.locate(model, by="noise").top(fraction=0.3)) as live:
-            for i, p in enumerate(live.parameters()):
-                p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-            whole = live.graft()
-    else:
-        with ng.attach(model, adapter="lora") as live:
-            for i, p in enumerate(live.parameters()):
-                p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-            whole = live.graft()
+    where = ng.locate(model, by="noise").top(fraction=0.3)
+    with ng.attach(model, adapter="lora") if shape == "lora" else ng.attach(model, where) as live:
+        for i, p in enumerate(live.parameters()):
+            p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        whole = live.graft()
+    if shape == "slice and an operation":
+        whole = whole + ng.intervene(model, where, "scale", factor=0.5).graft()
     keep = list(whole.deltas)[::2]
     change, before = as_change(model, whole), {n: p.clone() for n, p in model.named_parameters()}
     with _only(change, _places(model, whole), keep):
