@@ -15,6 +15,7 @@ from neurograft.core.prompts.collate import collator
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.inputs import as_batches
 from neurograft.train.asked import Asked
+from neurograft.train.conductor import Conductor
 from neurograft.train.loop import fit, rehearsal
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, decaying, groups_of, named
@@ -254,6 +255,17 @@ def test_layers_drawn_by_depth_train_alone(adapter, llama, examples):
     assert all(len(names) == 1 for names in layers)
     assert layers[::2] == layers[1::2]
     assert set.union(*layers) == {"0", "1"}
+
+
+def test_a_schedule_draws_by_the_seed_of_the_training_unless_it_has_its_own(llama):
+    def drawn(training, **own):
+        schedule = ("sampled", {"count": 1, "every": 1, "ends": False, **own})
+        with attach(llama, adapter="lora") as live:
+            conductor, optimizer = Conductor(schedule, live, seed=training), torch.optim.SGD(live.parameters(), lr=0.1)
+            return [conductor.begin(step, optimizer).awake for step in range(12)]
+
+    assert drawn(0) == drawn(0) == drawn(1, seed=0)
+    assert drawn(0) != drawn(1)
 
 
 @pytest.mark.parametrize("own", [False, True])
