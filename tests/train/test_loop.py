@@ -15,6 +15,7 @@ from neurograft.core.prompts.collate import collator
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.inputs import as_batches
 from neurograft.train.asked import Asked
+from neurograft.train.conductor import Conductor
 from neurograft.train.loop import fit, rehearsal
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, decaying, groups_of, named
@@ -260,6 +261,17 @@ def test_layers_drawn_by_depth_train_alone(adapter, llama, examples):
     assert all(len(names) == 1 for names in layers)
     assert layers[::2] == layers[1::2]
     assert set.union(*layers) == {"0", "1"}
+
+
+def test_a_schedule_draws_by_the_seed_of_the_training_unless_it_has_its_own(llama):
+    def drawn(training, **own):
+        schedule = ("sampled", {"count": 1, "every": 1, "ends": False, **own})
+        with attach(llama, adapter="lora") as live:
+            conductor, optimizer = Conductor(schedule, live, seed=training), torch.optim.SGD(live.parameters(), lr=0.1)
+            return [conductor.begin(step, optimizer).awake for step in range(12)]
+
+    assert drawn(0) == drawn(0) == drawn(1, seed=0)
+    assert drawn(0) != drawn(1)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -533,12 +545,12 @@ def test_full_training_may_leave_a_part_unreached_and_names_it(pick):
 
 
 def test_values_that_fall_asleep_are_rewound_if_the_schedule_says_so(llama, pick, examples, tmp_path):
-    """gate for two steps, then up: gate is back at the base from then on; also across a resume."""
+    """up, then gate, then up and down: gate is back at the base from then on; also across a resume."""
     gate, up, down = pick(llama).ids
     batches = [collator(llama)(examples(llama)[:4])]
 
     def phases(step, names, values="rewind"):
-        return Phase(awake=frozenset({gate} if step < 2 else {up, down}), values=values)
+        return Phase(awake=frozenset([{up}, {gate}, {up, down}][min(step, 2)]), values=values)
 
     history = []
     with attach(llama, pick(llama)) as live:
@@ -546,6 +558,7 @@ def test_values_that_fall_asleep_are_rewound_if_the_schedule_says_so(llama, pick
         fit(live, batches, steps=4, schedule=phases, evaluate=lambda step: history.append(live.state_dict()))
         seen, graft = llama(**batches[0]).logits, live.graft()
     assert not torch.equal(history[1][gate], start[gate])
+    assert torch.equal(history[1][up], start[up])
     assert torch.equal(history[2][gate], start[gate])
     assert not torch.equal(history[3][up], start[up])
     with graft.on(llama):
