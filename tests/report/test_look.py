@@ -252,3 +252,28 @@ def test_where_the_loss_sits_says_on_how_many_items(base):
     assert "On the first 9 of 50 items the whole change costs +0.432 nats." in Report(data).html()
     loss["items"] = 9
     assert "On 9 items the whole change costs +0.432 nats." in Report(data).html()
+
+
+def test_labels_beside_a_map_and_beside_bars_are_whole():
+    """Letters are about 6.8 wide here, and `m` is wider: BERT's and Wav2Vec2's labels lost their first letters."""
+    layers = [f"encoder.layer.{i}" for i in range(2)]
+    names = [f"{layer}.{rest}" for layer in layers for rest in ("intermediate.dense.bias", "feed_forward.output_dense")]
+    rows = [{"name": n, "layer": n[:15], "units": {"norms": [1.0, 0.0]}} for n in names]
+    change = {"value": 0.1, "low": 0.0, "high": 0.2}
+    bars = maps.damage_bars({"parts": [{"name": n, "change": change} for n in names]}, layers)
+    for svg in (maps.neuron_map(rows, layers), bars):
+        labels = [t for t in shapes(svg)[0].iter("text") if t.get("text-anchor") == "end" and "…" in t.text]
+        assert len(labels) == 4
+        assert all(float(t.get("x")) >= 6.8 * wide(t.text) for t in labels)
+
+
+def test_items_that_lie_far_from_zero_are_seen():
+    """Their bars were narrower than a hair: 3 items of a metric of its own scale made an empty picture."""
+    edges = [39.0 + 0.15 * i for i in range(25)]
+    found = {
+        "items": 3,
+        "histogram": {"edges": edges, "counts": [1, *[0] * 22, 2]},
+        "measures": {"loss": {"change": {"value": 40.5}}},
+    }
+    bars = [r for r in shapes(charts.distribution(found, "nats"))[0].iter("rect") if "bar" in r.get("class")]
+    assert min(float(r.get("width")) for r in bars if float(r.get("height")) > 0) >= 1.5

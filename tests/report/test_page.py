@@ -142,6 +142,16 @@ def test_an_empty_graft_and_a_lone_gain_have_pages_too():
         html = ng.audit(model, Graft(), rules={"draws": 100}, **given).html()
         parsed(html)
         assert "makes no difference" in html or "no gain was measured" in html
+        assert ("pictures count items" in html) == ("keep" in given)
+
+
+def test_a_page_promises_no_picture_that_it_lacks():
+    model = pico("llama")
+    rules, batch = {"draws": 100, "nulls": 3}, [pico_batch(model, batch=9)]
+    html = ng.audit(model, changed(model), gain=batch, rules=rules).html()
+    assert "What was moved.<" in html
+    both = ng.audit(model, changed(model), gain=batch, keep={"a": batch}, rules=rules).html()
+    assert "outputs moved with it, and which parts of the change do the harm" in both
 
 
 def test_files_that_are_no_report_are_refused(tmp_path, report):

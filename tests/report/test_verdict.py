@@ -9,7 +9,7 @@ from neurograft.audits._statistics import estimate, predicted
 from neurograft.core.errors import RequestError
 from neurograft.report.rules import DEFAULT, rules_of
 from neurograft.report.verdict import verdict
-from neurograft.report.words import listed, number
+from neurograft.report.words import MINUS, listed, number
 
 
 def measure(mean, *, spread=0.01, n=40, nulls=(), rerun=0.0, unit="nats per token"):
@@ -178,3 +178,18 @@ def test_many_uncertain_domains_make_no_endless_sentence():
     six = judged(GOOD, **{name: measure(0.01) for name in "abcdef"})["reasons"][0]
     assert six.startswith("the intervals of “a”, “b”, “c”, “d” and 2 more reach beyond")
     assert judged(GOOD, a=measure(0.01))["reasons"][0].startswith("the interval of “a” reaches beyond")
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"),
+    [
+        ("share of items", "the task's accuracy changed by -0.125 of the items (95 % interval"),
+        ("nats per token", "the task's accuracy changed by -0.125 nats per token (95 % interval"),
+        ("accuracy", "the task's accuracy changed by -0.125 (95 % interval"),
+    ],
+)
+def test_changes_are_told_in_their_unit(unit, words):
+    """A share was "0 share of items", and a metric of the caller's own "-0.125 metric"."""
+    gain = measure(-0.125, spread=1.0, unit=unit)
+    data = {"gain": {"by": "accuracy", "measures": {"accuracy": gain}}, "domains": {}}
+    assert words.replace(" -", f" {MINUS}") in " ".join(verdict(data, rules_of(None))["reasons"])

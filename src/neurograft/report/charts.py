@@ -129,7 +129,9 @@ def distribution(found: Data, unit: str) -> str:
     for low, high, count in zip(edges, edges[1:], counts):
         kind = "bar bad" if low + high > 0 else "bar good"
         kind = "bar null" if low <= 0 <= high and edges[0] == -0.5 else kind
-        body.append(rect(at_x(low) + 0.5, at_y(count), at_x(high) - at_x(low) - 1, bottom - at_y(count), kind))
+        body.append(
+            rect(at_x(low) + 0.5, at_y(count), max(1.5, at_x(high) - at_x(low) - 1), bottom - at_y(count), kind)
+        )
     body += [line(at_x(0), top, at_x(0), bottom, "zero strong")]
     mean = at_x(min(max(change["value"], ends[0]), ends[1]))
     body += [f'<path d="M{f(mean)} {f(bottom + 1)}l-5 8h10z" class="mean"/>']

@@ -35,7 +35,7 @@ def neuron_map(parameters: Sequence[Data], layers: Sequence[str]) -> str:
     rows = [(label_of(p["name"], p["layer"], layers), p["units"]["norms"], p["layer"], p["name"]) for p in parameters]
     if gathered(parameters):
         rows = _gathered(parameters, layers)
-    left, right, height = 118, WIDTH - 4, min(12.0, TALL / len(rows))
+    left, right, height = 134, WIDTH - 4, min(12.0, TALL / len(rows))
     lane, every = height - 2 if height > 5 else height * 0.75, math.ceil(11 / height)
     most = max((max(norms, default=0.0) for _, norms, *_ in rows), default=0.0)
     squares: list[list[str]] = [[] for _ in range(LEVELS)]
@@ -89,7 +89,7 @@ def label_of(name: str, layer: str, layers: Sequence[str]) -> str:
 def damage_bars(found: Data, layers: Sequence[str]) -> str:
     """Draw how much loss goes with each part of the change, the most harmful first."""
     parts = found["parts"][:PARTS]
-    left, right, height = 96, WIDTH - 10, 16
+    left, right, height = 116, WIDTH - 10, 16
     ends = padded([v for p in parts for v in (low_end(p["change"]), high_end(p["change"]))])
     at, bottom = scale(*ends, left, right), 8 + height * len(parts)
     body = x_axis(at, *ends, bottom, 4, "loss that goes with the part, nats", middle=(left + right) / 2)

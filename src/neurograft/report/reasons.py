@@ -54,12 +54,14 @@ def _gain_words(gain: Mapping[str, Any] | None, level: str, rules: Mapping[str, 
     change, by = gain["change"], gain["by"]
     if change["value"] == 0 and change["low"] == 0 and change["high"] == 0:
         return f"the change makes no difference to the task's {by} on any item"
-    told = signed_interval(change, gain["unit"], level)
+    # "changed by 0.1 of the items", and of a metric of the caller's own, which has no unit, by 0.1
+    unit = "" if gain["unit"] == by else gain["unit"].replace("share of ", "of the ")
+    told = signed_interval(change, unit, level)
     if change["n"] < rules["min_items"]:
         few = f"{counted(change['n'], 'item')} {'is' if change['n'] == 1 else 'are'} too few to decide"
         return f"the task's {by} changed by {told}, but {few}"
     if gain["status"] == GAINED:
-        rose = signed_interval(change, gain["unit"], level, sign=False)
+        rose = signed_interval(change, unit, level, sign=False)
         return f"the task's {by} rose by {rose}"
     if gain["status"] == WORSE:
         return f"the task's {by} changed by {told}, for the worse"

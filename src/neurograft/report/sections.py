@@ -9,7 +9,7 @@ from neurograft.report import charts, drifts, maps
 from neurograft.report._parts import figure, grid, section
 from neurograft.report.reasons import KEPT, LOST, UNSURE
 from neurograft.report.tables import gain_table, loss_table
-from neurograft.report.words import counted, number
+from neurograft.report.words import counted, listed, number
 
 Data = Mapping[str, Any]
 SHOWN = 6  # pictures of domains that are not folded away
@@ -45,8 +45,8 @@ def gain_and_loss(data: Data) -> str:
     if domains:
         tables.append(loss_table(domains, judged))
     lead = (
-        "Base and changed model answered the same items; every number is a difference on the same item. The small "
-        "pictures count items: right of the line they got worse; the triangle is the mean."
+        "Base and changed model answered the same items; every number is a difference on the same item."
+        + " The small pictures count items: right of the line they got worse; the triangle is the mean." * bool(items)
     )
     if any("nats" in d["loss"]["measures"]["loss"]["unit"] for d in domains.values()):
         lead += " 0.7 nats more loss: the right answer is half as likely."
@@ -85,7 +85,9 @@ def where(data: Data) -> str:
         for name in by_harm(data)
         if data["domains"][name].get("damage", {}).get("parts")
     ]
-    lead = "What was moved, how far the layers' outputs moved with it, and which parts of the change do the harm."
+    told = ["What was moved", *["how far the layers' outputs moved with it"] * bool(moved)]
+    told += ["which parts of the change do the harm"] * bool(harm)
+    lead = (f"{', '.join(told[:-1])}, and {told[-1]}" if len(told) > 2 else listed(told)) + "."
     return section("Where", lead, grid([*found, *harm[:SHOWN]], harm[SHOWN:]))
 
 

@@ -51,7 +51,7 @@ def gain_table(gain: Data, judged: Data) -> str:
         ends = padded([m["change"]["value"], m["change"]["low"], m["change"]["high"], limit])
         rows.append(
             [
-                f"{label}<br><small>{escape(m['unit'])}</small>",
+                label + (f"<br><small>{escape(m['unit'])}</small>" if m["unit"] != name else ""),
                 state(status) if decides else "",
                 number(m["change"]["value"], sign=True),
                 interval(m["change"]),
@@ -152,9 +152,8 @@ def tiles(data: Data) -> str:
     gain, judged = data["gain"], data["verdict"]
     if gain:
         g = judged["gain"]
-        made.append(
-            (f"gain: {g['by']}", number(g["change"]["value"], sign=True), f"{g['unit']}; {interval(g['change'])}")
-        )
+        unit = f"{g['unit']}; " if g["unit"] != g["by"] else ""
+        made.append((f"gain: {g['by']}", number(g["change"]["value"], sign=True), unit + interval(g["change"])))
     tests = [(n, d["tests"]["loss"]) for n, d in judged["domains"].items()]
     if tests:
         name, worst = max(tests, key=lambda pair: pair[1]["change"]["value"])

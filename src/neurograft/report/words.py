@@ -69,7 +69,7 @@ def signed_interval(found: Mapping[str, Any], unit: str, level: str, *, sign: bo
         '+0.5 nats per token (no interval)'
     """
     ends = "no interval" if found.get("low") is None else f"{level} interval {interval(found, sign=sign)}"
-    return f"{number(found['value'], sign=sign)} {unit} ({ends})"
+    return f"{' '.join(filter(None, (number(found['value'], sign=sign), unit)))} ({ends})"
 
 
 def told(value: Any) -> str:
