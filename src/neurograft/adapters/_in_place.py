@@ -92,11 +92,13 @@ class InPlaceMount(Mount):
                 expected="a weight that nothing trains",
                 do="leave the other `attach` block first, or attach both selections at once: a | b",
             )
-        if type(weight) is not nn.Parameter or not weight.is_contiguous() or not weight.is_floating_point():
+        usual = type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
+        if not usual or not weight.is_contiguous():
             raise RequestError(
-                f"{name}, a {type(weight).__name__} of {weight.dtype}, contiguous: {weight.is_contiguous()}",
-                expected="a plain, contiguous floating-point parameter",
-                do="use route='side'",
+                f"{name}, a {type(weight).__name__} of {weight.dtype} on {weight.device}, "
+                f"contiguous: {weight.is_contiguous()}",
+                expected="a plain, contiguous floating-point parameter in memory",
+                do="use adapter='slice' with route='side' and without tie",
             )
         return weight
 

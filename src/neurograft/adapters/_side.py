@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from neurograft.adapters._in_place import InPlaceMount
+from neurograft.adapters._packed import Packed, packs, plain, resharded, sharding
 from neurograft.adapters._settled import Settled
 from neurograft.adapters._turning import SliceMount
-from neurograft.core.compact.additions import product
 from neurograft.core.compact.beside import Beside, Left, Onward
 from neurograft.core.compact.live import Live
 from neurograft.core.compact.uses import LiveWeight
 from neurograft.core.context import Trained
 from neurograft.core.errors import RequestError
-from neurograft.core.linears import is_linear, transposed
+from neurograft.core.grafts.coordinates import coordinates
+from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
 
 
@@ -28,16 +28,30 @@ class SideMount(SliceMount):
 
     The trainable tensor of a weight holds values, as on the in-place route, so that weight decay means the
     same; every use of the weight adds what they differ from the base. Plain weights are live ones that are not
-    written; a linear layer that is packed or sharded gets a hook. Parameters the base lacks are trained in place.
-    What a turn to other units leaves behind goes on being added, at the price of a product with as many numbers.
+    written; a linear layer that is quantized, offloaded or sharded gets a hook. Parameters the base lacks are trained
+    in place. What a turn to other units leaves behind goes on being added, at the price of a product with as many
+    numbers. Where the base is sharded (FSDP2, before attaching), every process holds all values, and their gradients
+    are averaged over the processes as they come: each backward pass adds to a mean, so that accumulated ones add up.
     """
 
-    appends = True
+    def __init__(
+        self,
+        model: nn.Module,
+        regions: Mapping[str, Region],
+        *,
+        new: Iterable[str] | Mapping[str, int] = (),
+        allow_dense: bool = False,
+        rules: Mapping[str, Any] | None = None,
+    ) -> None:
+        resharded(model)
+        self.processes: Any = None  # among which the base is sharded
+        self.averaging: list[Any] = []
+        super().__init__(model, regions, new=new, allow_dense=allow_dense, rules=rules)
 
     def _live(self, name: str, weight: nn.Parameter, region: Region) -> Live:
         owner, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(owner)
-        if _plain(weight) and not _packs(module):
+        if plain(weight) and not packs(module):
             return Beside(name, weight, region, allow_dense=self.allow_dense)
         if self.found.tied(name):
             raise RequestError(
@@ -45,6 +59,7 @@ class SideMount(SliceMount):
                 expected="a packed weight with one use",
                 do="leave it out of the selection, or load the base unquantized",
             )
+        self.processes = sharding(self.model, name, weight) or self.processes
         return Packed(name, module, leaf, region)
 
     def _onward(self, name: str, weight: nn.Parameter, region: Region) -> Live:
@@ -58,6 +73,32 @@ class SideMount(SliceMount):
         idle = {n: past for n, past in self.past.items() if n not in trained}
         self.idle = [Left(n, weights[n], past.region, past.values) for n, past in idle.items()]
         super()._tag(lives)
+        for handle in self.averaging:
+            handle.remove()
+        if self.processes is not None:
+            self.averaging = [live.theta.register_post_accumulate_grad_hook(self._averaged) for live in lives]
+
+    def _averaged(self, theta: Tensor) -> None:
+        assert theta.grad is not None
+        dist.all_reduce(theta.grad, group=self.processes)
+        theta.grad.div_(dist.get_world_size(self.processes))
+
+    def graft(self, *, card: Mapping[str, Any] | None = None) -> Graft:
+        """Return what has been trained so far as a graft.
+
+        It belongs to the base as it is unpacked: whole, in memory, dequantized. The touched weights are unpacked for it
+        together, in the CPU's memory; every process has to ask at the same time where they are sharded.
+        """
+        where = self.where
+        with ExitStack() as stack:
+            for live in self.lives:
+                if isinstance(live, Packed):
+                    stack.enter_context(live.whole())
+            self.where = coordinates(self.model)
+            try:
+                return super().graft(card=card)
+            finally:
+                self.where = where
 
     def _settled(self, live: Live) -> Settled:
         assert isinstance(live, Beside)
@@ -115,90 +156,3 @@ class SideMount(SliceMount):
 
     def _lost(self, live: Live) -> bool:
         return not isinstance(live, Packed) and super()._lost(live)
-
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _plain(weight: nn.Parameter) -> bool:
-    return type(weight) is nn.Parameter and weight.dtype in FLOATS and weight.is_contiguous()
-
-
-def _packs(module: nn.Module) -> bool:
-    """Say whether a layer holds packed or sharded weights, and has a kernel of its own for them and its bias."""
-    held = (p for p in module._parameters.values() if p is not None)
-    return any(type(p) is not nn.Parameter or p.dtype not in FLOATS for p in held)
-
-
-class Packed(Beside):
-    """The trainable side of a linear layer whose weight is no plain parameter: a hook adds to the layer's output.
-
-    Args:
-        name: the weight's name.
-        owner: the layer: `nn.Linear`, GPT-2's `Conv1D`, or a quantized linear that dequantizes.
-        leaf: the name of the weight, or of the bias, in the layer.
-        region: its trained entries.
-    """
-
-    def __init__(self, name: str, owner: nn.Module, leaf: str, region: Region) -> None:
-        super().__init__(name, nn.Parameter(dequantized(name, owner, leaf), requires_grad=False), region)
-        self.weight, self.owner = getattr(owner, leaf), owner
-        self.transposed = transposed(owner)
-        self.handle: Any = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        # A copy of the model has a copy of the hook, with values of its own.
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
-
-    def hook(self) -> None:
-        """Add to every output of the layer."""
-        self.handle = self.owner.register_forward_hook(self._add)
-
-    def unhook(self) -> None:
-        """Stop adding."""
-        if self.handle is not None:
-            self.handle.remove()
-        self.handle = None
-
-    def reload(self) -> None:
-        """Nothing to take over: a packed base does not change."""
-
-    def _add(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        if self.resting:
-            return y
-        if len(self.region.shape) == 1:  # the bias
-            delta = (self.theta - self.original.to(self.theta.dtype)).to(y.dtype)
-            return y + y.new_zeros(self.region.shape).index_copy(0, self.region.flat(), delta)
-        chosen, *part = self.local(0, "row" if self.transposed else "column")
-        return product(y, args[0], self, chosen, (part[0], part[1]))
-
-
-def dequantized(name: str, owner: nn.Module, leaf: str) -> Tensor:
-    """Return a linear layer's weight or bias in floating point, unpacked if it is quantized.
-
-    Raises:
-        RequestError: the owner is no linear layer, or its weight is packed in a way that is not known here.
-    """
-    parameter: Tensor = getattr(owner, leaf)
-    held = parameter.detach()
-    unpack = getattr(owner, "dequantize", None)
-    linear = is_linear(owner) or hasattr(owner, "in_features")
-    if leaf not in ("weight", "bias") or not (linear or callable(unpack)):
-        raise RequestError(
-            f"{name} of a {type(owner).__name__} on the side path, a {type(parameter).__name__} of {held.dtype}",
-            expected="a plain, contiguous floating-point parameter, or the weight or bias of a linear layer",
-            do="load the base unquantized, or leave it out of the selection",
-        )
-    if held.dtype in FLOATS and held.dim() == (1 if leaf == "bias" else 2):
-        return held
-    if callable(unpack) and (unpacked := unpack()).dim() == 2 and leaf == "weight":
-        found: Tensor = unpacked
-        return found
-    raise RequestError(
-        f"{name}, packed as {held.dtype} in a {type(owner).__name__}",
-        expected="a linear layer that can dequantize",
-        do="load the base unquantized",
-    )

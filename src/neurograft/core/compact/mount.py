@@ -266,8 +266,9 @@ class Mount(metaclass=_Whole):
 
     def release(self) -> None:
         """Let the parameters require gradients again as they did."""
+        now = Parameters.of(self.model).by_name
         for name, flag in self.flags.items():
-            parameter = self.found.by_name[name]
+            parameter = now.get(name, self.found.by_name[name])  # offloading makes parameters anew for every use
             parameter.requires_grad_(flag)
             parameter.grad = None
         disclaim(self.model, self)
@@ -322,6 +323,14 @@ def matrix_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[int,
     """Return how a parameter is read as matrices: a 3-D one is a bank unless its owner is a convolution."""
     owner = model.get_submodule(name.rpartition(".")[0])
     return as_matrix(shape, bank=not isinstance(owner, nn.modules.conv._ConvNd))
+
+
+def shape_of(model: nn.Module, name: str, parameter: Tensor) -> tuple[int, ...]:
+    """Return a parameter's shape, of a linear layer's packed weight that of the numbers it stands for."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.Linear) and name.endswith("weight") and not parameter.is_floating_point():
+        return (owner.out_features, owner.in_features)
+    return tuple(parameter.shape)
 
 
 def regions_of(
@@ -386,8 +395,8 @@ def _gathered(model: nn.Module, selection: Selection, found: Parameters) -> dict
                     do=f"select on this model ({near(part.param, found.alias)})",
                 )
             name = found.alias[part.param]
-            shape = tuple(found.by_name[name].shape)
-            if found.by_name[name].is_floating_point() and not part.fits(shape):  # packed numbers have other shapes
+            shape = shape_of(model, name, found.by_name[name])
+            if found.by_name[name].is_floating_point() and not part.fits(shape):
                 raise RequestError(
                     f"a selection in {part.param!r} of another shape than {shape}, which it has here",
                     expected="units of this model, or of one with its shapes",
