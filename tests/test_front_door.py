@@ -68,9 +68,14 @@ def test_verbs_of_later_versions_say_so_and_misspelt_ones_are_plain_errors():
     assert not hasattr(ng, "__wrapped__")
 
 
-def test_the_list_of_commands_needs_no_torch():
-    code = "import sys; from neurograft.cli import main; sys.argv = ['neurograft', '--help']\n"
-    code += "try: main()\nexcept SystemExit: print('heavy:', [*{'torch', 'numpy'} & {*sys.modules}])"
+QUICK = ["--help", "locate --help", "tune --help", "audit --nonsense", "run s2ft --help", "papers", "cite s2ft"]
+
+
+@pytest.mark.parametrize("words", QUICK)
+def test_help_mistyped_options_and_the_papers_need_no_torch(words):
+    code = f"import sys; from neurograft.cli import main; sys.argv = ['neurograft', *{words.split()}]\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print('heavy:', [*{'torch', 'transformers', 'numpy'} & {*sys.modules}])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "heavy: []" in found.stdout
 

@@ -185,3 +185,17 @@ def test_a_head_of_a_plain_module_grows_with_its_bias():
     net = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 4))
     assert list(beside(net, "1.weight")) == ["1.bias"]
     assert list(beside(net, "0.weight")) == []
+
+
+@pytest.mark.parametrize("adapter", ["mask", "lora", "slice_lora", "dense"])
+def test_adapters_that_train_no_appended_rows_say_so(adapter):
+    """They failed on a missing key, and only when the graft was taken."""
+    model, rows = longer("llama")
+    found = sites(model, "module" if adapter == "dense" else "neuron")
+    where = Selection.of(found, {next(iter(found)): [0]})
+    with (
+        pytest.raises(RequestError, match="new tokens"),
+        ng.attach(model, where, adapter=adapter, new={rows: 64}),
+    ):
+        pass
+    assert all(p.requires_grad for p in model.parameters())

@@ -144,3 +144,12 @@ def test_changed_proofs_come_first_then_the_stalest(tmp_path, monkeypatch):
     }
     order = [p.slug for p in runner.order([Proof(n) for n in ("new", "old", "off", "never")], records)]
     assert order == ["never", "off", "old", "new"]
+
+
+def test_papers_reads_every_file_once_however_many_proofs_ran_through_it(monkeypatch):
+    read = []
+    plain = _proofs.file_digest
+    monkeypatch.setattr(_proofs, "file_digest", lambda path: read.append(path) or plain(path))
+    papers()
+    assert read
+    assert len(read) == len(set(read))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from neurograft.anatomy.sites import sites
 from neurograft.core.errors import RequestError
 from neurograft.core.prompts.collate import collator
+from neurograft.core.taps.tap import watch
 from neurograft.pipeline.given import Given
 from neurograft.pipeline.inputs import as_batches, as_dataset, data_digest, processor_for
 from neurograft.pipeline.models import load_model
@@ -379,6 +381,43 @@ def test_sounds_are_samples_at_the_processor_s_rate(tmp_path):
     ):  # fmt: skip
         with pytest.raises(RequestError, match=words):
             as_batches([{"audio": audio, "label": 0}], model, processing_class=processor)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@pytest.mark.parametrize("family", ["hubert", "wav2vec2"])
+def test_the_statistics_of_sounds_do_not_depend_on_the_batch(family, norm):
+    """A norm over time sees padding, which no mask tells of; each convolution has frames of its own."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    model, noise = pico(family, feat_extract_norm=norm), torch.Generator().manual_seed(0)
+    processor = Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer")
+    rows = [{"audio": torch.randn(n, generator=noise).tolist(), "label": 1} for n in (156, 100, 60, 60)]
+    units = {n: s for kind in ("channel", "neuron") for n, s in sites(model, kind).items()}
+
+    def seen(batch_size):
+        batches = [
+            {k: v for k, v in b.items() if k != "labels"}
+            for b in as_batches(rows, model, processing_class=processor, batch_size=batch_size)
+        ]
+        sums = dict.fromkeys(units, 0.0)
+
+        def read(name, x):
+            sums[name] = sums[name] + x.double().sum(0)
+
+        with watch(model, units, read) as found, torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        return sums, dict(found.tokens), len(batches)
+
+    alone, counts, _ = seen(1)
+    together, same, batches = seen(4)
+    assert batches == (3 if norm == "group" else 1)
+    assert same == counts
+    frames = {n: counts[f"{family}.feature_extractor.conv_layers.{n}.conv/channel"] for n in (0, 1)}
+    lengths = [((n - 8) // 4 + 1) for n in (156, 100, 60, 60)]
+    assert frames == {0: sum(lengths), 1: sum((n - 4) // 2 + 1 for n in lengths)}
+    for name in units:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_that_are_not_there_and_broken_lines_are_named(tmp_path):

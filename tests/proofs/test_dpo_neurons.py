@@ -24,9 +24,10 @@ from neurograft.anatomy.sites import sites
 from neurograft.audits.decompose_change import along, decompose_change, table
 from neurograft.core.errors import RequestError
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.kinds import LOWERING, RAISING
 from neurograft.core.resolve import resolve
 from neurograft.core.selection import Scores, Selection
-from neurograft.core.taps.projection import LOWERING, RAISING, Projection, projected
+from neurograft.core.taps.projection import Projection, projected
 from neurograft.core.units import Site
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.run import run

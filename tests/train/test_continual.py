@@ -50,6 +50,7 @@ def test_tasks_on_a_model(llama, pick, examples, unmoved):
     )
     found.check()
     assert run.matrix.shape == (3, 3)
+    assert {t.dtype for t in (run.matrix, run.base, run.alone)} == {torch.float64}
     assert (run.matrix.diagonal() > run.base).all()
     assert run.forgetting > 0
     torch.testing.assert_close(run.alone[0], run.matrix[0, 0], rtol=0, atol=1e-6)

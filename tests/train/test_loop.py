@@ -14,6 +14,7 @@ from neurograft.core.errors import RequestError, RunError
 from neurograft.core.prompts.collate import collator
 from neurograft.pipeline.attach import attach
 from neurograft.pipeline.inputs import as_batches
+from neurograft.train.asked import Asked
 from neurograft.train.loop import fit, rehearsal
 from neurograft.train.moved import Witness
 from neurograft.train.optimizers import built, chosen, decaying, groups_of, named
@@ -78,7 +79,6 @@ def test_lbfgs_sees_every_move_of_its_closure(llama, pick, only):
 def gradients(model, where, batches, objective="auto", **options):
     """Return the gradient a window of batches gives each live tensor, and its loss."""
     with attach(model, where, **options) as live:
-        from neurograft.train.asked import Asked
         from neurograft.train.loop import _window
 
         loss, _ = _window(live, Asked.of(objective), batches, 0, 1, None)
@@ -97,11 +97,17 @@ def test_uneven_batches_accumulate_to_one_big_batch(objective, pick, examples):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "wav2vec2"])
-def test_losses_of_the_model_itself_accumulate_too(family):
-    model = pico(family, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [("bert", {}), ("vit", {}), ("wav2vec2", {}), ("wav2vec2", {"ctc_loss_reduction": "mean"})],
+)
+def test_losses_of_the_model_itself_accumulate_too(family, config):
+    """CTC is a sum over rows, or by ctc_loss_reduction="mean" the mean over rows of each over its own labels."""
+    model = pico(family, dtype=torch.float64, **config)
     batch = pico_batch(model, batch=5)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    if config:
+        batch["labels"][1:, 2:] = -100
     parts = [{k: v[:1] for k, v in batch.items()}, {k: v[1:] for k, v in batch.items()}]
     whole, expected = gradients(model, None, [batch])
     loss, found = gradients(model, None, parts)
@@ -168,6 +174,44 @@ def test_the_reference_is_the_base(adapter, llama, pick, examples):
         assert all(m.training for m in llama.modules())
         llama.eval()
         assert torch.equal(llama(**batch).logits, tuned)
+
+
+def test_the_reference_has_no_dropout_and_leaves_the_modes(pick, examples):
+    model = pico("llama", attention_dropout=0.5)
+    batch = collator(model)(examples(model)[:2])
+    base = model.eval()(**batch).logits.detach()
+    with attach(model, pick(model)) as live:
+        model.train()
+        model.model.layers[1].eval()
+        assert torch.equal(reference_of(live)(lambda: model(**batch).logits), base)
+        assert (model.training, model.model.layers[0].training, model.model.layers[1].training) == (True, True, False)
+
+
+def test_groups_by_hand():
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    both = {"a": a, "b": b}
+    assert groups_of(both, decay=["b"], weight_decay=0.1) == [
+        {"params": [b], "weight_decay": 0.1},
+        {"params": [a], "weight_decay": 0.0},
+    ]
+    assert groups_of(both, decay=["b"], weight_decay=0.1, apart=True) == [
+        {"params": [a], "weight_decay": 0.0, "name": "a"},
+        {"params": [b], "weight_decay": 0.1, "name": "b"},
+    ]
+    assert groups_of(both, weight_decay=0.1) == [{"params": [a, b], "weight_decay": 0.0}]
+
+
+def test_a_callable_of_model_and_batch_may_have_options_beside_them():
+    step = Step(nn.Identity(), {"x": torch.ones(3)})
+
+    def scaled(model, batch, factor=2.0, *, more=1.0):
+        return model(batch["x"]).sum() * factor * more
+
+    assert float(Asked.of(scaled).loss(step)) == 6.0
+    assert float(Asked.of(lambda step: step.batch["x"].sum()).loss(step)) == 3.0
+    for odd, text in ((None, "NoneType"), (torch.ones(2), r"Tensor \(2,\)")):
+        with pytest.raises(RequestError, match=text):
+            Asked.of(lambda step, odd=odd: odd).loss(step)
 
 
 def test_an_anchor_holds_the_model_near_the_base(llama, pick, examples):
@@ -267,7 +311,8 @@ def test_phases_set_rates_and_drop_moments(llama, pick, examples):
     class Seen(torch.optim.AdamW):
         def step(self, closure=None):
             out = super().step(closure)
-            states.append({g["name"]: bool(self.state.get(g["params"][0])) for g in self.param_groups})
+            known = {g["name"]: self.state.get(g["params"][0], {}) for g in self.param_groups}
+            states.append({n: int(state.get("step", 0)) for n, state in known.items()})
             return out
 
     with attach(llama, pick(llama)) as live:
@@ -277,7 +322,7 @@ def test_phases_set_rates_and_drop_moments(llama, pick, examples):
         now = live.state_dict()
     assert torch.equal(now[up], start[up])
     assert not torch.equal(now[gate], start[gate])
-    assert states == [{gate: True, up: True, down: True}, {gate: False, up: True, down: True}]
+    assert states == [{gate: 1, up: 1, down: 1}, {gate: 0, up: 2, down: 2}]  # the awake ones keep theirs
 
 
 def test_refused_schedules(llama, pick, examples):
@@ -338,6 +383,17 @@ def test_rates_by_hand():
 
     assert [_factor(s, 6, 2, "linear") for s in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert [_factor(s, 6, 2, "constant") for s in range(6)] == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_losses_are_told_alike_with_and_without_gradients(llama, pick, examples):
+    rows, join = examples(llama), collator(llama)
+    batches = [join(rows[:1]), join(rows[1:4])]
+
+    def told(optimizer):
+        with attach(llama, pick(llama)) as live:
+            return fit(live, batches, steps=1, accumulate=2, lr=1e-4, optimizer=optimizer)
+
+    assert told(("mezo", {"eps": 1e-4})) == pytest.approx(told("SGD"), abs=1e-3)
 
 
 class Slope(nn.Module):

@@ -104,6 +104,29 @@ def test_moments_of_entries_that_stay(moments, pick, examples):
         assert not after[name][1].any()  # row 9 is new
 
 
+def test_tensors_that_a_turn_brings_decay_as_their_kind_does(pick, examples):
+    model, norm, seen = pico("llama"), "model.norm.weight", []
+
+    class Seen(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append({g["name"]: (g["weight_decay"], g["lr"]) for g in self.param_groups})
+            return super().step(closure)
+
+    turns = {0: {GATE: ("row", [1])}, 1: {norm: ("row", [3]), DOWN: ("column", [2]), GATE: ("row", [1])}}
+    with ng.attach(model, pick(model, turns[0])) as live:
+        fit(
+            live,
+            [collator(model)(examples(model)[:4])],
+            steps=2,
+            lr=1e-2,
+            weight_decay=0.1,
+            optimizer=Seen,
+            schedule=("every", {"steps": 1}),
+            reselect=lambda net, step: pick(net, turns[step]),
+        )
+    assert seen == [{GATE: (0.1, 1e-2)}, {GATE: (0.1, 1e-2), DOWN: (0.1, 1e-2), norm: (0.0, 1e-2)}]
+
+
 @pytest.mark.parametrize("steps", [3, 2])
 def test_resumed_across_a_turn_equals_uninterrupted(steps, pick, examples, tmp_path):
     """With the locator asked in the middle; a checkpoint lies before, at and after a turn."""

@@ -124,6 +124,15 @@ def test_objectives_run_on_the_fused_fields(pick, tmp_path):
     assert metrics or "entropy" in ours._metrics["train"]
 
 
+def test_an_objective_may_read_the_fused_outputs(pick, tmp_path):
+    def mine(step):
+        assert step.outputs is step.predictions
+        return step.mean(-step.outputs.log_probs[step.outputs.label_mask])
+
+    own, usual = (run(pick, tmp_path, objective=o, max_steps=1)[0].witness.losses for o in (mine, "likelihood"))
+    assert own == usual
+
+
 def test_an_anchor_with_data_of_its_own_is_asked_about_them(pick, tmp_path):
     """Replay under the fused head: not about the batch of the step, whose fused outputs are at hand."""
     seen = []

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 import neurograft as ng
 from neurograft.core.grafts.delta import New
@@ -95,6 +95,37 @@ def test_accumulation_equals_one_big_batch(objective, llama, pick, examples):
         torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=2e-5)
 
 
+def test_in_one_process_it_is_the_same_whether_labels_are_counted_over_processes(llama, pick, examples):
+    def run(over):
+        args = {**FAST, "average_tokens_across_devices": over, "gradient_accumulation_steps": 2}
+        return ng.tune(llama, examples(llama), pick(llama), args=args)
+
+    assert same(run(True), run(False))
+
+
+def test_the_log_says_the_norm_of_the_gradient_of_those_awake(llama, pick, examples, tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, logging_steps=1, save_strategy="no", **FAST)
+    norms = []
+
+    class Watched(GraftTrainer):
+        def _clip_grad_norm(self, model):
+            out = super()._clip_grad_norm(model)
+            held = [p.grad for p in self.mount.parameters() if p.grad is not None]
+            norms.append((len(held), float(out)))
+            return out
+
+    with ng.attach(llama, pick(llama)) as live:
+        trainer = Watched(
+            model=llama, args=args, mount=live, train_dataset=examples(llama), data_collator=collator(llama),
+            schedule=("stages", {"parts": [("*gate*", 2), ("*", 9)]}), objective="auto",
+        )  # fmt: skip
+        trainer.train()
+    assert [count for count, _ in norms] == [1, 1, 3, 3]
+    said = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert said == pytest.approx([norm for _, norm in norms])
+    assert min(said) > 0
+
+
 def test_accumulation_for_a_classifier():
     """The stock Trainer neither counts labels nor divides here, and takes steps k times too long."""
     model = pico("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -109,6 +140,41 @@ def test_accumulation_for_a_classifier():
     assert whole.card["losses"] == pytest.approx(parts.card["losses"], abs=1e-5)
     for name, value in values(whole).items():
         torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=1e-5)
+
+
+def test_rows_of_mean_ctc_count_alike_in_uneven_batches():
+    """torch's "mean" is one over rows, so a last batch of one row must not weigh as much as one of two."""
+    still = [f"{part}_dropout" for part in ("hidden", "attention", "activation", "feat_proj", "final")]
+    quiet = {"layerdrop": 0.0, "apply_spec_augment": False, **dict.fromkeys(still, 0.0)}
+    model = pico("wav2vec2", ctc_loss_reduction="mean", **quiet)
+    rows = [{k: v[0] for k, v in pico_batch(model, batch=1, seed=s).items()} for s in range(5)]
+    for row in rows[2:]:
+        row["labels"][1:] = -100
+
+    def run(size, steps, told):
+        args = {"max_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+        args |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        args |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 1}
+        return ng.tune(model, rows, optimizer="SGD", eval_dataset=rows, args=args, callbacks=[Noted(told)])
+
+    told = []
+    whole, parts = run(5, 1, told), run(2, 3, told)
+    assert whole.card["losses"] == pytest.approx(parts.card["losses"], rel=1e-5)
+    for name, value in values(whole).items():
+        torch.testing.assert_close(values(parts)[name], value, rtol=0, atol=1e-4)
+    with whole.on(model), torch.no_grad():
+        alone = [float(model(**{k: v[None] for k, v in row.items()}).loss) for row in rows]
+    assert told == pytest.approx([sum(alone) / 5] * 2, rel=1e-3)  # each row of an evaluation stands for itself
+
+
+class Noted(TrainerCallback):
+    """Notes evaluation losses."""
+
+    def __init__(self, told):
+        self.told = told
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.told.append(metrics["eval_loss"])
 
 
 def test_checkpointing_changes_nothing_and_costs_no_extra_gradients(llama, pick, examples, monkeypatch):
@@ -188,8 +254,27 @@ def test_the_card_says_what_an_anchor_was_asked_on(llama, pick, examples):
     assert said == [("kl", 0.5, True), ("kl", 1.0, False)]
 
 
-def test_an_anchor_sees_all_of_its_data_in_turn(llama, pick, examples):
-    """Over micro-batches and steps alike, and none of it in an evaluation."""
+def test_rows_of_any_length_are_padded_and_the_padding_does_not_count(llama, pick, examples):
+    """Rows of three lengths, the last batch a short one, against batches padded by hand to a greater length."""
+    rows = [row for n in (4, 7, 6) for row in examples(llama, 3, length=n)]
+    args = {"per_device_train_batch_size": 4, "num_train_epochs": 1}
+
+    def joined(batch):
+        made = {}
+        for name, pad in {"input_ids": 0, "attention_mask": 0, "labels": -100}.items():
+            made[name] = torch.full((len(batch), 9), pad)
+            for i, row in enumerate(batch):
+                made[name][i, : len(row[name])] = row[name]
+        return made
+
+    usual, wide = (ng.tune(llama, rows, pick(llama), args=args, data_collator=c) for c in (None, joined))
+    assert len(usual.card["losses"]) == 3
+    assert usual.card["losses"] == pytest.approx(wide.card["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "asks"), [(None, 1), (("mezo", {"eps": 1e-2}), 2)])
+def test_an_anchor_sees_all_of_its_data_in_turn(optimizer, asks, llama, pick, examples):
+    """Over micro-batches and steps alike, and none of it in an evaluation; mezo asks twice about a batch."""
     seen = []
 
     def near(step):
@@ -202,8 +287,12 @@ def test_an_anchor_sees_all_of_its_data_in_turn(llama, pick, examples):
     own = [{k: v[None] for k, v in row.items()} for row in rows]
     args = {**FAST, "gradient_accumulation_steps": 2, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
     kept = examples(llama, 2)
-    ng.tune(llama, examples(llama), pick(llama), anchor=(near, {"data": own}), args=args, eval_dataset=kept)
-    assert sorted(seen[:3]) == sorted(seen[3:]) == [10, 11, 12]
+    more = {"optimizer": optimizer, "args": args, "eval_dataset": kept}
+    ng.tune(llama, examples(llama), pick(llama), anchor=(near, {"data": own}), **more)
+    assert len(seen) == 6 * asks
+    drawn = seen[::asks]
+    assert sorted(drawn[:3]) == sorted(drawn[3:]) == [10, 11, 12]
+    assert all(seen[i::asks] == drawn for i in range(asks))
 
 
 def settings(folder, **more):

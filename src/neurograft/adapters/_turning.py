@@ -21,6 +21,8 @@ from neurograft.core.selection import Selection
 class SliceMount(InPlaceMount):
     """Values trained in place; the training may turn to other units, and then leaves the old values where they are."""
 
+    appends = True
+
     def __init__(
         self,
         model: nn.Module,

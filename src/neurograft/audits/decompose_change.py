@@ -13,8 +13,9 @@ from neurograft.audits._changes import as_change, evaluating
 from neurograft.core.card import method
 from neurograft.core.context import Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.kinds import LOWERING
 from neurograft.core.prompts.passing import Positions
-from neurograft.core.taps.projection import LOWERING, Projection, projected
+from neurograft.core.taps.projection import Projection, projected
 
 
 @method(

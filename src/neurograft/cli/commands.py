@@ -19,9 +19,9 @@ from neurograft.cli.before import keep_inputs, quiet, writable
 from neurograft.cli.options import command_of, value
 from neurograft.cli.recipe_help import recipe_help
 from neurograft.cli.show import Shown
+from neurograft.cli.sketch import definition, sketch
 from neurograft.cli.wording import as_typed
 from neurograft.core.errors import RequestError
-from neurograft.core.resolve import resolve
 
 app = typer.Typer(
     add_completion=False,
@@ -69,6 +69,7 @@ ORDER = (
 )  # of the list of commands: as one would use them
 LATER = ("merge", "data", "init", "view")
 FOLDERS = ("tune", "edit", "diff", "audit", "apply", "rollback", "trim", "demo")  # what these write; the others a file
+LIGHT = ("papers", "cite")  # these load no model, nor the libraries that do
 
 
 def _extra(output: str | None) -> list[inspect.Parameter]:
@@ -82,7 +83,7 @@ def _extra(output: str | None) -> list[inspect.Parameter]:
 
 def _verb(row: Row) -> Callable[..., None]:
     dotted, words, output, show = row
-    function, name = resolve(dotted), dotted.rpartition(".")[2]
+    function, name = sketch(dotted), dotted.rpartition(".")[2]
     own = set(inspect.signature(function).parameters)
 
     def body(given: dict[str, Any]) -> None:
@@ -93,7 +94,8 @@ def _verb(row: Row) -> Callable[..., None]:
         writable(target, folder=name in FOLDERS)
         if "output" in own:
             given["output"] = target
-        quiet()
+        if name not in LIGHT:
+            quiet()
         if "args" in own and sys.stderr.isatty():  # the Trainer draws its own bar
             given["args"] = {"disable_tqdm": False, **(given.get("args") or {})}
         with nullcontext() if own & {"progress", "args"} else shown.busy(name):
@@ -170,21 +172,15 @@ def export(
 
 
 def _summary(dotted: str) -> str | None:
-    """Return the first line of a verb's docstring without importing it, or None if this version lacks the verb."""
-    *folders, last = dotted.split(".")[1:]
-    root = Path(__file__).parent.parent
-    for file in (root.joinpath(*folders, last + ".py"), root.joinpath(*folders).with_suffix(".py")):
-        if file.is_file():
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == last]
-            return (ast.get_docstring(found[0]) or "").split("\n\n")[0] if found else None
-    return None
+    """Return the first line of a verb's docstring, or None if this version lacks the verb."""
+    found = definition(dotted)
+    return None if found is None else (ast.get_docstring(found) or "").split("\n\n")[0]
 
 
 def filled(words: list[str]) -> typer.Typer:
     """Return the app with the verb that is asked for, and a line for each of the others.
 
-    Only the verb in use is imported: its options are its function's keywords, and everything behind them is heavy.
+    No verb is imported before it runs: its options are its function's keywords, and everything behind them is heavy.
     """
     running = next(c for c in app.registered_commands if c.name == "run")
     running.epilog = recipe_help(words[1:]) if words[:1] == ["run"] else None

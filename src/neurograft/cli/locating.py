@@ -13,6 +13,7 @@ from neurograft.cli import results
 from neurograft.cli.before import keep_inputs, quiet, writable
 from neurograft.cli.options import command_of
 from neurograft.cli.show import Shown
+from neurograft.cli.sketch import sketch
 from neurograft.core.errors import RequestError
 from neurograft.core.resolve import resolve
 
@@ -27,7 +28,7 @@ def command(words: Mapping[str, Any], extra: list[inspect.Parameter]) -> Callabl
         words: the positional arguments.
         extra: options that every command has.
     """
-    verb = resolve("neurograft.pipeline.locate")
+    verb = sketch("neurograft.pipeline.locate")
     more = {
         "evidence": (bool, True, "--evidence/--no-evidence", "Silence the best units beside matched controls."),
         "held_out": (str | None, None, "--held-out", "Examples for evidence; a part of DATA if left out."),

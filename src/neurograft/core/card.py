@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from neurograft.core.errors import one_of
-from neurograft.core.units import KINDS
+from neurograft.core.kinds import KINDS
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from neurograft.core.card import Card
 from neurograft.core.errors import RequestError, near, one_of
 from neurograft.core.resolve import resolve
@@ -81,6 +79,8 @@ def _plain(value: Any) -> Any:
     for name in ("identity", "digest"):
         if isinstance(found := getattr(value, name, None), str):
             return found
+    from torch import nn
+
     return type(value).__name__ if isinstance(value, nn.Module) else value
 
 

@@ -49,6 +49,8 @@ class Step:
             is of another shape (low rank, beside the weight).
         apart: let every row of the batch count alike, whatever its number of labelled tokens, as it would alone;
             for locators, whose scores must not depend on how examples are batched.
+        rows: number of examples over the whole accumulation window, or None for this batch alone; for losses that are
+            means over examples.
         counted: set by `mean`: the loss is a share of the whole window's, so shares add up and need no averaging.
     """
 
@@ -62,6 +64,7 @@ class Step:
     wrapped: Callable[..., Any] | None = None
     trained: Callable[[], Mapping[str, Trained]] = dict
     apart: bool = False
+    rows: Tensor | int | None = None
     counted: bool = field(default=False, init=False)
 
     @cached_property

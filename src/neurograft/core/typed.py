@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
-
 SERIES = (collections.abc.Sequence, collections.abc.Iterable, list, tuple)
 NUMBERS: Mapping[Any, type] = {int: Integral, float: Real, bool: bool}
 WORDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -63,7 +61,7 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, one) for one in typing.get_args(annotation))
     if annotation in (None, type(None)):
         return value is None
-    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+    if hasattr(value, "__array__"):
         return True
     if annotation in NUMBERS:
         return isinstance(value, NUMBERS[annotation])

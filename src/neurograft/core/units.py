@@ -13,21 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KINDS = (
-    "weight",
-    "row",
-    "column",
-    "block",
-    "neuron",
-    "head",
-    "expert",
-    "channel",
-    "layer",
-    "module",
-    "norm",
-    "bias",
-    "token",
-)
+from neurograft.core.kinds import KINDS as KINDS
 
 
 @dataclass(frozen=True)

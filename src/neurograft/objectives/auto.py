@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from neurograft.core.card import method
 from neurograft.core.context import IGNORE, Step, shifts
 from neurograft.core.errors import RequestError
+from neurograft.core.prompts.examples import size
 
 NEUTRAL: dict[str, Any] = {}
 
@@ -36,7 +37,8 @@ def auto(step: Step) -> Tensor:
     """Return the token likelihood for causal language models, and the loss the model returns for any other.
 
     A loss that is a mean over labels is weighted by the batch's share of the accumulation window, so that uneven
-    batches add up to the loss of one big batch; one that is a sum over rows (CTC) is added up as it is. A
+    batches add up to the loss of one big batch; one that is a sum over rows (CTC) is added up as it is, and one that is
+    a mean over rows (CTC by ctc_loss_reduction="mean") is weighted by the batch's share of the window's rows. A
     router's balance loss is added as the model adds it.
 
     Args:
@@ -65,6 +67,9 @@ def auto(step: Step) -> Tensor:
         )
     if step.apart and isinstance(labels, Tensor) and (step.items is None or _sums(step.model)):
         return _by_row(step, loss, labels)
+    if step.rows is not None and _ctc(step.model) == "mean":
+        step.counted = True
+        return loss * size(step.batch) / step.rows
     if step.items is None or not isinstance(labels, Tensor) or not (mean or _sums(step.model)):
         return loss
     step.counted = True
@@ -87,8 +92,13 @@ def _by_row(step: Step, loss: Tensor, labels: Tensor) -> Tensor:
 
 def _sums(model: nn.Module) -> bool:
     """Say whether a model's loss is a sum over the batch's rows, as that of most CTC models is."""
-    config = getattr(model, "config", None)
-    return type(model).__name__.endswith("ForCTC") and getattr(config, "ctc_loss_reduction", "") == "sum"
+    return _ctc(model) == "sum"
+
+
+def _ctc(model: nn.Module) -> str:
+    """Return how a CTC model reduces its rows' losses: "sum"; "mean" of each over its labels, then over rows; or ""."""
+    config: Any = getattr(model, "config", None)
+    return str(getattr(config, "ctc_loss_reduction", "")) if type(model).__name__.endswith("ForCTC") else ""
 
 
 def _balance(step: Step) -> Tensor:

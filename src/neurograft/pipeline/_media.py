@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,25 @@ def _opened(path: str) -> Any:
             f"the image {path!r}, and Pillow is not installed", expected="Pillow", do="pip install pillow"
         ) from error
     return Image.open(path).convert("RGB")
+
+
+def unpadded(examples: list[dict[str, Tensor]], model: nn.Module) -> list[list[dict[str, Tensor]]]:
+    """Return the examples of a batch in as many batches as the model needs, in their order; one for almost all models.
+
+    Where Wav2Vec2 and HuBERT normalise each channel over time (`feat_extract_norm="group"`), padding changes what the
+    model makes of a sound, and no mask tells of it: only neighbours of one length share a batch.
+
+    Args:
+        examples: encoded rows.
+        model: its config says how it normalises.
+
+    Returns:
+        Lists of rows, together `examples`.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "feat_extract_norm", None) != "group" or any("input_values" not in e for e in examples):
+        return [examples]
+    return [list(part) for _, part in groupby(examples, key=lambda e: e["input_values"].shape)]
 
 
 def heard(row: Mapping[str, Any], model: nn.Module, processor: Any, index: int) -> dict[str, Tensor]:

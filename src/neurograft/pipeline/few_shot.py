@@ -28,14 +28,16 @@ def few_shot(
     row in question.
 
     Args:
-        state: what the recipe has made so far, with its data: rows of prompt and completion, or of messages.
+        state: what the recipe has made so far, with its data: rows of prompt and completion, or of messages; for no
+            shots also ready batches, of which `size` examples are taken.
         shots: numbers of solved rows, drawn once for each row from the run's seed.
         size: how many rows.
         between: text between two solved rows of prompt and completion.
         name: of the rows.
 
     Raises:
-        RequestError: shots for rows of another form, more shots than there are other rows, no number to draw.
+        RequestError: shots for ready batches or rows of another form, more shots than there are other rows, no
+            number to draw.
 
     Example:
         >>> rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1+2=", "completion": "3"}]
@@ -47,10 +49,15 @@ def few_shot(
             f"shots={list(shots)}, size={size}", expected="numbers from 0, at least one row", do="shots=[0] for none"
         )
     rows = read_rows(state["data"])
+    ready = any(is_batch(row) for row in rows)
     if max(shots) == 0:
-        if not any(is_batch(row) for row in rows):
-            return {name: rows[:size]}
-        return {name: _first(rows, size)}
+        return {name: _first(rows, size) if ready else rows[:size]}
+    if ready:
+        raise RequestError(
+            f"up to {max(shots)} shots before ready batches",
+            expected="rows of texts `prompt` and `completion`, or of `messages`",
+            do="give the texts themselves, or pass shots=[0]",
+        )
     if max(shots) >= len(rows):
         raise RequestError(
             f"{max(shots)} shots out of {len(rows)} rows",

@@ -14,6 +14,7 @@ from neurograft.core.fingerprint import digest
 from neurograft.core.prompts.collate import collator
 from neurograft.core.prompts.examples import size
 from neurograft.pipeline._hub import cut_off
+from neurograft.pipeline._media import unpadded
 from neurograft.pipeline._usable import check
 from neurograft.pipeline.encode import encode, is_ready
 from neurograft.pipeline.rows import Row, read_rows
@@ -122,7 +123,7 @@ def as_batches(
         data: anything `read_rows` takes.
         model: the model they are for.
         processing_class: see `processor_for`.
-        batch_size: examples in a batch.
+        batch_size: examples in a batch; sounds of several lengths take more batches where padding would change them.
         max_length: longer texts are cut.
         limit: use at most so many examples (of ready batches: so many batches as hold them).
         seed: names the masks of masked language modelling.
@@ -149,7 +150,8 @@ def as_batches(
             rows, model, processing_class=processing_class, max_length=max_length, limit=limit, seed=seed
         )
         join = collator(model, processing_class)
-        made = [join(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
+        chunks = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+        made = [join(part) for chunk in chunks for part in unpadded(chunk, model)]
     return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in made]
 
 

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neurograft.core.card import Card
 from neurograft.core.errors import RequestError, near, one_of
-from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline import _proofs
 from neurograft.pipeline.recipe import Recipe, recipes
+
+if TYPE_CHECKING:
+    from neurograft.core.grafts.graft import Graft
 
 
 @cache
@@ -44,12 +46,12 @@ def papers(about: str | None = None) -> list[dict[str, Any]]:
         >>> len(papers())
         119
     """
-    records, here = _proofs.read(), set(recipes())
+    records, here, digest = _proofs.read(), set(recipes()), cache(_proofs.file_digest)
     found = []
     for slug, row in _about(about).items():
         name = slug.replace("-", "_")
         record = records.get(slug)
-        state = _proofs.standing(record)
+        state = _proofs.standing(record, digest)
         found.append(
             {
                 "slug": slug,
@@ -112,6 +114,8 @@ def cite(source: Graft | Recipe | str | Path) -> list[str]:
     """
     slugs: list[str | None]
     if isinstance(source, (str, Path)) and Path(source).is_dir():
+        from neurograft.core.grafts.graft import Graft
+
         source = Graft.load(source)
     if isinstance(source, (str, Path)):
         slugs = [one_of(str(source).replace("_", "-"), known(), what="paper")]

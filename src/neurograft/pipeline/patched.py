@@ -8,8 +8,8 @@ from typing import Any
 
 from neurograft.audits.decompose_change import along, table
 from neurograft.core.errors import RequestError, one_of
+from neurograft.core.kinds import LOWERING
 from neurograft.core.selection import Scores
-from neurograft.core.taps.projection import LOWERING
 from neurograft.pipeline.inputs import as_batches
 from neurograft.pipeline.models import load_model
 from neurograft.pipeline.state import as_found

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from neurograft.core.card import method
+from neurograft.core.kinds import LOWERING
 from neurograft.core.ranges import above
-from neurograft.core.taps.projection import LOWERING
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from neurograft.core.card import method
 from neurograft.core.errors import one_of
-from neurograft.networks.reversible import FORMS
 from neurograft.pipeline.recipe import Recipe
 from neurograft.recipes._training import training
 
@@ -37,6 +36,8 @@ def revffn(
         epochs: passes over the data.
         batch: examples in a batch.
     """
+    from neurograft.networks.reversible import FORMS  # a network, which only who makes the recipe needs
+
     one_of(form, FORMS, what="form")
     tune: dict[str, Any] = {
         "do": "tune",

@@ -14,6 +14,7 @@ from neurograft.core.compact.mount import Mount
 from neurograft.core.context import IGNORE, Batch, Phase, Step, shifts
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.grafts.graft import Graft
+from neurograft.core.prompts.passing import examples
 from neurograft.core.seeds import derive, generator
 from neurograft.core.selection import Selection
 from neurograft.train.asked import Asked
@@ -154,11 +155,14 @@ def _window(
     items = None
     if all(isinstance(v, torch.Tensor) for v in labels):
         items = sum(int((v[..., 1:] if shift else v).ne(IGNORE).sum()) for v in labels if v is not None)
-    total, reached = 0.0, set[str]()
+    total, reached, rows = 0.0, set[str](), sum(map(examples, window))
     for i, batch in enumerate(window):
 
         def share(i: int = i, batch: Batch = batch) -> torch.Tensor:
-            at = Step(mount.model, batch, step, steps, items, reference_of(mount), wrapped=call, trained=mount.held)
+            at = Step(
+                mount.model, batch, step, steps, items, reference_of(mount),
+                wrapped=call, trained=mount.held, rows=rows or None,
+            )  # fmt: skip
             return asked.loss(at, windows=len(window), draw=step * len(window) + i)
 
         if mount.driver is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from neurograft.core.compact.mount import Mount
 from neurograft.core.context import Step
+from neurograft.core.prompts.passing import examples
 from neurograft.train.asked import Asked
 from neurograft.train.conductor import Conductor
 from neurograft.train.moved import Witness
@@ -30,6 +32,7 @@ class Losses:
     probing: bool = False
     together: bool = False
     reached: frozenset[str] = frozenset()
+    rows: Tensor | int | None = None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -53,12 +56,24 @@ class Losses:
                 outputs = {} if trainer.compute_metrics is None else step.predictions
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of an accumulation window as the Trainer does, and note how many examples they hold."""
+        trainer: Any = self
+        found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.rows = sum(examples(batch) for batch in found[0] if isinstance(batch, Mapping))
+        if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
+            counted = torch.tensor([self.rows], device=trainer.args.device)
+            self.rows = trainer.accelerator.gather(counted).sum()
+        return found
+
     def _step(self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Any) -> tuple[Step, Any]:
         trainer: Any = self
         more = (trainer.state.global_step, trainer.state.max_steps, items, reference_of(self.mount))
         if not is_trl(self):
             batch, extra = _columns(trainer.model, inputs)
-            return Step(trainer.model, batch, *more, extra, model, self.mount.held), None
+            # In evaluation a batch stands for itself.
+            rows = self.rows if trainer.model.training or self.probing else None
+            return Step(trainer.model, batch, *more, extra, model, self.mount.held, rows=rows), None
         held: dict[str, Any] = {}
 
         def once(**kwargs: Any) -> Any:

@@ -63,10 +63,17 @@ class Mount(metaclass=_Whole):
     """
 
     attached = False
+    appends = False  # whether the adapter can train rows appended to a parameter
 
     def __init__(
         self, model: nn.Module, *, new: Iterable[str] | Mapping[str, int] = (), within: Mount | None = None
     ) -> None:
+        if isinstance(new, Mapping) and new and not self.appends:
+            raise RequestError(
+                f"new={dict(new)}, rows appended to a parameter, for {type(self).__name__}",
+                expected="whole new parameters, by name or pattern",
+                do="use adapter='slice' for new tokens",
+            )
         check_free(model, within)  # before anything is frozen: the other attachment's tensors would be too
         self.model = model
         self.declared = True  # False if nobody said what to train, so that a part may stay unreached

@@ -237,6 +237,13 @@ class Seen:
             return None
         if self.lead[1] >= attention.shape[-1]:
             return None
+        config: Any = getattr(self.model, "config", None)
+        samples, all_of_them = attention.sum(-1), attention.shape[-1]
+        steps = zip(getattr(config, "conv_kernel", ()), getattr(config, "conv_stride", ()))
+        for kernel, stride in steps:  # each convolution has frames of its own; `shrink` knows the last one's only
+            samples, all_of_them = (samples - kernel) // stride + 1, (all_of_them - kernel) // stride + 1
+            if all_of_them == self.lead[1]:
+                return torch.arange(all_of_them, device=samples.device) < samples[:, None]
         found: Tensor = shrink(self.lead[1], attention).bool()
         return found
 

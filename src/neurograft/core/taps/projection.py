@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from neurograft.core.batches import Batch
 from neurograft.core.errors import RequestError
+from neurograft.core.kinds import LOWERING, RAISING
 from neurograft.core.prompts.passing import Positions
 from neurograft.core.selection import Selection
 from neurograft.core.taps.stream import means
 from neurograft.core.taps.watching import routed
 from neurograft.core.units import Parameters, Site
-
-# Those that lower the projection: toward the direction or against it, active or negative, falling or rising.
-LOWERING = ("TP-", "TN-down", "AP+", "AN-up")
-RAISING = ("TP+", "TN-up", "AP-", "AN-down")
 
 
 @dataclass(frozen=True)
