@@ -148,28 +148,7 @@ def _targets(
             expected="plain linear layers",
             do="leave the other attachment first, or merge the adapter into a base of its own",
         )
-    found = Parameters.of(model)
-    linear = {n for n, m in model.named_modules() if is_linear(m)}
-    get: Any = getattr(model, "get_output_embeddings", None)
-    head = None if get is None else get()
-    if where is not None:
-        chosen = [n.rpartition(".")[0] for n in regions_of(model, where)]
-        odd = [n for n in regions_of(model, where) if n.rpartition(".")[0] not in linear or not n.endswith(".weight")]
-        if odd:
-            raise RequestError(
-                f"a selection in {odd[0]}",
-                expected="units of linear layers for adapter='lora'",
-                do="use adapter='slice' for embeddings, norms, biases, convolutions and expert banks",
-            )
-    elif patterns:
-        missed = [p for p in patterns if not any(_fits(n, p) for n in linear)]
-        if missed:
-            raise RequestError(
-                f"targets={missed[0]!r}", expected="a linear layer's name or a pattern", do=near(missed[0], linear)
-            )
-        chosen = [n for n in linear if any(_fits(n, p) for p in patterns)]
-    else:
-        chosen = [n for n in linear if model.get_submodule(n) is not head]
+    found, chosen = Parameters.of(model), _chosen(model, where, patterns)
     shielded = set() if protect is None else set(regions_of(model, protect, tied="both"))
     fresh = list(new)
     names = sorted(
@@ -185,6 +164,31 @@ def _targets(
     if not names:
         raise RequestError("a selection without a linear layer", expected="at least one", do="select linear layers")
     return names
+
+
+def _chosen(model: nn.Module, where: Selection | None, patterns: list[str]) -> list[str]:
+    """Return the linear layers that a selection means, or else the patterns; without either, all but the head."""
+    linear = {n for n, m in model.named_modules() if is_linear(m)}
+    if where is not None:
+        weights = list(regions_of(model, where))
+        odd = [n for n in weights if n.rpartition(".")[0] not in linear or not n.endswith(".weight")]
+        if odd:
+            raise RequestError(
+                f"a selection in {odd[0]}",
+                expected="units of linear layers for adapter='lora'",
+                do="use adapter='slice' for embeddings, norms, biases, convolutions and expert banks",
+            )
+        return [n.rpartition(".")[0] for n in weights]
+    if patterns:
+        missed = [p for p in patterns if not any(_fits(n, p) for n in linear)]
+        if missed:
+            raise RequestError(
+                f"targets={missed[0]!r}", expected="a linear layer's name or a pattern", do=near(missed[0], linear)
+            )
+        return [n for n in linear if any(_fits(n, p) for p in patterns)]
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    return [n for n in linear if model.get_submodule(n) is not head]
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -115,6 +115,15 @@ def _kl(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 
 def joined(pieces: Sequence[Paired], items: int) -> Paired:
+    """Return what was compared batch by batch as one.
+
+    Args:
+        pieces: of the batches, their items numbered through.
+        items: how many there are in all, those without a label too.
+
+    Raises:
+        RequestError: no place has a label, or the changed model's output is NaN.
+    """
     names = [f.name for f in fields(Paired) if f.name not in ("items", "classes")]
     columns = {n: torch.cat([getattr(p, n) for p in pieces]) for n in names}
     for name in ("new_logp", "kl"):

@@ -25,6 +25,7 @@ def by_harm(data: Data) -> list[str]:
 
 
 def gain_and_loss(data: Data) -> str:
+    """Return the section that sets what was gained beside what was lost."""
     gain, domains, judged = data["gain"], data["domains"], data["verdict"]["domains"]
     pictures, tables = [], []
     if gain and domains:
@@ -62,6 +63,7 @@ def _items(name: str, loss: Data) -> str:
 
 
 def where(data: Data) -> str:
+    """Return the section on what was moved, how far the layers moved with it, and which parts do the harm."""
     weights, found = data["whole"].get("weight_drift"), []
     layers = weights["layer_names"] if weights else []
     if weights and weights["parameters"]:
