@@ -41,6 +41,7 @@ CALLED: Mapping[str, tuple[str, str]] = {
     "schedules": ("(step, names, **options) -> Phase", "neurograft.core.phase.Phase"),
     "edits": ("(Context, Selection, **options) -> Graft", "neurograft.core.grafts.graft.Graft"),
     "audits": ("(model, change, batches, **options) -> mapping", "collections.abc.Mapping"),
+    "recipes": ("(**options) -> Recipe", "neurograft.pipeline.recipe.Recipe"),
     "steps": ("(state, **arguments) -> more of the state", ""),
     "metrics": ("(model, batch) -> one number for each row", ""),
 }

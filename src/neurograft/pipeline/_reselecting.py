@@ -40,15 +40,10 @@ def asker(reselect: Reselect, rows: Any, seed: int, schedule: Any) -> Callable[[
         return reselect
     asks: list[Any] = list(reselect) if isinstance(reselect, (list, tuple)) else [reselect]
     for one in asks or [{}]:
-        if not isinstance(one, Mapping) or not all(isinstance(arguments, Mapping) for arguments in one.values()):
+        named = isinstance(one, Mapping) and all(isinstance(arguments, Mapping) for arguments in one.values())
+        if not named or set(one) - {"locate", "select"} or "locate" not in one:
             raise RequestError(
                 f"reselect={reselect!r}",
-                expected="a callable (model, step) -> Selection, or arguments of verbs by the verbs' names",
-                do="reselect={'locate': {'by': 'grad_x_act'}, 'select': {'fraction': 0.01}}",
-            )
-        if set(one) - {"locate", "select"} or "locate" not in one:
-            raise RequestError(
-                f"reselect with {', '.join(sorted(one)) or 'nothing'}",
                 expected="'locate' and 'select', each with that verb's arguments",
                 do="reselect={'locate': {'by': 'grad_x_act'}, 'select': {'fraction': 0.01}}",
             )

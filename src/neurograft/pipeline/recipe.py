@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neurograft.core.choose import asked, check_options, option_names
+from neurograft.core.choose import Chosen, asked, check_options, option_names
 from neurograft.core.errors import RequestError, one_of
 from neurograft.core.resolve import resolve
 
@@ -77,13 +77,7 @@ def recipe(name: str, **changes: Any) -> Recipe:
     dotted = name if "." in name else f"neurograft.recipes.{one_of(name, recipes(), what='recipe')}"
     function = asked(dotted)
     check_options(function, changes, name)
-    made = function(**changes)
-    if not isinstance(made, Recipe):
-        raise RequestError(
-            f"{name}, which returned a {type(made).__name__}",
-            expected="the name of a function that returns a Recipe",
-            do=f"name one of {', '.join(recipes()[:12])}, ...",
-        )
+    made: Recipe = Chosen(function, changes, dotted, "recipes")()
     defaults = {k: p.default for k, p in option_names(function).items()}
     return replace(made, options={**defaults, **changes})
 
