@@ -212,7 +212,7 @@ def test_bad_changes_are_refused():
         runs(Table([[float("nan"), 0.0]]), Graft(), [batch])
     with pytest.raises(RequestError, match="no batches"):
         runs(model, Graft(), [])
-    with pytest.raises(RequestError, match="at least the base's classes"):
+    with pytest.raises(RequestError, match="the base's shapes, or rows added"):
         runs(model, Table([[0.0]]), [batch])
 
 

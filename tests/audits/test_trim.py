@@ -8,7 +8,7 @@ from torch import nn
 import neurograft as ng
 from neurograft.audits._changes import as_change
 from neurograft.core.errors import RequestError
-from neurograft.core.grafts import stack
+from neurograft.core.grafts import below
 from neurograft.core.grafts.delta import Slice
 from neurograft.core.grafts.graft import Graft
 from neurograft.core.region import Region
@@ -91,8 +91,8 @@ def test_bad_requests(data):
 
 def test_the_base_is_hashed_once_however_many_parts_are_left_out(data, monkeypatch):
     model, hashed = SumForCausalLM(), []
-    made, plain = graft(model), stack.tensor_digest
-    monkeypatch.setattr(stack, "tensor_digest", lambda t: hashed.append(t.data_ptr()) or plain(t))
+    made, plain = graft(model), below.tensor_digest
+    monkeypatch.setattr(below, "tensor_digest", lambda t: hashed.append(t.data_ptr()) or plain(t))
     ng.trim(model, made, rules={"tolerances": {"a": -1.0}}, **data)
     assert len(hashed) == len(made.deltas) == len(set(hashed))
 

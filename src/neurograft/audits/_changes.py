@@ -217,9 +217,11 @@ def _of_tuned(model: nn.Module, tuned: nn.Module) -> Change:
 def _check_tuned(model: nn.Module, tuned: nn.Module) -> None:
     """Raise unless a model can have been tuned from the base: its blocks and shapes, but for rows added at the end."""
     mine, theirs = dict(model.named_parameters()), dict(tuned.named_parameters(remove_duplicate=False))
-    if not mine.keys() & theirs.keys():
+    shared = len(mine.keys() & theirs.keys())
+    if 2 * shared < len(mine):  # a head may have the name that another family gives it
         raise RequestError(
-            f"a {type(tuned).__name__} that shares no parameter with the base, a {type(model).__name__}",
+            f"a {type(tuned).__name__} that has {shared} of the {len(mine)} parameters of the base, "
+            f"a {type(model).__name__}",
             expected="a tuned model of the same base",
             do="give the base that this model was tuned from",
         )

@@ -69,7 +69,7 @@ ORDER = (
 )  # of the list of commands: as one would use them
 LATER = ("merge", "data", "init", "view")
 FOLDERS = ("tune", "edit", "diff", "audit", "apply", "rollback", "trim", "demo")  # what these write; the others a file
-LIGHT = ("papers",)  # these load no model, nor the libraries that do
+LIGHT = ("papers", "cite")  # these load no model, nor the libraries that do
 
 
 def _extra(output: str | None) -> list[inspect.Parameter]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from neurograft.core.card import Card
 from neurograft.core.errors import one_of
-from neurograft.core.grafts.graft import Graft
 from neurograft.core.resolve import resolve
 from neurograft.pipeline.papers import known
 from neurograft.pipeline.recipe import Recipe
 
 
-def cite(source: Graft | Recipe | str | Path) -> list[str]:
+@runtime_checkable
+class Carded(Protocol):
+    """A graft, or what else carries a card; grafts themselves would bring torch along."""
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        """How it was made."""
+
+
+def cite(source: Carded | Recipe | str | Path) -> list[str]:
     """Return the papers behind something, one line each, the recipe's own first.
 
     Args:
@@ -33,6 +41,8 @@ def cite(source: Graft | Recipe | str | Path) -> list[str]:
     """
     slugs: list[str | None]
     if isinstance(source, (str, Path)) and Path(source).is_dir():
+        from neurograft.core.grafts.graft import Graft
+
         source = Graft.load(source)
     if isinstance(source, (str, Path)):
         slugs = [one_of(str(source).replace("_", "-"), known(), what="paper")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from neurograft.core.choose import Chosen, asked, check_options, option_names
-from neurograft.core.errors import RequestError, one_of
+from neurograft.core.errors import one_of
 from neurograft.core.resolve import resolve
 
 SHIPS = ("operations", "weights")  # how a step `intervene` makes its graft: {"do": "intervene", "ship": "weights", ...}
