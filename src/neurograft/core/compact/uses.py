@@ -17,7 +17,7 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class LiveWeight(Watched, nn.Parameter):
-    """A frozen parameter with some live entries; see `core.live.Live`."""
+    """A frozen parameter with some live entries; see `core.compact.live.Live`."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
