@@ -73,6 +73,20 @@ class TestWithOneDNN:
         torch.testing.assert_close(w.grad, a.sum(0)[:, None].expand(8, 8))
         assert not asked
 
+    def test_a_torch_that_calls_it_otherwise_is_left_to_itself(self, monkeypatch):
+        def changed(a, b):
+            raise TypeError("unexpected arguments")
+
+        monkeypatch.setattr(module, "WORTH", 0)
+        monkeypatch.setattr(module, "_product", changed)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        module._wide.cache_clear()
+        try:
+            a = rand(8, 8)
+            assert torch.equal(matmul(a, a), a @ a)
+        finally:
+            module._wide.cache_clear()
+
     def test_small_products_are_left_to_torch(self, asked, monkeypatch):
         monkeypatch.setattr(module, "WORTH", 8**3 + 1)
         with torch.no_grad():

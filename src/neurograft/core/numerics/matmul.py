@@ -7,14 +7,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-WORTH = 1 << 21  # multiplications from which on the choice pays for itself (measured by `benchmarks/kernels.py`)
+WORTH = 1 << 22  # multiplications from which on the choice pays for itself (measured by `benchmarks/kernels.py`)
 FEW = 2  # rows below which torch's own matrix-vector product is as fast
 
 
 @cache
 def _wide() -> bool:
-    """Say whether this machine and this torch have oneDNN's kernels for 512-bit vectors."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Say whether this machine has 512-bit vectors, and this torch a product of oneDNN's that is called as here."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    with torch.no_grad():
+        ones = torch.ones(2, 2, device="cpu")
+        try:
+            return torch.equal(_product(ones, ones), ones + ones)
+        except (AttributeError, RuntimeError, TypeError):  # no public operation: another torch may have another
+            return False
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +59,7 @@ def _other(a: Tensor, b: Tensor) -> bool:
         return False
     if not (_plain(a) and _plain(b)):
         return False
-    return _wide() and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    return torch._C._get_mkldnn_enabled() and _wide()
 
 
 def _plain(t: Tensor) -> bool:
