@@ -380,3 +380,15 @@ def test_what_is_saved_is_the_selected_columns_only():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)), lambda t: t):
         F.linear(X, weight)
     assert kept == [(2, N, 2)]
+
+
+def test_tied_vectors_beside_a_weight_stand_on_what_somebody_wrote_into_it():
+    weight = nn.Parameter(rand(R, C, seed=1), requires_grad=False)
+    live = TiedBeside("w", weight, Region.of((R, C), "rows", [0, 2]), torch.tensor([0, 0]))
+    tag(live)
+    live.theta.data.fill_(0.5)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    twin = 2 * rand(R, C, seed=1)
+    twin[[0, 2]] += 0.5
+    torch.testing.assert_close(F.linear(X, weight).detach(), F.linear(X, twin), rtol=0, atol=1e-12)
